@@ -1,0 +1,1 @@
+"""Tasks and their data: declarations, readers, tokenised cache, batches and the plan that orders them."""

@@ -1,0 +1,109 @@
+"""The tasks from Hugging Face `datasets`: from the hub, or from data sets saved to disk beforehand.
+
+Columns and splits may carry the task's own names or the hub's. The library is optional and slow to import, so it is
+imported on use, and nothing but an explicit `hub` source reaches for the network.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from minbert.data.errors import DataError, UserError
+from minbert.data.examples import SOURCES, BadRows, Examples, Row, collect
+from minbert.data.tasks import TASKS, Split, Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_ID_COLUMNS = ("id", "idx")
+
+
+def saved_tasks(directory: Path) -> list[str]:
+    """The tasks saved in `directory` (one folder per task) with a train and a dev split. Raises DataError."""
+    if not directory.is_dir():
+        raise DataError(f"data folder {directory} does not exist. {SOURCES}")
+    return [task.name for task in TASKS.values() if _has_train_and_dev(directory / task.name, task)]
+
+
+def read_hub(task: Task, split: Split, directory: Path | None = None, bad_rows: BadRows = "refuse") -> Examples:
+    """Read one split of `task` from the hub, or from `directory`/<task name> as `DatasetDict.save_to_disk` left it.
+
+    Ids are the column `id` or `idx`, else row numbers. A test split labelled -1 throughout is unlabelled. Raises
+    UserError if `datasets` is not installed; DataError for a data set that cannot be had or lacks a split or a column,
+    and for bad rows as `collect` does.
+    """
+    library = _import_datasets()
+    name, dataset = (
+        _from_hub(library, task, split) if directory is None else _from_disk(library, task, split, directory)
+    )
+    return collect(task, split, name, _rows(name, dataset, task, split), bad_rows)
+
+
+def _import_datasets() -> ModuleType:
+    try:
+        import datasets
+    except ImportError:
+        raise UserError("this source needs the library `datasets`: pip install 'minbert[hub]'") from None
+    return datasets
+
+
+def _from_hub(library: ModuleType, task: Task, split: Split) -> "tuple[str, Dataset]":
+    hub = task.hub
+    name = hub.path if hub.config is None else f"{hub.path} ({hub.config})"
+    try:
+        return name, library.load_dataset(hub.path, hub.config, split=hub.splits[split])
+    # Being offline, a renamed data set, a refused login and a full disk surface as unrelated types of three libraries.
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise DataError(
+            f"{name}, split {hub.splits[split]}, could not be had from the hub: {type(error).__name__}: {reason} "
+            f"Without a network, save it elsewhere with save_to_disk('DIR/{task.name}') and give hub:DIR. {SOURCES}"
+        ) from None
+
+
+def _from_disk(library: ModuleType, task: Task, split: Split, directory: Path) -> "tuple[str, Dataset]":
+    folder = directory / task.name
+    if not folder.is_dir():
+        raise DataError(
+            f"{folder} does not exist; hub:DIR expects DIR/{task.name} as written by save_to_disk. {SOURCES}"
+        )
+    try:
+        saved = library.load_from_disk(str(folder))
+    except Exception as error:  # as above: any type, by what is broken
+        reason = str(error).strip().split("\n")[0]
+        raise DataError(f"{folder} cannot be read as a saved data set: {type(error).__name__}: {reason}") from None
+    if not isinstance(saved, library.DatasetDict):
+        raise DataError(f"{folder} holds one split, not a DatasetDict; save the dictionary of splits there")
+    found = _name_in(saved, split, task.hub.splits[split])
+    if found is None:
+        raise DataError(f"{folder} has no split {task.hub.splits[split]!r}; its splits are {', '.join(saved)}")
+    return str(folder), saved[found]
+
+
+def _rows(name: str, dataset: "Dataset", task: Task, split: Split) -> Iterator[Row]:
+    found = {column: _name_in(dataset.column_names, column, task.hub.columns[column]) for column in task.hub.columns}
+    required = task.sentences if split == "test" else (*task.sentences, task.label)
+    missing = [f"{column!r} (or {task.hub.columns[column]!r})" for column in required if found[column] is None]
+    if missing:
+        columns = ", ".join(dataset.column_names)
+        raise DataError(f"{name}, {split}: no column {', '.join(missing)}; its columns are {columns}")
+    plain = dataset.with_format(None)  # a data set may have been saved in the format of arrays or tensors
+    ids = next((plain[column] for column in _ID_COLUMNS if column in plain.column_names), range(len(plain)))
+    sentences = zip(*(plain[found[column]] for column in task.sentences), strict=True)
+    labels = [None] * len(plain) if found[task.label] is None else plain[found[task.label]]
+    for row, (id_, texts, label) in enumerate(zip(ids, sentences, labels, strict=True)):
+        yield Row(f"{split}:{row}", str(id_).strip().lower(), tuple((text or "").strip() for text in texts), label)
+
+
+def _has_train_and_dev(folder: Path, task: Task) -> bool:
+    try:
+        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
+    except (OSError, ValueError, KeyError):
+        return False
+    return all(_name_in(splits, split, task.hub.splits[split]) is not None for split in ("train", "dev"))
+
+
+def _name_in(names: Iterable[str], own: str, hub: str) -> str | None:
+    return own if own in names else hub if hub in names else None

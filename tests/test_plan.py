@@ -1,0 +1,90 @@
+"""The batch plan: pure, complete, and the same whatever the number of processes."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minbert.data.plan import BatchPlan, share
+
+SCHEDULES = ["all", "round_robin", "proportional", "square_root", "annealed"]
+plans = st.builds(
+    BatchPlan,
+    sizes=st.dictionaries(st.sampled_from(["sst", "quora", "sts"]), st.integers(1, 50), min_size=1),
+    batch_size=st.integers(1, 12),
+    schedule=st.sampled_from(SCHEDULES),
+    seed=st.integers(0, 2**32),
+    anneal_steps=st.integers(1, 100),
+)
+
+
+@given(plans, st.integers(0, 3000))
+def test_rows_are_a_function_of_seed_step_and_task(plan, step):
+    twin = BatchPlan(dict(plan.sizes), plan.batch_size, plan.schedule, plan.seed, plan.anneal_steps)
+    for task in plan.tasks(step):
+        rows = plan.rows(task, step)
+        assert rows.shape == (plan.batch_size,)
+        assert ((0 <= rows) & (rows < plan.sizes[task])).all()
+        assert (rows == twin.rows(task, step)).all()
+
+
+@given(plans)
+def test_positions_count_what_earlier_steps_consumed(plan):
+    consumed = Counter()
+    for step in range(60):
+        for task in plan.sizes:
+            assert plan.position(task, step) == consumed[task]
+        for task in plan.tasks(step):
+            consumed[task] += plan.batch_size
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_positions_hold_across_blocks_of_draws(schedule):
+    plan = BatchPlan({"a": 100, "b": 300, "c": 20}, 4, schedule, seed=3, anneal_steps=2000)
+    counts = Counter(task for step in range(2500) for task in plan.tasks(step))
+    assert {task: plan.position(task, 2500) for task in plan.sizes} == {task: 4 * counts[task] for task in plan.sizes}
+
+
+@given(plans)
+def test_every_row_is_visited_once_per_epoch_of_its_task(plan):
+    for task, size in plan.sizes.items():
+        visits = [plan.rows(task, step) for step in range(120) if task in plan.tasks(step)]
+        order = np.concatenate(visits) if visits else np.zeros(0, int)
+        for epoch in range(len(order) // size):
+            assert sorted(order[epoch * size : (epoch + 1) * size]) == list(range(size))
+
+
+@given(st.integers(0, 40), st.integers(1, 9))
+def test_shares_are_a_partition_into_almost_equal_parts(count, parts):
+    rows = np.arange(count)
+    shares = [share(rows, part, parts) for part in range(parts)]
+    assert (np.concatenate(shares) == rows).all()
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_drawn_schedules_follow_their_probabilities():
+    sizes, steps = {"a": 10_000, "b": 2_500, "c": 400}, 20_000
+
+    def frequencies(schedule, first, last):
+        plan = BatchPlan(sizes, 1, schedule, seed=1, anneal_steps=steps)
+        counts = Counter(plan.tasks(step)[0] for step in range(first, last))
+        return np.array([counts[task] / (last - first) for task in sizes])
+
+    def expected(exponent):
+        powers = np.array(list(sizes.values()), float) ** exponent
+        return powers / powers.sum()
+
+    assert np.allclose(frequencies("proportional", 0, steps), expected(1.0), atol=0.015)
+    assert np.allclose(frequencies("square_root", 0, steps), expected(0.5), atol=0.015)
+    assert np.allclose(frequencies("annealed", 0, 1000), expected(0.98), atol=0.04)
+    assert np.allclose(frequencies("annealed", steps - 1000, steps), expected(0.22), atol=0.05)
+
+
+def test_different_seeds_and_epochs_give_different_orders():
+    plan = BatchPlan({"a": 1000}, 500)
+    first, second, third = (plan.rows("a", step) for step in range(3))
+    assert not (first == third).all() and set(first) != set(third)
+    assert not (first == BatchPlan({"a": 1000}, 500, seed=1).rows("a", 0)).all()
+    assert not set(first) & set(second)

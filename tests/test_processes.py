@@ -1,0 +1,289 @@
+"""The launcher against real processes: what the user sees, what it returns, and that it leaves nothing behind."""
+
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from minbert.data.errors import UserError
+from minbert.launch.exit_codes import ExitCode
+from minbert.launch.processes import launch
+
+LAUNCHER = """
+import sys
+from pathlib import Path
+from minbert.launch.processes import launch
+folder, processes, grace = Path(sys.argv[1]), int(sys.argv[2]), float(sys.argv[3])
+sys.exit(launch([sys.executable, str(folder / "worker.py")], processes, folder / "logs", grace=grace))
+"""
+
+WORKER = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+from minbert.data.errors import UserError
+from minbert.launch.processes import record_errors
+RANK, FOLDER = int(os.environ["RANK"]), Path(__file__).parent
+def note(name, value=""):
+    (FOLDER / f"unfinished-{RANK}").write_text(str(value))
+    (FOLDER / f"unfinished-{RANK}").rename(FOLDER / f"{name}-{RANK}")
+def wait():
+    time.sleep(60)
+note("pid", os.getpid())
+@record_errors()
+def main():
+"""
+
+ALL_REDUCE = """
+    import torch
+    import torch.distributed as dist
+    dist.init_process_group("gloo")
+    total = torch.tensor(float(RANK))
+    dist.all_reduce(total)
+    print(f"rank {RANK} has {total.item()} with {os.environ['OMP_NUM_THREADS']} threads")
+"""
+
+PART = """
+    dist.barrier()
+    dist.destroy_process_group()
+"""
+
+STOP_AND_SAVE = """
+    received = []
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, _: received.append(number))
+    note("ready")
+    while not received:
+        time.sleep(0.01)
+    time.sleep(0.5)
+    note("received", received)
+    sys.exit(75)
+"""
+
+GRANDCHILD = """
+    child = subprocess.Popen(["sleep", "60"])
+    note("child", child.pid)
+"""
+
+
+class Run:
+    """`body`, run in every worker by a launcher: in this process (`here`), or in its own one (`start`, `wait`)."""
+
+    def __init__(self, folder: Path, body: str, processes: int = 2, grace: float = 5.0):
+        self.folder, self.processes, self.grace = folder, processes, grace
+        folder.mkdir(exist_ok=True)
+        (folder / "worker.py").write_text(WORKER + body + "\nmain()\n")
+
+    def here(self, capfd: pytest.CaptureFixture) -> tuple[int, str]:
+        command = [sys.executable, str(self.folder / "worker.py")]
+        code = launch(command, self.processes, self.folder / "logs", grace=self.grace)
+        return code, "".join(capfd.readouterr())
+
+    def start(self, **options) -> "Run":
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} | options
+        arguments = [sys.executable, "-c", LAUNCHER, str(self.folder), str(self.processes), str(self.grace)]
+        self.process = subprocess.Popen(arguments, **options)
+        return self
+
+    def wait(self) -> tuple[int, str]:
+        try:
+            output, _ = self.process.communicate(timeout=60)
+        finally:
+            self.process.kill()
+        return self.process.returncode, output
+
+    def notes(self, name: str) -> list[str]:
+        """What every worker wrote under this name, once all have."""
+        paths = [self.folder / f"{name}-{rank}" for rank in range(self.processes)]
+        _eventually(lambda: all(path.exists() for path in paths))
+        return [path.read_text() for path in paths]
+
+    def pids(self, *names: str) -> list[int]:
+        return [int(pid) for name in names for pid in self.notes(name)]
+
+
+def _eventually(condition, seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"  # an orphan's zombie is whatever adopted it to reap
+
+
+def _gone(pids: list[int]) -> None:
+    _eventually(lambda: not any(map(_alive, pids)), seconds=5)
+
+
+def test_workers_compute_together_and_rank_0_is_seen(tmp_path, capfd):
+    code, output = Run(tmp_path, ALL_REDUCE + PART, processes=3).here(capfd)
+    assert code == ExitCode.FINISHED
+    assert "rank 0 has 3.0 with 1 threads" in output
+    assert "rank 1 has" not in output
+    assert "rank 1 has 3.0" in (tmp_path / "logs/rank-1.log").read_text()
+
+
+def test_launches_at_the_same_time_do_not_meet(tmp_path):
+    body = ALL_REDUCE + PART
+    runs = [Run(tmp_path / n, body.replace("float(RANK)", f"{n}.0")).start() for n in "0123"]
+    for number, run in enumerate(runs):
+        code, output = run.wait()
+        assert code == ExitCode.FINISHED
+        assert f"rank 0 has {2.0 * number}" in output
+
+
+def test_an_exception_is_reported_for_the_rank_that_raised_it(tmp_path, capfd):
+    body = ALL_REDUCE + '    if RANK == 1: raise ValueError("boom")\n    dist.all_reduce(total)\n'
+    run = Run(tmp_path, body, processes=3)
+    code, output = run.here(capfd)
+    assert code == ExitCode.FAILED
+    assert "rank 1 of 3 failed first: exit code 1" in output
+    assert "ValueError: boom" in output and "worker.py" in output and "logs/rank-1.log" in output
+    assert output.count("Traceback") == 1
+    _gone(run.pids("pid"))
+
+
+def test_a_killed_rank_is_blamed_and_the_others_are_stopped(tmp_path, capfd):
+    body = '    if RANK == 1: print("last line"); os.kill(os.getpid(), signal.SIGKILL)\n    wait()'
+    run = Run(tmp_path, body, processes=3, grace=0.5)
+    code, output = run.here(capfd)
+    assert code == 128 + signal.SIGKILL
+    assert "rank 1 of 3 failed first: killed by SIGKILL" in output and "memory" in output
+    assert "last line" in output
+    assert "then rank 0: stopped" in output
+    _gone(run.pids("pid"))
+
+
+def test_the_cause_is_blamed_before_its_consequences(tmp_path, capfd):
+    """Rank 1 vanishes; rank 0 fails of it, with a traceback on file before the launcher looks."""
+    body = """
+    if RANK == 1: note("gone"); os._exit(7)
+    while not (FOLDER / "gone-1").exists(): time.sleep(0.001)
+    raise ConnectionError("peer is gone")
+"""
+    code, output = Run(tmp_path, body).here(capfd)
+    assert code == 7
+    assert "rank 1 of 2 failed first: exit code 7" in output
+    assert "then rank 0: exit code 1" in output
+
+
+def test_workers_that_ignore_sigterm_are_killed_after_a_failure(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("minbert.launch.processes.TERM_GRACE", 0.5)
+    body = "    if RANK == 1: sys.exit(3)\n    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n    wait()"
+    run = Run(tmp_path, body, grace=0.2)
+    code, output = run.here(capfd)
+    assert code == 3 and "then rank 0: stopped" in output
+    _gone(run.pids("pid"))
+
+
+def test_a_worker_that_hangs_after_its_error_is_ended_and_blamed(tmp_path, capfd):
+    body = """
+    import threading
+    threading.Thread(target=wait).start()
+    if RANK == 1: raise ValueError("boom")
+"""
+    code, output = Run(tmp_path, body, grace=0.2).here(capfd)
+    assert code == ExitCode.FAILED and "rank 1 of 2 failed first" in output and "ValueError: boom" in output
+
+
+@pytest.mark.parametrize("condition", ["True", "RANK == 1"])
+def test_a_users_mistake_is_told_once_and_plainly(tmp_path, capfd, condition):
+    body = f'    if {condition}: raise UserError("no such file: x.csv")\n    wait()'
+    code, output = Run(tmp_path, body, grace=0.5).here(capfd)
+    assert code == ExitCode.USER_MISTAKE
+    assert output.count("no such file: x.csv") == 1
+    assert "Traceback" not in output and "failed" not in output
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_is_forwarded_once_and_the_save_awaited(tmp_path, number):
+    run = Run(tmp_path, STOP_AND_SAVE, grace=0.1).start()
+    run.notes("ready")
+    run.process.send_signal(number)
+    code, output = run.wait()
+    assert code == ExitCode.INTERRUPTED
+    assert run.notes("received") == [f"[{number:d}]"] * 2
+    assert "failed" not in output
+
+
+def test_ctrl_c_at_a_terminal_reaches_every_worker_once(tmp_path):
+    terminal, inside = pty.openpty()
+    body = '    print("terminal", sys.stdout.isatty())\n' + STOP_AND_SAVE
+
+    def own_terminal() -> None:
+        os.setsid()
+        os.close(os.open(os.ttyname(1), os.O_RDWR))  # becomes the controlling terminal
+
+    run = Run(tmp_path, body).start(stdin=inside, stdout=inside, stderr=inside, preexec_fn=own_terminal)
+    run.notes("ready")
+    os.write(terminal, b"\x03")
+    assert run.wait()[0] == ExitCode.INTERRUPTED
+    assert run.notes("received") == ["[2]"] * 2
+    assert b"terminal True" in os.read(terminal, 4096)
+    os.close(terminal)
+    os.close(inside)
+
+
+def test_the_third_request_kills(tmp_path):
+    body = (
+        "    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)\n    note('ready')\n    wait()"
+    )
+    run = Run(tmp_path, body).start()
+    run.notes("ready")
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+        run.process.send_signal(number)
+        time.sleep(0.2)
+    code, output = run.wait()
+    assert code == ExitCode.LEFT_AT_ONCE and "failed" not in output
+    _gone(run.pids("pid"))
+
+
+def test_a_request_before_the_workers_are_ready_is_no_failure(tmp_path):
+    run = Run(tmp_path, "    note('ready')\n    wait()").start()
+    run.notes("ready")
+    run.process.send_signal(signal.SIGUSR2)
+    assert run.wait() == (ExitCode.LEFT_AT_ONCE, "")
+
+
+@pytest.mark.parametrize("end", ["    return", "    raise ValueError"])
+def test_no_grandchild_outlives_its_worker(tmp_path, capfd, end):
+    run = Run(tmp_path, GRANDCHILD + end)
+    run.here(capfd)
+    _gone(run.pids("pid", "child"))
+
+
+def test_a_killed_launcher_takes_everything_along(tmp_path):
+    run = Run(tmp_path, GRANDCHILD + "    wait()").start()
+    pids = run.pids("pid", "child")
+    assert all(map(_alive, pids))
+    run.process.kill()
+    run.process.wait()
+    _gone(pids)
+
+
+def test_environment_and_logs(tmp_path, monkeypatch):
+    """Given variables win over the environment, which wins over defaults; logs are appended, old errors removed."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    (tmp_path / "rank-1.log").write_text("earlier\n")
+    (tmp_path / "rank-1.error").write_text("earlier")
+    names = "OMP_NUM_THREADS RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR EXTRA"
+    command = [sys.executable, "-c", f"import os; print(*[os.environ[n] for n in '{names}'.split()])"]
+    assert launch(command, 2, tmp_path, env={"EXTRA": "x"}) == ExitCode.FINISHED
+    assert (tmp_path / "rank-1.log").read_text() == "earlier\n7 1 1 2 2 127.0.0.1 x\n"
+    assert not (tmp_path / "rank-1.error").exists()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_fewer_than_one_process_is_the_users_mistake(tmp_path):
+    with pytest.raises(UserError, match="at least one"):
+        launch(["true"], 0, tmp_path)

@@ -1,0 +1,229 @@
+"""The configuration of a run: typed, nested, printed, saved with the run, the same from a file or a command line.
+
+Sections are nested models; the names of their fields are unique over all sections, so that a field is its own option
+on the command line (`--lr`), and in a file stands either under its section or alone. Fields left at None take a value
+that depends on others when the run starts; `config.yaml` in the run folder holds what they became.
+"""
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from minbert.data.errors import UserError
+from minbert.data.examples import BadRows
+from minbert.data.plan import Schedule
+from minbert.data.tasks import TASKS
+
+TaskName = Literal["sst", "quora", "sts", "cfimdb"]
+assert set(get_args(TaskName)) == set(TASKS)
+
+
+class Section(BaseModel):
+    """A group of options. A wrong key or value raises ValueError with one line for each."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def __init__(self, **values: Any):
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ValueError("\n".join(_explain(problem) for problem in error.errors())) from None
+
+
+class CorpusConfig(Section):
+    """What to train on."""
+
+    data: str = "builtin"
+    """`builtin` (a small generated corpus), a folder with the course's files, `hub`, or `hub:DIR` (saved data sets)."""
+    tasks: Annotated[tuple[TaskName, ...], Field(min_length=1)] = ("sst", "quora", "sts")
+    """Tasks to train, in this order."""
+    bad_rows: BadRows = "refuse"
+    """What to do with rows that cannot be used: `refuse` to start, or `skip` and count them."""
+    max_length: Annotated[int, Field(ge=8)] = 128
+    """Longest sentence, in tokens; the rest is cut off."""
+    train_limit: Annotated[int, Field(ge=1)] | None = None
+    """Train on this many examples per task, spread evenly over its file."""
+    eval_limit: Annotated[int, Field(ge=1)] | None = None
+    """Score this many examples per task during training."""
+    cache: Path | None = None
+    """Folder for tokenised data; the default is $MINBERT_CACHE, or minbert in the user's cache folder."""
+
+
+class EncoderConfig(Section):
+    """The shared encoder."""
+
+    model: str = "tiny"
+    """`tiny` (random weights), `minilm` (an installed package), a local BERT checkpoint's folder, or a hub name."""
+    pooling: Literal["cls", "mean"] = "mean"
+    """Sentence embedding: the pooler's output for [CLS], or the mean of the hidden states."""
+    freeze: Literal["none", "embeddings", "encoder"] | Annotated[int, Field(ge=1)] = "none"
+    """What of the encoder stays fixed: a number freezes the embeddings and that many lower layers."""
+    encoder_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
+    """Dropout in the encoder; the default is the checkpoint's own."""
+
+
+class HeadsConfig(Section):
+    """The tasks' heads."""
+
+    features: Literal["baseline", "siamese"] = "siamese"
+    """What a pair head sees of sentence embeddings u and v: `baseline` (u, v) or `siamese` (u, v, |u - v|)."""
+    hidden_layers: Annotated[int, Field(ge=0)] = 1
+    """Hidden layers of each head."""
+    hidden_size: Annotated[int, Field(ge=1)] | None = None
+    """Their width; the default is the encoder's."""
+    head_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Dropout before every linear layer of a head."""
+
+
+class OptimizerConfig(Section):
+    """AdamW and its learning rate."""
+
+    lr: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate; the default is 1e-3 for random and 5e-5 for pretrained weights."""
+    head_lr: Annotated[float, Field(gt=0)] | None = None
+    """Peak learning rate of the heads; the default is `lr`, and 1e-3 over a frozen encoder."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Decoupled weight decay, on matrices only."""
+    lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Course of the learning rate after the warm-up."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the steps over which the learning rate rises from zero."""
+    clip: Annotated[float, Field(ge=0)] = 1.0
+    """Largest norm of the gradient; 0 does not clip."""
+
+
+class BatchConfig(Section):
+    """What makes up a step."""
+
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    """Examples per task and optimizer step, over all processes."""
+    accumulation: Annotated[int, Field(ge=1)] = 1
+    """Parts in which a step's batch goes through the model, to save memory; the result is the same."""
+    task_schedule: Schedule = "all"
+    """Tasks of a step: all of them, or one in turn, or one drawn by the size of its data."""
+    aggregator: Literal["sum"] = "sum"
+    """How the tasks' gradients become one."""
+
+
+class BudgetConfig(Section):
+    """How long to train, when to score and when to save."""
+
+    epochs: Annotated[float, Field(gt=0)] = 8
+    """Passes over as many examples as there are, all tasks together."""
+    steps: Annotated[int, Field(ge=1)] | None = None
+    """Optimizer steps; overrides `epochs`."""
+    extend_to: Annotated[float, Field(gt=0)] | None = None
+    """Go on past `epochs` to at most this many while the last evaluation is the best; needs a constant `lr_schedule`."""
+    eval_every: Annotated[int, Field(ge=1)] | None = None
+    """Steps between evaluations; the default is an epoch."""
+    patience: Annotated[int, Field(ge=1)] | None = None
+    """Stop after this many evaluations without a new best score."""
+    save_every: Annotated[int, Field(ge=1)] | None = None
+    """Steps between checkpoints; the default is at every evaluation."""
+    keep: Annotated[int, Field(ge=1)] = 2
+    """Checkpoints to keep."""
+
+
+class ParallelConfig(Section):
+    """Processes, sharding and precision."""
+
+    processes: Annotated[int, Field(ge=1)] = 1
+    """Processes on this machine, one per accelerator or per share of the cores."""
+    zero_stage: Literal[0, 1, 2, 3] | None = None
+    """DeepSpeed ZeRO stage; without it, plain PyTorch (data parallel when there are several processes)."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the forward and backward pass; weights, sums and optimizer are always fp32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute."""
+
+
+class RunConfig(Section):
+    """Train minBERT on several tasks at once."""
+
+    run: Path | None = None
+    """Run folder; one that exists is resumed. The default is a new one under runs/."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the weights, the dropout and the order of the data."""
+    log_every: Annotated[int, Field(ge=1)] = 10
+    """Steps between lines of metrics.jsonl."""
+    trackers: tuple[str, ...] = ("tensorboard",)
+    """Experiment trackers known to Accelerate: tensorboard, wandb, mlflow, ..."""
+    corpus: CorpusConfig = CorpusConfig()
+    encoder: EncoderConfig = EncoderConfig()
+    heads: HeadsConfig = HeadsConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    batch: BatchConfig = BatchConfig()
+    budget: BudgetConfig = BudgetConfig()
+    parallel: ParallelConfig = ParallelConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RunConfig":
+        if self.budget.extend_to is not None:
+            if self.optimizer.lr_schedule != "constant":
+                raise ValueError(
+                    f"extend_to needs lr_schedule=constant, not {self.optimizer.lr_schedule}: "
+                    "a learning rate that has fallen to zero cannot train on"
+                )
+            if self.budget.steps is not None or self.budget.extend_to < self.budget.epochs:
+                raise ValueError("extend_to is a number of epochs, at least `epochs`, and does not go with `steps`")
+        if self.batch.accumulation > self.batch.batch_size:
+            raise ValueError(
+                f"accumulation={self.batch.accumulation} parts of a batch_size={self.batch.batch_size} would be empty"
+            )
+        if len(set(self.corpus.tasks)) < len(self.corpus.tasks):
+            raise ValueError(f"tasks names a task twice: {', '.join(self.corpus.tasks)}")
+        return self
+
+
+# Options by which a resumed run may differ from what its folder says.
+MAY_CHANGE = frozenset(
+    "epochs steps extend_to eval_every patience save_every keep log_every trackers cache eval_limit".split()
+)
+
+SECTIONS: dict[str, type[Section]] = {
+    name: type(field.default) for name, field in RunConfig.model_fields.items() if isinstance(field.default, Section)
+}
+# Every option by its own name, with the section that it belongs to (None for the run itself).
+OPTIONS: dict[str, str | None] = {name: None for name in RunConfig.model_fields if name not in SECTIONS} | {
+    option: name for name, section in SECTIONS.items() for option in section.model_fields
+}
+
+
+def flatten(config: RunConfig) -> dict[str, Any]:
+    """The value of every option, by its own name."""
+    return {
+        name: getattr(config if section is None else getattr(config, section), name)
+        for name, section in OPTIONS.items()
+    }
+
+
+def parse_config(raw: Mapping[str, Any], where: str) -> RunConfig:
+    """A configuration from nested or flat keys. Raises UserError naming every wrong key or value in `where`."""
+    nested: dict[str, Any] = {}
+    for key, value in raw.items():
+        if key in SECTIONS and isinstance(value, Mapping):
+            nested.setdefault(key, {}).update(value)
+        elif OPTIONS.get(key) is not None:
+            nested.setdefault(OPTIONS[key], {})[key] = value
+        else:
+            nested[key] = value
+    try:
+        return RunConfig(**nested)
+    except ValueError as error:
+        raise UserError("\n".join(f"{where}: {line}" for line in str(error).splitlines())) from None
+
+
+def _explain(problem: ErrorDetails) -> str:
+    """One line on a wrong key (with the nearest valid one) or a wrong value (with what is allowed)."""
+    place = [str(part) for part in problem["loc"]]
+    if problem["type"] == "value_error":
+        return problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(place[-1], [*OPTIONS, *SECTIONS], n=1)
+        return f"unknown key {'.'.join(place)!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+    key = ".".join(part for part in place if part in OPTIONS or part in SECTIONS)
+    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, not {problem['input']!r}"

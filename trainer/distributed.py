@@ -1,0 +1,95 @@
+"""This process among the others: its rank, its device, and the few collective operations the trainer needs itself.
+
+Everything works unchanged with one process, where no process group exists.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from minbert.data.errors import UserError
+from minbert.trainer.config import ParallelConfig
+
+TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """Rank of this process, number of processes, and the device to compute on."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, on each of them; in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def broadcast(self, value):
+        """Rank 0's `value` (anything picklable), on every process."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+def start(parallel: ParallelConfig) -> World:
+    """Join the process group that RANK, WORLD_SIZE and LOCAL_RANK describe; without them, be alone.
+
+    Raises UserError if the device or the back end is missing, or the number of processes is not the configured one.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if size != parallel.processes:
+        raise UserError(f"{size} processes were started, but the configuration says processes={parallel.processes}")
+    device = pick_device(parallel)
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would look for a GPU by itself
+    if size > 1:
+        backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    elif parallel.zero_stage is not None:
+        # DeepSpeed wants a process group even for one process; a store in memory needs no port.
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        backend = "gloo" if device.type == "cpu" else "nccl"
+        if not dist.is_initialized():
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return World(rank, size, device)
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def pick_device(parallel: ParallelConfig) -> torch.device:
+    """The configured device of this process: its own GPU, or the CPU. Raises UserError if there is none."""
+    if parallel.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # so that the libraries agree
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        if parallel.device == "cuda":
+            raise UserError("device=cuda, but PyTorch sees no CUDA device here; `minbert doctor` tells more")
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"process {local_rank} of this machine has no GPU of its own: there are {torch.cuda.device_count()}.\n"
+            f"Start at most that many processes, or set device=cpu."
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)

@@ -1,0 +1,66 @@
+"""Scores: every example predicted once, over all processes, and the paper's metrics of the predictions."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics.functional import accuracy, pearson_corrcoef
+
+from minbert.data.batch import TokenisedSplit, make_batch
+from minbert.data.tasks import TASKS, Task
+from minbert.trainer.distributed import World
+from minbert.trainer.model import predictions
+
+TOKENS_PER_BATCH = 8192
+
+
+@torch.no_grad()
+def predict(model, task: Task, split: TokenisedSplit, world: World) -> Tensor:
+    """Predictions (n,) for a whole split, in its order, on every process; `model` is anything called like the model.
+
+    The split is ordered by length and cut into batches of similar token counts, which the processes share out. Each
+    writes its predictions into its places of a vector of zeros, and the sum over processes is the result: no padding
+    of the split, no duplicates. All processes run equally many batches, as sharded parameters demand.
+    """
+    result = torch.zeros(len(split), device=world.device)
+    chunks = _chunks(split)
+    for turn in range(-(-len(chunks) // world.size)):
+        index = turn * world.size + world.rank
+        rows = chunks[index] if index < len(chunks) else np.zeros(0, dtype=np.int64)
+        batch = make_batch(split, rows, max(1, len(rows))).to(world.device)
+        predicted = predictions(task, model({task.name: batch})[task.name])
+        result[torch.from_numpy(rows).to(world.device)] = predicted[: len(rows)]
+    return world.sum(result).cpu()
+
+
+def evaluate(model, splits: Mapping[str, TokenisedSplit], world: World) -> dict[str, float]:
+    """Score of each task, and `overall`. The model must be in evaluation mode."""
+    scores = {name: score(TASKS[name], predict(model, TASKS[name], split, world), split.labels)
+              for name, split in splits.items()}  # fmt: skip
+    return scores | {"overall": overall(scores)}
+
+
+def score(task: Task, predicted: Tensor, labels: np.ndarray) -> float:
+    """Accuracy or Pearson correlation; a constant prediction correlates with nothing: 0."""
+    truth = torch.from_numpy(labels)
+    if task.metric == "accuracy":
+        classes = max(2, task.outputs)
+        return float(accuracy(predicted.int(), truth.int(), task="multiclass", num_classes=classes))
+    if predicted.std() == 0 or truth.std() == 0 or len(truth) < 2:
+        return 0.0
+    return float(pearson_corrcoef(predicted.double(), truth.double()))
+
+
+def overall(scores: Mapping[str, float]) -> float:
+    """The paper's overall score: the mean over tasks, a correlation r counting as (r + 1) / 2."""
+    parts = [(value + 1) / 2 if TASKS[name].metric == "pearson" else value for name, value in scores.items()]
+    return sum(parts) / len(parts)
+
+
+def _chunks(split: TokenisedSplit) -> list[np.ndarray]:
+    """Rows by descending length, cut where a batch reaches the token budget: the largest batch comes first."""
+    lengths = sum(column.lengths for column in split.columns)
+    order = np.argsort(-lengths, kind="stable")
+    group = np.cumsum(lengths[order]) // TOKENS_PER_BATCH
+    return np.split(order, np.flatnonzero(np.diff(group)) + 1)

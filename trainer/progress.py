@@ -1,0 +1,63 @@
+"""What a person sees of a run: a bar with the scores on a terminal, a line per evaluation elsewhere."""
+
+from collections.abc import Mapping
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+from minbert.data.tasks import TASKS
+
+
+class Progress:
+    """The bar of a run of `total` steps; does nothing where it is not enabled."""
+
+    def __init__(self, total: int, enabled: bool):
+        self.console = Console(quiet=not enabled)
+        self.bar = RichProgress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+            console=self.console,
+            disable=not enabled or not self.console.is_terminal,
+        )
+        self.total = total
+        self.task = self.bar.add_task("", total=total)
+
+    def __enter__(self) -> "Progress":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.stop()
+
+    def advance(self, step: int) -> None:
+        self.bar.update(self.task, completed=step)
+
+    def extend(self, total: int) -> None:
+        self.console.print(f"The dev score still rises: going on to step {total}.")
+        self.total = total
+        self.bar.update(self.task, total=total)
+
+    def scores(self, step: int, scores: Mapping[str, float], best: bool) -> None:
+        line = "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
+        self.bar.update(self.task, completed=step, description=line)
+        self.console.print(f"step {step:>6}/{self.total}  {line}{'  (best so far)' if best else ''}", highlight=False)
+
+
+def score_table(title: str, columns: Mapping[str, Mapping[str, float]]) -> Table:
+    """Scores by task, one column per split."""
+    table = Table(title=title, title_justify="left")
+    for heading in ("task", "metric", *columns):
+        table.add_column(heading, justify="left" if heading in ("task", "metric") else "right")
+    names = list(next(iter(columns.values())))
+    for name in names:
+        metric = TASKS[name].metric if name in TASKS else "mean, r as (r + 1) / 2"
+        title = TASKS[name].title if name in TASKS else name
+        table.add_row(title, metric, *(f"{scores[name]:.3f}" for scores in columns.values()))
+    return table

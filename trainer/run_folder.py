@@ -1,0 +1,153 @@
+"""The run folder: everything a run is and leaves behind, in one place.
+
+    config.yaml       the resolved configuration          metrics.jsonl    a line per logged step and evaluation
+    environment.json  versions, machine, command          logs/            one file per rank
+    code.diff         uncommitted changes of the code     tensorboard/     the same metrics for TensorBoard
+    encoder/          the encoder's shape and tokenizer   checkpoints/     what resuming needs
+    best.safetensors  the model with the best score       predictions/     the course's prediction files
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from minbert.data.errors import UserError
+from minbert.trainer.config import RunConfig, parse_config
+
+RECORDED_PACKAGES = ("minbert", "torch", "deepspeed", "accelerate", "transformers", "tokenizers", "numpy")
+
+
+class RunFolder:
+    """Paths of a run, and its small files. Creating the object touches nothing on disk."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config_file = path / "config.yaml"
+        self.metrics_file = path / "metrics.jsonl"
+        self.encoder = path / "encoder"
+        self.logs = path / "logs"
+        self.trackers = path / "tensorboard"
+        self.checkpoints = path / "checkpoints"
+        self.best_model = path / "best.safetensors"
+        self.predictions = path / "predictions"
+
+    @staticmethod
+    def existing(path: Path) -> "RunFolder":
+        """The folder of a run that was started. Raises UserError where there is none."""
+        run = RunFolder(path)
+        if not run.config_file.exists():
+            raise UserError(f"{path} is not a run folder: it has no config.yaml")
+        return run
+
+    def read_config(self) -> RunConfig:
+        return read_config_file(self.config_file)
+
+    def write_config(self, config: RunConfig) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        with replacing(self.config_file) as temporary:
+            temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+    def write_environment(self) -> None:
+        """Record the versions, the machine, the command and the state of the code."""
+        commit, diff = _code_state(Path(__file__).resolve().parent)
+        record = {
+            "command": sys.argv,
+            "python": platform.python_version(),
+            "machine": {"system": platform.platform(), "processor": _processor(), "cores": os.cpu_count()},
+            "packages": {name: _version(name) for name in RECORDED_PACKAGES},
+            "commit": commit,
+            "uncommitted_changes": bool(diff),
+        }
+        (self.path / "environment.json").write_text(json.dumps(record, indent=2) + "\n")
+        (self.path / "code.diff").write_text(diff)
+
+    def append_metrics(self, record: dict[str, Any]) -> None:
+        with self.metrics_file.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        if not self.metrics_file.exists():
+            return []
+        records = []
+        for line in self.metrics_file.read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue  # a kill can tear the last line
+        return records
+
+    def rewind_metrics(self, step: int) -> None:
+        """Drop what was logged after `step`, which the resumed run will log again."""
+        records = [record for record in self.read_metrics() if record["step"] <= step]
+        with replacing(self.metrics_file) as temporary:
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place, flushed and at once, when the block ends without error."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)  # mkstemp's 0600 would lock a group out of its runs
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_config_file(path: Path) -> RunConfig:
+    """A configuration file (YAML). Raises UserError naming the file and every key that is wrong."""
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read configuration {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(raw, dict | None):
+        raise UserError(f"{path} must hold `key: value` lines")
+    return parse_config(raw or {}, str(path))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
+
+
+def _code_state(folder: Path) -> tuple[str | None, str]:
+    """Commit and uncommitted changes of the checkout that the code runs from; (None, "") for an installed package."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20, check=True
+        ).stdout
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel").strip()) != folder.parent:
+            return None, ""  # an installed package inside somebody else's checkout
+        return git("rev-parse", "HEAD").strip(), git("diff", "HEAD")
+    except (OSError, subprocess.SubprocessError):
+        return None, ""

@@ -1,0 +1,54 @@
+"""The trained model as one file: what evaluation, prediction and export load, in one process, without DeepSpeed."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minbert.data.errors import UserError
+from minbert.data.tasks import TASKS
+from minbert.data.tokens import Tokenizer, load_tokenizer
+from minbert.trainer.config import RunConfig
+from minbert.trainer.model import MultitaskModel
+from minbert.trainer.run_folder import RunFolder, replacing
+from minbert.trainer.weights import read_config, save_checkpoint
+
+
+def save_model(path: Path, state: dict[str, Tensor], step: int, scores: dict[str, float]) -> None:
+    """Write parameters with the step and the dev scores they had, replacing the file at once."""
+    with replacing(path) as temporary:
+        metadata = {"step": str(step), "scores": json.dumps(scores)}
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary, metadata=metadata)
+
+
+def build_model(config: RunConfig, run: RunFolder) -> MultitaskModel:
+    """The run's model with weights not yet loaded."""
+    shape = read_config(run.encoder)
+    if config.encoder.encoder_dropout is not None:
+        from dataclasses import replace
+
+        dropout = config.encoder.encoder_dropout
+        shape = replace(shape, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+    tasks = [TASKS[name] for name in config.corpus.tasks]
+    return MultitaskModel(tasks, shape, config.encoder, config.heads, config.parallel.precision)
+
+
+def load_model(run: RunFolder, device: torch.device) -> tuple[MultitaskModel, Tokenizer, dict]:
+    """The run's best model in evaluation mode, its tokenizer, and {"step", "scores"}. Raises UserError."""
+    if not run.best_model.exists():
+        raise UserError(f"{run.path} holds no trained model yet: the first evaluation writes best.safetensors")
+    model = build_model(run.read_config(), run)
+    with safe_open(run.best_model, framework="pt") as file:
+        model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
+        metadata = file.metadata()
+    described = {"step": int(metadata["step"]), "scores": json.loads(metadata["scores"])}
+    return model.to(device).eval(), load_tokenizer(run.encoder), described
+
+
+def export_encoder(run: RunFolder, folder: Path) -> None:
+    """Write the best model's encoder and tokenizer as a folder for `transformers.AutoModel.from_pretrained`."""
+    model, _, _ = load_model(run, torch.device("cpu"))
+    save_checkpoint(folder, model.bert.config, model.bert.state_dict(), run.encoder)

@@ -1,0 +1,39 @@
+"""Leaving on request: a signal sets a flag, and the processes agree on it between two steps."""
+
+import os
+import signal
+from types import FrameType
+
+import torch
+
+from minbert.trainer.distributed import World
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+LEFT_AT_ONCE = 130
+
+
+class StopRequest:
+    """Catches the signals while the block runs. A second one leaves at once, without saving."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __enter__(self) -> "StopRequest":
+        self.previous = {number: signal.signal(number, self._catch) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _catch(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None:
+            os._exit(LEFT_AT_ONCE)
+        self.signal = number
+
+    def agreed(self, world: World) -> bool:
+        """Whether any process was asked to stop; the same answer on all. Collective.
+
+        The flag travels through memory of the CPU, so that asking never waits for a GPU.
+        """
+        return bool(world.sum(torch.tensor([self.signal is not None], dtype=torch.int32)).item())
