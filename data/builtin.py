@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import TypeVar
 
 import numpy as np
+
 from minbert.data.errors import DataError
 from minbert.data.examples import Examples
 from minbert.data.tasks import SPLITS, Split, Task

@@ -89,10 +89,14 @@ def _records(path: Path) -> Iterator[tuple[int, int, list[str]]]:
         except StopIteration:
             return
         except csv.Error as error:
-            raise DataError(
-                f"{path}:{line}: {error}. The record that starts here has a quote that is not closed, or not doubled "
-                'inside a quoted field; a field that contains " is written as "... ""so"" ...".'
-            ) from None
+            if "new-line" in str(error):
+                advice = "A carriage return stands in a field without quotes, or ends the lines instead of a line feed."
+            else:
+                advice = (
+                    "The record that starts here has a quote that is not closed, or not doubled inside a quoted field; "
+                    'a field that contains " is written as "... ""so"" ...".'
+                )
+            raise DataError(f"{path}:{line}: {error}. {advice}") from None
         if record:
             yield line, reader.line_num, record
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
+
 from minbert.data.errors import DataError
 from minbert.data.tasks import Split, Task
 

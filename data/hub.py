@@ -5,7 +5,7 @@ imported on use, and nothing but an explicit `hub` source reaches for the networ
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -56,9 +56,9 @@ def _from_hub(library: ModuleType, task: Task, split: Split) -> "tuple[str, Data
         return name, library.load_dataset(hub.path, hub.config, split=hub.splits[split])
     # Being offline, a renamed data set, a refused login and a full disk surface as unrelated types of three libraries.
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = str(error).strip().split("\n")[0].rstrip(".")
         raise DataError(
-            f"{name}, split {hub.splits[split]}, could not be had from the hub: {type(error).__name__}: {reason} "
+            f"{name}, split {hub.splits[split]}, could not be had from the hub: {type(error).__name__}: {reason}. "
             f"Without a network, save it elsewhere with save_to_disk('DIR/{task.name}') and give hub:DIR. {SOURCES}"
         ) from None
 
@@ -105,5 +105,5 @@ def _has_train_and_dev(folder: Path, task: Task) -> bool:
     return all(_name_in(splits, split, task.hub.splits[split]) is not None for split in ("train", "dev"))
 
 
-def _name_in(names: Iterable[str], own: str, hub: str) -> str | None:
+def _name_in(names: Container[str], own: str, hub: str) -> str | None:
     return own if own in names else hub if hub in names else None

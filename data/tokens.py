@@ -20,12 +20,13 @@ from uuid import uuid4
 import numpy as np
 import tokenizers
 from filelock import FileLock
-from minbert.data.batch import Ragged, TokenisedSplit
-from minbert.data.errors import UserError
-from minbert.data.examples import Examples, fingerprint
 from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
+
+from minbert.data.batch import Ragged, TokenisedSplit
+from minbert.data.errors import UserError
+from minbert.data.examples import Examples, fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +197,7 @@ def _through_cache(
 def _read(path: Path, columns: int, rows: int) -> tuple[Ragged, ...] | None:
     """The cached columns, or None if there is no file or not a sound one."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             tokens = tuple(Ragged(arrays[f"ids{i}"], arrays[f"offsets{i}"]) for i in range(columns))
         if any(len(column) != rows or column.offsets[-1] != len(column.ids) for column in tokens):
             raise ValueError("its arrays do not fit the split")

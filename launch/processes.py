@@ -45,25 +45,28 @@ def record_errors() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        _leave_error(str(error))
+        _leave_error(ExitCode.USER_MISTAKE, str(error))
         print(f"minbert: {error}", file=sys.stderr)
         raise SystemExit(ExitCode.USER_MISTAKE) from None
     except KeyboardInterrupt:
         raise SystemExit(ExitCode.LEFT_AT_ONCE) from None
     except Exception as error:
         text = traceback.format_exc()
-        if not _leave_error(text) or os.environ.get("RANK") != "0":
+        if not _leave_error(ExitCode.FAILED, text) or os.environ.get("RANK") != "0":
             print(text, end="", file=sys.stderr)
         raise SystemExit(ExitCode.FAILED) from error
 
 
-def _leave_error(text: str) -> bool:
-    """Writes the launcher's error file, stamped with this moment; returns False if no launcher asked for one."""
+def _leave_error(code: ExitCode, text: str) -> bool:
+    """Writes the launcher's error file, stamped with this moment; returns False if no launcher asked for one.
+
+    It holds the exit code, as the process may yet hang or abort on its way out: communication libraries do.
+    """
     if ERROR_FILE not in os.environ:
         return False
     now, path = time.time(), Path(os.environ[ERROR_FILE])
     unfinished = path.with_suffix(".error-tmp")
-    unfinished.write_text(text)
+    unfinished.write_text(f"{code:d}\n{text}")
     os.utime(unfinished, (now, now))  # a file server's clock may differ from ours
     unfinished.replace(path)
     return True
@@ -105,7 +108,7 @@ class Worker:
     def last_words(self) -> str:
         """Its error, or else the end of its log."""
         if self.error.exists():
-            return self.error.read_text().rstrip()
+            return self.error.read_text().partition("\n")[2].rstrip()
         if self.log is None:
             return "(no traceback; its output is above)"
         with self.log.open("rb") as file:
@@ -269,9 +272,9 @@ def _outcome(workers: Sequence[Worker], forwarded: Sequence[int]) -> int:
 
 
 def _code(worker: Worker, forwarded: Sequence[int]) -> int:
-    """Its status, where a death by the signal the user asked to forward, at whatever moment, means it left at once."""
-    if worker.stopped and worker.error.exists():
-        return ExitCode.FAILED
+    """Its status, unless its error says more; a death by a signal the user sent, at whatever moment, is leaving."""
+    if worker.error.exists():
+        return int(worker.error.read_text().partition("\n")[0])
     return ExitCode.LEFT_AT_ONCE if -worker.status in forwarded else worker.status
 
 

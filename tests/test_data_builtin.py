@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+
 from minbert.data.builtin import BUILTIN_TASKS, SIZES, builtin_examples
 from minbert.data.errors import DataError
 from minbert.data.examples import fingerprint, limit

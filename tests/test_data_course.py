@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from minbert.data.course import read_course
 from minbert.data.errors import DataError
 from minbert.data.examples import BadRow, Examples, fingerprint, limit
@@ -64,11 +65,16 @@ def test_real_folder_has_all_tasks(course_data):
 # What is read
 
 
-@given(st.lists(st.tuples(st.text(), st.text()).filter(lambda pair: all(map(str.strip, pair))), min_size=1, max_size=6))
-def test_any_text_survives_csv_quoting(tmp_path_factory, pairs):
+filled = st.text().filter(str.strip)
+
+
+@given(st.lists(st.tuples(filled, filled), min_size=1, max_size=6), st.sampled_from(["\n", "\r\n"]))
+def test_any_text_survives_csv_quoting(tmp_path_factory, pairs, ending):
     folder = tmp_path_factory.mktemp("quoting")
+    # With "\n" as the ending, Python's writer would leave "\r" unquoted, which no reader takes for text.
+    quoting = csv.QUOTE_ALL if ending == "\n" else csv.QUOTE_MINIMAL
     with (folder / STS.course.train).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+        writer = csv.writer(file, delimiter="\t", lineterminator=ending, quoting=quoting)
         writer.writerow(["", "id", "sentence1", "sentence2", "similarity"])
         for row, pair in enumerate(pairs):
             writer.writerow([row, f"id{row}", *pair, row / 2])
@@ -188,7 +194,7 @@ def test_missing_column_is_named_with_those_found(tmp_path):
         read_course(tmp_path, SST, "train")
     assert str(error.value) == f"{path} has no column 'sentiment'; its columns are '', 'id', 'sentence', 'label'."
     write(tmp_path, SST.course.train, ",id,sentence,sentiment", "0,a,good,3")
-    with pytest.raises(DataError, match="no column 'id', 'sentence', 'sentiment'.*looks comma-separated"):
+    with pytest.raises(DataError, match=r"no column 'id', 'sentence', 'sentiment'.*looks comma-separated"):
         read_course(tmp_path, SST, "train")
 
 
@@ -207,6 +213,12 @@ def test_wrong_encoding_is_located(tmp_path):
 def test_open_quote_is_located(tmp_path, row):
     sst(tmp_path, "0\ta\tgood\t3", row, "2\tc\tgood\t3")
     with pytest.raises(DataError, match=r"train\.csv:3: .*quote that is not closed"):
+        read_course(tmp_path, SST, "train", "skip")
+
+
+def test_stray_carriage_return_is_located(tmp_path):
+    sst(tmp_path, "0\ta\tgood\t3", "1\tb\tgood\rand bad\t3")
+    with pytest.raises(DataError, match=r"train\.csv:3: .*A carriage return stands in a field without quotes"):
         read_course(tmp_path, SST, "train", "skip")
 
 

@@ -4,6 +4,7 @@ import sys
 
 import numpy as np
 import pytest
+
 from minbert.data.errors import DataError, UserError
 from minbert.data.examples import BadRow
 from minbert.data.sources import available_tasks, load_examples

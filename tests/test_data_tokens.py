@@ -1,4 +1,4 @@
-"""Tokens as BERT's, vocabularies that know their texts, and a cache that several processes share and none depends on."""
+"""Tokens as BERT's, vocabularies that know their texts, and a cache that processes share and none depends on."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from minbert.data import tokens
 from minbert.data.builtin import builtin_examples
 from minbert.data.errors import UserError
@@ -72,8 +73,9 @@ def test_tokens_are_those_of_transformers(minilm, max_length):
 
 
 def test_tokens_are_those_of_transformers_on_real_sentences(minilm, course_data):
-    from minbert.data.sources import load_examples
     from transformers import BertTokenizerFast
+
+    from minbert.data.sources import load_examples
 
     texts = limit(load_examples(str(course_data), QUORA, "train"), 3000).sentences[1]
     theirs = BertTokenizerFast.from_pretrained(minilm)(texts, truncation=True, max_length=40)["input_ids"]
@@ -136,7 +138,7 @@ def test_a_vocabulary_is_read_back_and_knows_its_texts(tmp_path_factory, texts):
 def test_a_vocabulary_is_ordered_by_frequency_and_bounded():
     texts = ["The café was good, the food too", "good food", "The end"]
     vocabulary = build_vocabulary(texts, 200)
-    assert vocabulary[:9] == [*SPECIAL_TOKENS, "o", "##o", "e", "##e"]
+    assert vocabulary[:9] == [*SPECIAL_TOKENS, "o", "##o", "d", "##d"]
     assert vocabulary[-3:] == ["the", "food", "good"]
     assert build_vocabulary(reversed(texts), 200) == vocabulary
     assert "cafe" not in vocabulary  # seen once
@@ -173,6 +175,11 @@ def damage_middle(path: Path) -> None:
     path.write_bytes(content)
 
 
+def pickle_instead(path: Path) -> None:
+    with path.open("wb") as file:
+        np.save(file, np.array([{"a": 1}], dtype=object))
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -182,7 +189,7 @@ def damage_middle(path: Path) -> None:
         damage_middle,
         lambda path: np.savez(path, ids0=np.zeros(3)),
         lambda path: np.savez(path, **{f"{name}{i}": np.zeros(1, int) for name in ("ids", "offsets") for i in (0, 1)}),
-        lambda path: np.save(path.open("wb"), np.array([{"a": 1}], dtype=object)),
+        pickle_instead,
     ],
     ids=["empty", "text", "cut off", "flipped bits", "arrays missing", "wrong arrays", "pickle"],
 )
@@ -251,11 +258,11 @@ print(sum(int(column.ids.sum()) for column in split.columns), len(split))
 
 def test_of_several_processes_one_tokenises(small, tmp_path):
     command = [sys.executable, "-c", PROGRAM, str(small.directory), str(tmp_path)]
-    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
     outputs = [process.communicate(timeout=60)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * 4
+    assert [process.returncode for process in processes] == [0] * 3
     split = tokenise(builtin_examples(QUORA, "train"), small, 32)
-    assert outputs == [f"{sum(int(column.ids.sum()) for column in split.columns)} 4000\n"] * 4
+    assert outputs == [f"{sum(int(column.ids.sum()) for column in split.columns)} 4000\n"] * 3
     assert (tmp_path / "encoded").read_text() == "xx"  # the two columns, once
 
 

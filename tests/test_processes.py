@@ -186,11 +186,13 @@ def test_workers_that_ignore_sigterm_are_killed_after_a_failure(tmp_path, capfd,
     _gone(run.pids("pid"))
 
 
-def test_a_worker_that_hangs_after_its_error_is_ended_and_blamed(tmp_path, capfd):
-    body = """
-    import threading
-    threading.Thread(target=wait).start()
+@pytest.mark.parametrize("end", ["os.abort()", "wait()"])
+def test_what_happens_after_an_error_does_not_hide_it(tmp_path, capfd, end):
+    body = f"""
+    import atexit
+    atexit.register(lambda: {end})
     if RANK == 1: raise ValueError("boom")
+    wait()
 """
     code, output = Run(tmp_path, body, grace=0.2).here(capfd)
     assert code == ExitCode.FAILED and "rank 1 of 2 failed first" in output and "ValueError: boom" in output
