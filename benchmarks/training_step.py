@@ -47,7 +47,7 @@ def ours(options: Options, folder: Path):
     """The project's own step: one forward pass over all sentences, without padding."""
     from minbert.data.tokens import load_tokenizer
     from minbert.trainer.distributed import World
-    from minbert.trainer.engine import Engine, build_accelerator
+    from minbert.trainer.engine import build_accelerator, build_engine
     from minbert.trainer.optimizer import build_optimizer
     from minbert.trainer.preparation import build_plan, load_split
     from minbert.trainer.run_folder import RunFolder
@@ -65,8 +65,8 @@ def ours(options: Options, folder: Path):
     if options.model != "tiny":
         load_weights(model.bert, find_checkpoint(options.model))
     model.to(world.device).train()
-    engine = Engine(build_accelerator(config, world), model, build_optimizer(model, config.optimizer), 0.0)
-    step = TrainingStep(engine, build_plan(config, splits), splits, world, "sum", 1)
+    engine = build_engine(build_accelerator(config, world), model, build_optimizer(model, config.optimizer))
+    step = TrainingStep(engine, build_plan(config, splits), splits, world)
     return lambda number: step(number, 1.0).tokens
 
 

@@ -80,8 +80,8 @@ def _checks() -> Iterator[Check]:
     yield disk("current folder", Path.cwd(), "start elsewhere, or name another folder by --run")
     yield disk("cache folder", cache_folder(), "export MINBERT_CACHE=FOLDER")
     yield slurm_commands()
-    yield slurm_controller()
-    yield python_headers()
+    if shutil.which("scontrol"):
+        yield slurm_controller()
 
 
 @lru_cache
@@ -127,7 +127,9 @@ def other_packages() -> Check:
     core = {name: text for name, (text, pip) in requirements().items() if name not in shown and "minbert[" not in pip}
     bad = [text for name, text in core.items() if not installed(name)[1]]
     remedy = "pip install " + " ".join(f"'{text}'" for text in bad)
-    return Check(TRAINING, "other packages", not bad, ", ".join(bad) or f"{len(core)}", remedy if bad else "")
+    return Check(
+        TRAINING, "other packages", not bad, ", ".join(bad) or f"{len(core)} as required", remedy if bad else ""
+    )
 
 
 def python() -> Check:
@@ -157,10 +159,15 @@ def torch_build() -> Check:
 
 def compiler() -> Check:
     cxx = shutil.which(os.environ.get("CXX", "c++"))
-    ninja = shutil.which("ninja")
-    missing = [command for command, path in (("apt-get install g++", cxx), ("pip install ninja", ninja)) if not path]
-    remedy = "DeepSpeed compiles its operators, fastText is built from source: " + ", ".join(missing)
-    return Check(TRAINING, "compiler", None if missing else True, cxx or "missing", remedy if missing else "")
+    headers = Path(sysconfig.get_path("include"), "Python.h").exists()
+    ninja = shutil.which(
+        "ninja", path=f"{os.environ.get('PATH', '')}:{Path(sys.executable).parent}"
+    )  # where pip puts it
+    tools = {"apt-get install g++": cxx, "apt-get install python3-dev": headers, "pip install ninja": ninja}
+    missing = [command for command, there in tools.items() if not there]
+    remedy = "DeepSpeed compiles its operators, EasyNMT's fastText is built from source: " + ", ".join(missing)
+    found = f"{cxx or 'no compiler'}{'' if headers else ', no Python headers'}"
+    return Check(TRAINING, "compiler", None if missing else True, found, remedy if missing else "")
 
 
 def cuda() -> Check:
@@ -178,7 +185,7 @@ def cuda() -> Check:
 def processor() -> Check:
     flags = _read(Path("/proc/cpuinfo")).split()
     native = [flag for flag in ("amx_bf16", "avx512_bf16", "bf16") if flag in flags]
-    found = f"{len(os.sched_getaffinity(0))} cores, {f'bf16 ({native[0]})' if native else 'bf16 emulated'}"
+    found = f"{len(os.sched_getaffinity(0))} cores, bf16 {f'by {native[0]}' if native else 'emulated, and slow'}"
     return Check(TRAINING, "processor", True, found)
 
 
@@ -251,18 +258,10 @@ def slurm_controller(seconds: float = 2.0) -> Check:
     remedy = "submitting runs: check SLURM_CONF, then `systemctl status munge slurmctld` on the controller"
     try:
         answer = subprocess.run(["scontrol", "ping"], capture_output=True, text=True, timeout=seconds)
-    except FileNotFoundError:
-        return Check(SLURM, "controller", None, "unknown", "see commands")
     except subprocess.TimeoutExpired:
         return Check(SLURM, "controller", None, f"no answer in {seconds:.0f} s", remedy)
     good = answer.returncode == 0 and " UP" in answer.stdout
     return Check(SLURM, "controller", good or None, (answer.stdout or answer.stderr).strip(), "" if good else remedy)
-
-
-def python_headers() -> Check:
-    header = Path(sysconfig.get_path("include"), "Python.h")
-    remedy = "" if header.exists() else "building fastText, which EasyNMT needs: apt-get install python3-dev"
-    return Check(TRANSLATION, "Python headers", not remedy or None, "found" if not remedy else "missing", remedy)
 
 
 def _size(count: float) -> str:
@@ -278,19 +277,20 @@ def _print_json(able: bool, checks: list[Check]) -> None:
 
 
 def _print_table(able: bool, checks: list[Check]) -> None:
+    """The remedies stand below the table, one a line, to be copied."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    marks = {True: Text("ok", "green"), False: Text("FAIL", "bold red"), None: Text("note", "yellow")}
-    table = Table(show_edge=False, pad_edge=False)
-    for column in ("", "", "found", "what for, and what mends it"):
-        table.add_column(column, overflow="fold")
+    console = Console(highlight=False, markup=False)
+    marks = {True: "ok", False: "FAIL", None: "note"}
+    styles = {True: "green", False: "bold red", None: "yellow"}
+    table = Table("section", "", "what", "found", box=None, header_style="dim")
     for section in SECTIONS:
-        table.add_row(Text(section, "bold"))
-        for check in (check for check in checks if check.section == section):
-            table.add_row(marks[check.ok], Text(check.name), Text(check.found), Text(check.remedy))
-        table.add_section()
-    console = Console()
+        for index, check in enumerate(check for check in checks if check.section == section):
+            mark = Text(marks[check.ok], styles[check.ok])
+            table.add_row(section if index == 0 else "", mark, check.name, Text(check.found))
     console.print(table)
+    for check in (check for check in checks if check.remedy):
+        console.print(f"{marks[check.ok]}: {check.name}: {check.remedy}", style=styles[check.ok], soft_wrap=True)
     console.print("Training can run here." if able else "Training cannot run here: mend what says FAIL.")

@@ -48,8 +48,7 @@ def _take(arguments: list[str], option: str) -> tuple[list[str], str | None]:
     for index, argument in enumerate(arguments):
         if argument == option:
             if index + 1 == len(arguments):
-                print(f"minbert: {option} needs a value", file=sys.stderr)
-                raise SystemExit(ExitCode.USER_MISTAKE)
+                raise UserError(f"{option} needs a value")
             return arguments[:index] + arguments[index + 2 :], arguments[index + 1]
         if argument.startswith(f"{option}="):
             return arguments[:index] + arguments[index + 1 :], argument.partition("=")[2]

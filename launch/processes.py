@@ -92,6 +92,9 @@ class Worker:
             self.status, self.ended = self.process.wait(), time.time()
         return self.status is None
 
+    def send(self, number: int) -> None:
+        os.kill(self.process.pid, number)  # Popen's send_signal would reap it behind our back
+
     def in_trouble(self) -> bool:
         """Failed, or about to: a worker may hang on its way out after it wrote its error."""
         return self.status not in (None, ExitCode.FINISHED, ExitCode.INTERRUPTED) or self.error.exists()
@@ -205,6 +208,7 @@ def _start(command: Sequence[str], rank: int, log_dir: Path, environment: Mappin
     ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), ERROR_FILE: str(error.absolute())}
     log = log_dir / f"rank-{rank}.log" if rank else None
     output = log.open("ab") if log else None
+    start = output.tell() if output else 0
     launcher, libc = os.getpid(), ctypes.CDLL(None)
 
     def die_with_launcher() -> None:
@@ -221,7 +225,6 @@ def _start(command: Sequence[str], rank: int, log_dir: Path, environment: Mappin
         start_new_session=True,
         preexec_fn=die_with_launcher,  # the store's thread runs no Python
     )
-    start = output.tell() if output else 0
     if output:
         output.close()
     return Worker(rank, process, log, start, error)
@@ -237,7 +240,7 @@ def _watch(workers: Sequence[Worker], requests: list[int], grace: float) -> list
             if sum(number in (signal.SIGINT, signal.SIGTERM) for number in forwarded) > 2:
                 forwarded.append(signal.SIGKILL)
             for worker in alive:
-                worker.process.send_signal(forwarded[-1])
+                worker.send(forwarded[-1])
         now = time.monotonic()
         if trouble is None and any(worker.in_trouble() for worker in workers):
             trouble, deadline, notice = now, now + grace, now + PATIENCE
@@ -245,7 +248,7 @@ def _watch(workers: Sequence[Worker], requests: list[int], grace: float) -> list
             stop = signal.SIGKILL if alive[0].stopped else signal.SIGTERM
             for worker in alive:
                 worker.stopped = True
-                worker.process.send_signal(stop)
+                worker.send(stop)
             deadline = now + TERM_GRACE
         elif trouble is not None and now > notice and not alive[0].stopped:
             _say(f"a rank failed; those still running are stopped in {deadline - now:.0f} s")

@@ -1,6 +1,5 @@
 """What a trained model makes of a run's splits: scores, and the course's prediction files."""
 
-import torch
 from rich.console import Console
 
 from minbert.data.tasks import TASKS, Split
@@ -8,7 +7,7 @@ from minbert.trainer.config import RunConfig
 from minbert.trainer.distributed import World, pick_device
 from minbert.trainer.evaluation import overall, predict, score
 from minbert.trainer.prediction_files import prediction_file_name, write_predictions
-from minbert.trainer.preparation import load_examples_of, load_split
+from minbert.trainer.preparation import load_split
 from minbert.trainer.progress import score_table
 from minbert.trainer.run_folder import RunFolder
 from minbert.trainer.saved_model import load_model

@@ -286,6 +286,13 @@ def test_environment_and_logs(tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_the_cores_are_shared_out(tmp_path, monkeypatch, capfd):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    command = [sys.executable, "-c", "import os; print(os.environ['OMP_NUM_THREADS'])"]
+    assert launch(command, 2, tmp_path) == ExitCode.FINISHED
+    assert capfd.readouterr().out == f"{max(1, len(os.sched_getaffinity(0)) // 2)}\n"
+
+
 def test_fewer_than_one_process_is_the_users_mistake(tmp_path):
     with pytest.raises(UserError, match="at least one"):
         launch(["true"], 0, tmp_path)

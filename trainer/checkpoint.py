@@ -11,7 +11,10 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from minbert.data.errors import UserError
+from minbert.trainer.aggregators import Aggregator
 from minbert.trainer.distributed import World
 from minbert.trainer.engine import Engine
 
@@ -26,6 +29,7 @@ class TrainingState:
     best_score: float = float("-inf")
     best_step: int = 0
     stale_evaluations: int = 0  # since the best one
+    skipped: int = 0  # steps in a row, up to now
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,15 @@ class Topology:
     zero_stage: int | None
 
 
-def save(folder: Path, engine: Engine, state: TrainingState, topology: Topology, world: World, keep: int) -> None:
+def save(
+    folder: Path,
+    engine: Engine,
+    aggregator: Aggregator,
+    state: TrainingState,
+    topology: Topology,
+    world: World,
+    keep: int,
+) -> None:
     """Write checkpoint `step-N`; then remove all but the newest `keep`. Collective."""
     final, temporary = folder / f"step-{state.step:08d}", folder / f"step-{state.step:08d}.tmp"
     if final.exists():
@@ -48,6 +60,7 @@ def save(folder: Path, engine: Engine, state: TrainingState, topology: Topology,
     engine.accelerator.save_state(str(temporary))
     world.barrier()
     if world.is_main:
+        torch.save(aggregator.state_dict(), temporary / "aggregator.pt")  # the same on all processes
         described = {"state": asdict(state), "topology": asdict(topology)}
         (temporary / "state.json").write_text(json.dumps(described, indent=2) + "\n")
         os.replace(temporary, final)
@@ -56,7 +69,9 @@ def save(folder: Path, engine: Engine, state: TrainingState, topology: Topology,
     world.barrier()
 
 
-def load(folder: Path, engine: Engine, topology: Topology, world: World) -> TrainingState | None:
+def load(
+    folder: Path, engine: Engine, aggregator: Aggregator, topology: Topology, world: World
+) -> TrainingState | None:
     """Restore the newest checkpoint into the engine, or return None where there is none. Collective."""
     newest = world.broadcast(checkpoints(folder)[-1] if world.is_main and checkpoints(folder) else None)
     if newest is None:
@@ -66,6 +81,7 @@ def load(folder: Path, engine: Engine, topology: Topology, world: World) -> Trai
     if saved != topology:
         raise UserError(f"{newest} was written by {_name(saved)}; resume it so, not with {_name(topology)}")
     engine.accelerator.load_state(str(newest))
+    aggregator.load_state_dict(torch.load(newest / "aggregator.pt", weights_only=True))
     return TrainingState(**described["state"])
 
 

@@ -17,6 +17,7 @@ from minbert.data.errors import UserError
 from minbert.data.examples import BadRows
 from minbert.data.plan import Schedule
 from minbert.data.tasks import TASKS
+from minbert.trainer.aggregators import parse_method
 
 TaskName = Literal["sst", "quora", "sts", "cfimdb"]
 assert set(get_args(TaskName)) == set(TASKS)
@@ -105,8 +106,18 @@ class BatchConfig(Section):
     """Parts in which a step's batch goes through the model, to save memory; the result is the same."""
     task_schedule: Schedule = "all"
     """Tasks of a step: all of them, or one in turn, or one drawn by the size of its data."""
-    aggregator: Literal["sum"] = "sum"
-    """How the tasks' gradients become one."""
+    aggregator: str = "sum"
+    """How the tasks become one update: a name, name:option=value, or package.module:function. Losses only: sum,
+    uncertainty, dwa, famo, random. Gradient surgery: pcgrad, gradvac, mgda, cagrad, imtl_g, aligned_mtl, upgrad,
+    dualproj, nash_mtl, fairgrad, config, graddrop."""
+    task_weights: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    """A fixed factor for each task's loss, in the order of `tasks`."""
+    surgery_scope: Literal["encoder", "layer"] = "encoder"
+    """Whether gradient surgery weighs the tasks once for the encoder or for each of its layers."""
+    measure_every: Annotated[int, Field(ge=1)] | None = None
+    """Steps between measurements of the tasks' gradient conflicts; surgery has them at every logged step anyway."""
+    max_skipped: Annotated[int, Field(ge=1)] = 10
+    """Stop after this many steps in a row that were skipped because a gradient was not finite."""
 
 
 class BudgetConfig(Section):
@@ -174,14 +185,46 @@ class RunConfig(Section):
             raise ValueError(
                 f"accumulation={self.batch.accumulation} parts of a batch_size={self.batch.batch_size} would be empty"
             )
+        try:
+            _, method, _ = parse_method(self.batch.aggregator)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        if self.batch.aggregator != "sum" and self.batch.task_schedule != "all":
+            raise ValueError(
+                f"aggregator={self.batch.aggregator} weighs the tasks of a step against each other, "
+                f"so it needs task_schedule=all, not {self.batch.task_schedule}"
+            )
+        if self.batch.surgery_scope == "layer" and method.source != "gramian":
+            raise ValueError(f"surgery_scope=layer needs gradient surgery, which {self.batch.aggregator} is not")
+        if self.batch.task_weights is not None and len(self.batch.task_weights) != len(self.corpus.tasks):
+            raise ValueError(f"task_weights needs one number for each of {', '.join(self.corpus.tasks)}")
         if len(set(self.corpus.tasks)) < len(self.corpus.tasks):
             raise ValueError(f"tasks names a task twice: {', '.join(self.corpus.tasks)}")
         return self
 
+    @property
+    def trains_tasks_apart(self) -> bool:
+        """Whether some backward passes are for one task only."""
+        surgery = parse_method(self.batch.aggregator)[1].source != "losses"
+        return surgery or self.batch.measure_every is not None or self.batch.task_schedule != "all"
+
 
 # Options by which a resumed run may differ from what its folder says.
 MAY_CHANGE = frozenset(
-    "epochs steps extend_to eval_every patience save_every keep log_every trackers cache eval_limit".split()
+    [
+        "epochs",
+        "steps",
+        "extend_to",
+        "eval_every",
+        "patience",
+        "save_every",
+        "keep",
+        "log_every",
+        "trackers",
+        "cache",
+        "eval_limit",
+        "max_skipped",
+    ]
 )
 
 SECTIONS: dict[str, type[Section]] = {

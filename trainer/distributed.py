@@ -71,6 +71,10 @@ def start(parallel: ParallelConfig) -> World:
     return World(rank, size, device)
 
 
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -1,62 +1,104 @@
 """The wrapped model and optimizer: plain PyTorch, data parallel, or DeepSpeed ZeRO, behind the same few verbs.
 
-Accelerate prepares all of them. The training step calls the engine forward, backward and step, and never asks which one
-it is.
+Accelerate prepares all of them. The training step asks an engine for outputs, for a backward pass, for the gradient that
+this left, reduced over the processes and cut as the back end cuts it, and for an update with a gradient that it hands
+back. So whatever is done to gradients is written once, for every number of processes and every ZeRO stage.
 """
 
 import contextlib
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
 from minbert.data.batch import Batch
 from minbert.trainer.config import RunConfig
-from minbert.trainer.distributed import World
+from minbert.trainer.distributed import World, world_size
 from minbert.trainer.model import MultitaskModel
 from minbert.trainer.optimizer import set_rate
+
+# One entry per shard. None where a parameter had no part in the backward pass; counts as zero.
+Gradient = list[Tensor | None]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The coordinates that this process holds of a parameter: [start, start + length) of it, flattened."""
+
+    name: str
+    start: int
+    length: int
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the parameter belongs to the encoder, which the tasks share."""
+        return self.name.startswith("bert.")
+
+    @property
+    def layer(self) -> str:
+        """The part of the encoder that it belongs to: `embeddings`, `layer 0`, ..., `pooler`."""
+        if match := re.match(r"bert\.layers\.(\d+)\.", self.name):
+            return f"layer {match[1]}"
+        return self.name.split(".")[1]
 
 
 def build_accelerator(config: RunConfig, world: World, **kwargs: Any) -> Accelerator:
     """Accelerate's view of this run. `kwargs` go to Accelerator (trackers)."""
-    stage = config.parallel.zero_stage
-    if stage is None:
-        # A step that trains one task leaves the other tasks' heads without a gradient.
-        unused = DistributedDataParallelKwargs(find_unused_parameters=config.batch.task_schedule != "all")
+    if config.parallel.zero_stage is None:
+        # A backward pass for one task leaves the other tasks' heads without a gradient.
+        unused = DistributedDataParallelKwargs(find_unused_parameters=config.trains_tasks_apart)
         return Accelerator(cpu=world.device.type == "cpu", kwargs_handlers=[unused], **kwargs)
-    plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(stage, config.optimizer.clip if stage else 0.0))
-    # Not `cpu=True`: Accelerate would leave DeepSpeed out; it finds the CPU by itself.
+    plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(config.parallel.zero_stage))
+    if world.device.type == "cpu":
+        # On a CPU, Accelerate either sees the other processes (cpu=True) or DeepSpeed. The state of the processes is
+        # its own object, so it can be set up with the one before the accelerator is with the other.
+        PartialState(cpu=True)
     return Accelerator(deepspeed_plugin=plugin, **kwargs)
 
 
-def deepspeed_config(stage: int, clip: float) -> dict:
-    """DeepSpeed's configuration. Batches are cut, accumulated and scaled by the training step, so DeepSpeed is told
-    of single micro-batches; arithmetic stays fp32 for it, as the model lowers its own."""
+def deepspeed_config(stage: int) -> dict:
+    """DeepSpeed's configuration. Batches are cut, accumulated and scaled by the training step and gradients are clipped
+    there, so DeepSpeed is told of single micro-batches; arithmetic stays fp32 for it, as the model lowers its own."""
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": clip,  # DeepSpeed's own default would be 1.0
+        "gradient_clipping": 0.0,  # its own default is 1.0
         "zero_optimization": {"stage": stage, "overlap_comm": False},
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 2**62,
     }
 
 
-class Engine:
-    """A model that can be called, differentiated and stepped."""
+def build_engine(accelerator: Accelerator, model: MultitaskModel, optimizer: torch.optim.Optimizer) -> "Engine":
+    """The engine for what Accelerate was set up for."""
+    assert accelerator.num_processes == world_size(), "Accelerate does not see all processes"
+    plugin = accelerator.state.deepspeed_plugin
+    stage = plugin.zero_stage if plugin else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        prepared = accelerator.prepare(model, optimizer)
+    if stage is None:
+        return Engine(accelerator, *prepared)
+    from minbert.trainer.zero import Zero3Engine, ZeroEngine, ZeroStage0Engine
 
-    def __init__(self, accelerator: Accelerator, model: MultitaskModel, optimizer: torch.optim.Optimizer, clip: float):
-        self.accelerator, self.clip = accelerator, clip
-        self.stage: int | None = None
-        if plugin := accelerator.state.deepspeed_plugin:
-            self.stage = plugin.zero_stage
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            self.model, self.optimizer = accelerator.prepare(model, optimizer)
+    return {0: ZeroStage0Engine, 1: ZeroEngine, 2: ZeroEngine, 3: Zero3Engine}[stage](accelerator, *prepared)
+
+
+class Engine:
+    """Plain PyTorch on one process, or data parallel on several: every process holds the whole gradient."""
+
+    is_sharded = False
+
+    def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Any):
+        self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
+        self.parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        self.shards: list[Shard] = self._shards()
 
     @property
     def module(self) -> MultitaskModel:
@@ -66,50 +108,39 @@ class Engine:
     def __call__(self, batches: Mapping[str, Batch]) -> dict[str, Tensor]:
         return self.model(batches)
 
-    def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradient of `loss`, which is reduced over the processes with the `last` one before a step.
-
-        The reduction is a mean: a loss that should be summed over processes must come multiplied by their number.
-        """
-        if self.stage is None:
-            loss.backward()
-        else:
-            # accelerator.backward would step the engine, too.
-            self.model.set_gradient_accumulation_boundary(last)
-            self.model.backward(loss)
-
     def accumulating(self, last: bool) -> contextlib.AbstractContextManager:
-        """Context of a forward and backward pass: data parallelism reduces in the last one only."""
-        if self.stage is None and not last:
-            return self.accelerator.no_sync(self.model)
-        return contextlib.nullcontext()
+        """Context of one of several forward and backward passes that add up; the `last` one reduces."""
+        return contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
 
-    def step(self, rate_factor: float) -> float | Tensor:
-        """Clip, update with `rate_factor` times the peak learning rates, clear; returns the norm before clipping."""
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradient of `loss`; the `last` pass averages the sum over the processes.
+
+        A loss that should be summed over processes must come multiplied by their number.
+        """
+        loss.backward()
+
+    def take(self) -> Gradient:
+        """The reduced gradient since the last call, in the order of `shards`; the engine forgets it."""
+        gradient = [parameter.grad for parameter in self.parameters.values()]
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        return gradient
+
+    def update(self, gradient: Gradient, rate_factor: float) -> None:
+        """One optimizer step with this gradient and `rate_factor` times the peak learning rates.
+
+        Parameters without a gradient get zeros, as a flat shard has them, so that moments decay alike at every stage.
+        """
         set_rate(self.optimizer, rate_factor)
-        if self.stage:
-            self.model.step()
-            if self.stage == 3:
-                # A parameter that a step does not use would keep the last step's gradient there.
-                self.model.optimizer.grad_partitions_flat_buffer.zero_()
-            return self.model.get_global_grad_norm()
-        # Stage 0 reports no norm, so it is clipped here like plain PyTorch.
-        norm = nn.utils.clip_grad_norm_(self._filled_parameters(), self.clip or float("inf"))
-        if self.stage is None:
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        else:
-            self.model.step()
-        return norm
+        for parameter, part in zip(self.parameters.values(), gradient, strict=True):
+            parameter.grad = torch.zeros_like(parameter) if part is None else part
+        self._step()
 
-    def _filled_parameters(self) -> list[nn.Parameter]:
-        """Trainable parameters; those that this step did not use get a gradient of zero, as a flat shard has it, so
-        that their moments decay alike whatever the stage."""
-        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        return parameters
+    def sum_over_shards(self, value: Tensor) -> Tensor:
+        """The sum over the whole gradient of what each process computed from its shards; identical on all."""
+        if self.is_sharded and self.accelerator.num_processes > 1:
+            torch.distributed.all_reduce(value)
+        return value
 
     def train(self) -> None:
         self.model.train()
@@ -129,9 +160,22 @@ class Engine:
                     state[name] = parameter.detach().cpu().clone()
         return state
 
-    def _gathered(self, parameter: nn.Parameter) -> contextlib.AbstractContextManager:
-        if self.stage != 3:
-            return contextlib.nullcontext()
-        import deepspeed
+    def _shards(self) -> list[Shard]:
+        return [Shard(name, 0, parameter.numel()) for name, parameter in self.parameters.items()]
 
-        return deepspeed.zero.GatheredParameters(parameter)
+    def _step(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _gathered(self, parameter: nn.Parameter) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
+
+def gradient_norm(engine: Engine, gradient: Sequence[Tensor | None]) -> float:
+    """Euclidean norm of a gradient over all shards. Collective."""
+    parts = [part for part in gradient if part is not None and part.numel()]
+    device = engine.accelerator.device
+    squares = torch.zeros((), dtype=torch.float64, device=device)
+    if parts:
+        squares = torch.stack(torch._foreach_norm(parts)).double().square().sum()
+    return float(engine.sum_over_shards(squares).sqrt())

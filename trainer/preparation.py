@@ -14,10 +14,17 @@ from minbert.data.examples import Examples, limit
 from minbert.data.plan import BatchPlan
 from minbert.data.sources import available_tasks, load_examples
 from minbert.data.tasks import TASKS, Split
-from minbert.data.tokens import Tokenizer, build_vocabulary, default_cache_dir, load_tokenizer, tokenise, write_vocabulary
+from minbert.data.tokens import (
+    Tokenizer,
+    build_vocabulary,
+    default_cache_dir,
+    load_tokenizer,
+    tokenise,
+    write_vocabulary,
+)
 from minbert.trainer.bert import BertConfig
-from minbert.trainer.config import MAY_CHANGE, RunConfig, flatten
 from minbert.trainer.checkpoint import checkpoints
+from minbert.trainer.config import MAY_CHANGE, RunConfig, flatten
 from minbert.trainer.run_folder import RunFolder
 from minbert.trainer.weights import TINY, find_checkpoint, read_config, write_shape
 

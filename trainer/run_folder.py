@@ -1,10 +1,11 @@
 """The run folder: everything a run is and leaves behind, in one place.
 
-    config.yaml       the resolved configuration          metrics.jsonl    a line per logged step and evaluation
-    environment.json  versions, machine, command          logs/            one file per rank
-    code.diff         uncommitted changes of the code     tensorboard/     the same metrics for TensorBoard
-    encoder/          the encoder's shape and tokenizer   checkpoints/     what resuming needs
-    best.safetensors  the model with the best score       predictions/     the course's prediction files
+config.yaml       the resolved configuration          metrics.jsonl    a line per logged step and evaluation
+environment.json  versions, machine, command          logs/            one file per rank
+code.diff         uncommitted changes of the code     tensorboard/     the same metrics for TensorBoard
+encoder/          the encoder's shape and tokenizer   checkpoints/     what resuming needs
+best.safetensors  the model with the best score       predictions/     the course's prediction files
+gramians.jsonl    inner products of the tasks' gradients, layer by layer
 """
 
 import json
@@ -34,6 +35,7 @@ class RunFolder:
         self.path = path
         self.config_file = path / "config.yaml"
         self.metrics_file = path / "metrics.jsonl"
+        self.gramians_file = path / "gramians.jsonl"
         self.encoder = path / "encoder"
         self.logs = path / "logs"
         self.trackers = path / "tensorboard"

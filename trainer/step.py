@@ -1,27 +1,37 @@
-"""The training step, as the method reads: batches, one loss per task, their aggregate, its gradient, one update."""
+"""The training step, as the method reads: batches, one loss per task, one gradient per task, aggregate, step.
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+Methods that need only the losses (the plain sum, learned or random weights) take the gradient of one weighted sum, in
+one backward pass. Gradient surgery takes one gradient per task, each reduced over the processes, and combines them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from minbert.data.batch import Batch, TokenisedSplit, make_batch
 from minbert.data.plan import BatchPlan, share
-from minbert.trainer.aggregation import AGGREGATORS
+from minbert.trainer.aggregators import Aggregator
 from minbert.trainer.distributed import World
-from minbert.trainer.engine import Engine
+from minbert.trainer.engine import Engine, Gradient, gradient_norm
 from minbert.trainer.model import example_losses
+from minbert.trainer.surgery import Gramians, combine, drop_signs, gramians, shared_layers
 
 
-@dataclass(frozen=True)
+@dataclass
 class StepResult:
-    """Losses per task (means over the global batch, still on the device and this process's part of them only),
-    gradient norm before clipping, tokens that this process handled."""
+    """What a step did. `losses`: each task's mean over the global batch. `grad_norm`: before clipping.
 
-    losses: dict[str, Tensor]
-    grad_norm: float | Tensor
-    tokens: int
+    `skipped` says why the model was not updated, if so. `weights` and `gramians` are there if the step looked at them.
+    """
+
+    losses: dict[str, float]
+    tokens: int  # of this process
+    grad_norm: float = float("nan")
+    skipped: str | None = None
+    weights: dict[str, float] = field(default_factory=dict)
+    gramians: Gramians | None = None
 
 
 class TrainingStep:
@@ -33,37 +43,154 @@ class TrainingStep:
         plan: BatchPlan,
         splits: Mapping[str, TokenisedSplit],
         world: World,
-        aggregator: str,
-        accumulation: int,
+        aggregator: str = "sum",
+        accumulation: int = 1,
+        task_weights: Mapping[str, float] | None = None,
+        clip: float = 0.0,
+        per_layer: bool = False,
     ):
         self.engine, self.plan, self.splits, self.world = engine, plan, splits, world
-        self.aggregate, self.accumulation = AGGREGATORS[aggregator], accumulation
+        self.accumulation, self.clip, self.per_layer = accumulation, clip, per_layer
+        self.task_weights = task_weights or {}
+        self.layers = shared_layers(list(engine.parameters))
+        groups = max(1, len(self.layers)) if per_layer else 1
+        self.aggregator = Aggregator(aggregator, len(plan.names), plan.seed, groups)
 
-    def __call__(self, step: int, rate_factor: float) -> StepResult:
-        totals: dict[str, Tensor] = {}
-        tokens = 0
-        for batches, last in self.batches(step):
-            with self.engine.accumulating(last):
-                outputs = self.engine(batches)
-                losses = {name: self._loss(name, outputs[name], batch) for name, batch in batches.items()}
-                # Processes average their gradients; what they hold are parts of a sum.
-                self.engine.backward(self.aggregate(losses) * self.world.size, last)
-            for name, loss in losses.items():
-                totals[name] = totals.get(name, 0.0) + loss.detach()
-            tokens += sum(len(batch.sentences.input_ids) for batch in batches.values())
-        return StepResult(totals, self.engine.step(rate_factor), tokens)
+    def __call__(self, step: int, rate_factor: float, measure: bool = False) -> StepResult:
+        """Train on step `step`'s batches. `measure` asks for the Gramian though the method may not need it."""
+        self._tokens = 0
+        if self.aggregator.source == "losses" and not measure:
+            result, gradient = self._weighted_losses(step)
+        else:
+            result, gradient = self._surgery(step)
+        if not result.skipped:
+            self._update(gradient, rate_factor, result)
+        if self.aggregator.wants_losses_after and not result.skipped:
+            self.aggregator.observe(self._losses_without_gradient(step))
+        return result
 
-    def batches(self, step: int) -> Iterator[tuple[dict[str, Batch], bool]]:
-        """This process's slices of the step's batches, in `accumulation` parts; and whether a part is the last."""
-        rows = {name: self.plan.rows(name, step) for name in self.plan.tasks(step)}
+    def _weighted_losses(self, step: int) -> tuple[StepResult, Gradient]:
+        """The gradient of the weighted sum of losses."""
+        names = self.plan.tasks(step)
+        weights = None if self.aggregator.name == "sum" else self._weigh_losses(step)
+        totals = dict.fromkeys(names, 0.0)
         for part in range(self.accumulation):
-            batches = {}
-            for name, all_rows in rows.items():
-                mine = share(share(all_rows, part, self.accumulation), self.world.rank, self.world.size)
-                batches[name] = make_batch(self.splits[name], mine, len(all_rows)).to(self.world.device)
-            yield batches, part == self.accumulation - 1
+            batches, last = self.batches(names, step, part), part == self.accumulation - 1
+            with self.engine.accumulating(last):
+                losses = self._losses(batches)
+                if weights is None and self.aggregator.name != "sum":  # one part: its losses are the step's
+                    weights = self._agree(self.aggregator.from_losses(self._global(losses), step))
+                total = sum(losses[name] * self._weight(weights, name) for name in names)
+                # Processes average their gradients; what they hold are parts of a sum.
+                self.engine.backward(total * self.world.size, last)
+            totals = {name: totals[name] + losses[name].detach() for name in names}
+        gradient = self.engine.take()
+        result = StepResult(_named(names, self._global(totals)), self._tokens)
+        result.weights = {name: self._weight(weights, name) for name in names}
+        return result, gradient
 
-    def _loss(self, name: str, outputs: Tensor, batch: Batch) -> Tensor:
-        """This process's part of the mean loss over the global batch."""
-        losses = example_losses(self.engine.module.tasks[name], outputs, batch.labels)
-        return torch.dot(losses, batch.weights) / batch.global_size
+    def _surgery(self, step: int) -> tuple[StepResult, Gradient]:
+        """One gradient per task, and their combination."""
+        names = self.plan.tasks(step)
+        gradients, totals = [], {}
+        for name in names:
+            totals[name] = 0.0
+            for part in range(self.accumulation):
+                batches, last = self.batches((name,), step, part), part == self.accumulation - 1
+                with self.engine.accumulating(last):
+                    loss = self._losses(batches)[name]
+                    self.engine.backward(loss * self.world.size * self.task_weights.get(name, 1.0), last)
+                totals[name] += loss.detach()
+            gradients.append(self.engine.take())
+        losses = self._global(totals)
+        products = gramians(self.engine, gradients, self.layers)
+        result = StepResult(_named(names, losses), self._tokens, gramians=products)
+        broken = [name for name, square in zip(names, products.encoder.diagonal()) if not square.isfinite()]
+        if broken:
+            result.skipped = f"the gradient of {' and '.join(broken)} is not finite"
+            return result, []
+        if self.aggregator.source == "coordinates":
+            return result, drop_signs(self.engine.shards, gradients, self.plan.seed * 1_000_003 + step)
+        weights = self._agree(self._weights(products, losses, step))
+        by_layer = weights if weights.ndim == 2 else weights.expand(len(self.layers), -1)
+        heads = torch.ones(len(names))  # surgery is for what the tasks share
+        if self.aggregator.source == "losses":
+            heads = weights
+        result.weights = _named(names, weights if weights.ndim == 1 else weights.mean(0))
+        per_task = [dict(zip(self.layers, column.tolist())) for column in by_layer.T]
+        return result, combine(self.engine.shards, gradients, per_task, heads.tolist())
+
+    def _weights(self, products: Gramians, losses: Tensor, step: int) -> Tensor:
+        """Weights (T,), or (L, T) with surgery per layer."""
+        if len(losses) == 1 or self.aggregator.name == "sum":
+            return torch.ones(len(losses), dtype=torch.float64)
+        if self.aggregator.source == "losses":
+            return self.aggregator.from_losses(losses, step)
+        if not self.layers:  # a frozen encoder: the tasks share nothing
+            return torch.ones(len(losses), dtype=torch.float64)
+        return self.aggregator.from_gramian(products.by_layer if self.per_layer else products.encoder, step)
+
+    def _update(self, gradient: Gradient, rate_factor: float, result: StepResult) -> None:
+        """Clip and step; or skip, if the gradient is not finite."""
+        result.grad_norm = gradient_norm(self.engine, gradient)
+        if not result.grad_norm < float("inf"):
+            broken = [name for name, loss in result.losses.items() if not abs(loss) < float("inf")]
+            result.skipped = f"the gradient is not finite{', nor the loss of ' if broken else ''}{' and '.join(broken)}"
+            return
+        if self.clip and result.grad_norm > self.clip:
+            scale = self.clip / (result.grad_norm + 1e-6)
+            torch._foreach_mul_([part for part in gradient if part is not None], scale)
+        self.engine.update(gradient, rate_factor)
+
+    def batches(self, names: tuple[str, ...], step: int, part: int) -> dict[str, Batch]:
+        """This process's slice of part `part` of the step's batches."""
+        batches = {}
+        for name in names:
+            rows = self.plan.rows(name, step)
+            mine = share(share(rows, part, self.accumulation), self.world.rank, self.world.size)
+            batches[name] = make_batch(self.splits[name], mine, len(rows)).to(self.world.device)
+            self._tokens += len(batches[name].sentences.input_ids)
+        return batches
+
+    def _losses(self, batches: Mapping[str, Batch]) -> dict[str, Tensor]:
+        """This process's part of each task's mean loss over the global batch."""
+        outputs = self.engine(batches)
+        tasks = self.engine.module.tasks
+        return {
+            name: torch.dot(example_losses(tasks[name], outputs[name], batch.labels), batch.weights) / batch.global_size
+            for name, batch in batches.items()
+        }
+
+    def _weigh_losses(self, step: int) -> Tensor | None:
+        """The weights of an accumulated step, whose losses must be known before the first part's backward pass."""
+        if self.accumulation == 1:
+            return None
+        return self._agree(self.aggregator.from_losses(self._losses_without_gradient(step), step))
+
+    @torch.no_grad()
+    def _losses_without_gradient(self, step: int) -> Tensor:
+        names = self.plan.tasks(step)
+        totals = dict.fromkeys(names, 0.0)
+        for part in range(self.accumulation):
+            losses = self._losses(self.batches(names, step, part))
+            totals = {name: totals[name] + losses[name] for name in names}
+        return self._global(totals)
+
+    def _global(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """The tasks' losses (T,) over all processes, float64 on the CPU."""
+        return self.world.sum(torch.stack([loss.detach().double() for loss in losses.values()])).cpu()
+
+    def _weight(self, weights: Tensor | None, name: str) -> float:
+        own = 1.0 if weights is None else float(weights[self.plan.names.index(name)])
+        return own * self.task_weights.get(name, 1.0)
+
+    def _agree(self, weights: Tensor) -> Tensor:
+        """Rank 0's weights: solvers on other machines may differ in the last digit, and the model must not."""
+        if self.world.size > 1:
+            weights = weights.to(self.world.device)
+            torch.distributed.broadcast(weights, src=0)
+        return weights.cpu()
+
+
+def _named(names: tuple[str, ...], values: Tensor) -> dict[str, float]:
+    return dict(zip(names, values.tolist(), strict=True))

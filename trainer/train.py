@@ -2,24 +2,24 @@
 
 import logging
 import random
-from collections import defaultdict
 from collections.abc import Mapping
 from enum import Enum
 from functools import partial
-from time import perf_counter
 
 import numpy as np
 import torch
 
 from minbert.data.batch import TokenisedSplit
-from minbert.data.plan import BatchPlan
+from minbert.data.errors import UserError
 from minbert.data.tokens import load_tokenizer
 from minbert.trainer import checkpoint, distributed
 from minbert.trainer.checkpoint import Topology, TrainingState
 from minbert.trainer.config import RunConfig, flatten
+from minbert.trainer.conflicts import append_gramians, summary
 from minbert.trainer.distributed import World
-from minbert.trainer.engine import Engine, build_accelerator
+from minbert.trainer.engine import Engine, build_accelerator, build_engine
 from minbert.trainer.evaluation import evaluate
+from minbert.trainer.metrics import MetricsWindow
 from minbert.trainer.optimizer import build_optimizer, rate_factor
 from minbert.trainer.preparation import build_plan, load_split
 from minbert.trainer.progress import Progress
@@ -64,11 +64,21 @@ class Training:
         self.engine = self._build_engine()
         self.topology = Topology(world.size, config.parallel.zero_stage)
         self.training_step = TrainingStep(
-            self.engine, self.plan, train_splits, world, config.batch.aggregator, config.batch.accumulation
+            self.engine,
+            self.plan,
+            train_splits,
+            world,
+            aggregator=config.batch.aggregator,
+            accumulation=config.batch.accumulation,
+            task_weights=dict(zip(config.corpus.tasks, config.batch.task_weights or ())),
+            clip=config.optimizer.clip,
+            per_layer=config.batch.surgery_scope == "layer",
         )
+        if not self.training_step.layers and self.training_step.aggregator.source != "losses":
+            log.warning("the encoder is frozen, so the tasks share nothing: %s is a plain sum", config.batch.aggregator)
         self.state = self._restore()
         self.progress = Progress(self.total_steps, enabled=world.is_main)
-        self._window = LossWindow(config.corpus.tasks, world)
+        self._window = MetricsWindow(world)
 
     def run(self) -> Outcome:
         """Train until the budget, early stopping or a request to stop ends it."""
@@ -98,13 +108,37 @@ class Training:
                 return Outcome.INTERRUPTED
 
     def _train_one_step(self) -> None:
-        state = self.state
-        result = self.training_step(state.step, self._rate_factor(state.step))
+        state, batch = self.state, self.config.batch
+        logged = (state.step + 1) % self.config.log_every == 0
+        measured = batch.measure_every is not None and (state.step + 1) % batch.measure_every == 0
+        factor = self._rate_factor(state.step)
+        result = self.training_step(state.step, factor, measured)
         state.step += 1
+        self._notice_skipped(result)
         self._window.add(result)
-        if state.step % self.config.log_every == 0:
-            self._log({"step": state.step} | self._window.close() | {"lr": self.config.optimizer.lr * self._rate_factor(state.step - 1)})
+        if logged or measured:
+            rates = {"lr": self.config.optimizer.lr * factor, "head_lr": self.config.optimizer.head_lr * factor}
+            self._log({"step": state.step} | self._window.close() | rates | summary(result))
+            if self.world.is_main:
+                append_gramians(self.folder.gramians_file, state.step, result)
+        if state.step % self.plan.steps_per_epoch == 0:
+            self.training_step.aggregator.end_epoch()
         self.progress.advance(state.step)
+
+    def _notice_skipped(self, result: StepResult) -> None:
+        """Log a skipped step; give up on a run that keeps skipping."""
+        if not result.skipped:
+            self.state.skipped = 0
+            return
+        self.state.skipped += 1
+        losses = ", ".join(f"{name} {loss:g}" for name, loss in result.losses.items())
+        log.warning("step %d skipped: %s (losses: %s)", self.state.step, result.skipped, losses)
+        if self.state.skipped >= self.config.batch.max_skipped:
+            raise UserError(
+                f"the last {self.state.skipped} steps, up to step {self.state.step}, were skipped: {result.skipped}.\n"
+                "The model cannot be updated any more. A smaller lr, a longer warmup, or precision=fp32 may help; the "
+                f"checkpoints in {self.folder.checkpoints} are from before."
+            )
 
     def _evaluate(self) -> None:
         """Score the dev splits, remember the best model, extend the budget if that is wanted and deserved."""
@@ -127,7 +161,13 @@ class Training:
 
     def _save(self) -> None:
         checkpoint.save(
-            self.folder.checkpoints, self.engine, self.state, self.topology, self.world, self.config.budget.keep
+            self.folder.checkpoints,
+            self.engine,
+            self.training_step.aggregator,
+            self.state,
+            self.topology,
+            self.world,
+            self.config.budget.keep,
         )
 
     def _log(self, record: dict[str, float]) -> None:
@@ -144,13 +184,15 @@ class Training:
             if missing and self.world.is_main:
                 log.warning("%s has no weights for %s: they start at random", self.config.encoder.model, missing)
         model.to(self.world.device)
-        engine = Engine(self.accelerator, model, build_optimizer(model, self.config.optimizer), self.config.optimizer.clip)
+        engine = build_engine(self.accelerator, model, build_optimizer(model, self.config.optimizer))
         seed_everything(self.config.seed + 1 + self.world.rank)
         engine.train()
         return engine
 
     def _restore(self) -> TrainingState:
-        state = checkpoint.load(self.folder.checkpoints, self.engine, self.topology, self.world)
+        state = checkpoint.load(
+            self.folder.checkpoints, self.engine, self.training_step.aggregator, self.topology, self.world
+        )
         if state is None:
             return TrainingState(epochs=self.config.budget.epochs)
         state.epochs = max(state.epochs, self.config.budget.epochs)
@@ -174,39 +216,6 @@ class Training:
     def planned_steps(self) -> int:
         """Steps of the configured budget, which shape the learning rate; an extension goes on at its end."""
         return self.config.budget.steps or max(1, round(self.config.budget.epochs * self.plan.steps_per_epoch))
-
-
-class LossWindow:
-    """Means of the losses, gradient norms and token rates since the last line of the log."""
-
-    def __init__(self, tasks: tuple[str, ...], world: World):
-        self.tasks, self.world = tasks, world
-        self._reset()
-
-    def _reset(self) -> None:
-        self.losses: dict[str, list[torch.Tensor]] = defaultdict(list)
-        self.norms: list[float | torch.Tensor] = []
-        self.tokens, self.started = 0, perf_counter()
-
-    def add(self, result: StepResult) -> None:
-        for name, loss in result.losses.items():
-            self.losses[name].append(loss)
-        self.norms.append(result.grad_norm)
-        self.tokens += result.tokens
-
-    def close(self) -> dict[str, float]:
-        """The means over all processes; collective. Tasks without a step in the window are left out."""
-        sums = [torch.stack(self.losses[name]).mean() if self.losses[name] else torch.zeros(()) for name in self.tasks]
-        device = self.world.device
-        totals = self.world.sum(torch.stack([value.to(device) for value in sums] + [torch.tensor(float(self.tokens), device=device)]))
-        *losses, tokens = totals.tolist()
-        record = {f"loss/{name}": loss for name, loss in zip(self.tasks, losses) if self.losses[name]}
-        record |= {
-            "grad_norm": float(np.mean([float(norm) for norm in self.norms])),
-            "tokens_per_second": tokens / (perf_counter() - self.started),
-        }
-        self._reset()
-        return record
 
 
 def seed_everything(seed: int) -> None:

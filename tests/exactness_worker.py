@@ -1,0 +1,95 @@
+"""One process of the exactness tests: runs several cases of the training step in turn and saves what became of each.
+
+Started by the launcher: `python exactness_worker.py RUN CASES OUT`, where CASES is a JSON list of cases.
+"""
+
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from safetensors.torch import save_file
+
+from minbert.data.tokens import load_tokenizer
+from minbert.launch.processes import record_errors
+from minbert.trainer import distributed
+from minbert.trainer.config import RunConfig
+from minbert.trainer.distributed import World
+from minbert.trainer.engine import build_accelerator, build_engine
+from minbert.trainer.optimizer import parameter_groups
+from minbert.trainer.preparation import build_plan, load_split
+from minbert.trainer.run_folder import RunFolder
+from minbert.trainer.saved_model import build_model
+from minbert.trainer.step import TrainingStep
+from minbert.trainer.train import seed_everything
+
+# AdamW divides by the root of its second moment: where a gradient is nothing but rounding error, an update would be as
+# large as any other. A large epsilon leaves only what can be compared.
+OPTIMIZERS = {"sgd": partial(torch.optim.SGD, lr=1.0), "adamw": partial(torch.optim.AdamW, lr=1.0, eps=1e-3)}
+
+
+def configured(config: RunConfig, case: dict) -> RunConfig:
+    batch = {key: case[key] for key in ("aggregator", "batch_size", "accumulation", "surgery_scope") if key in case}
+    parallel = {"zero_stage": case["zero_stage"]}
+    return config.model_copy(
+        update={
+            "batch": config.batch.model_copy(update=batch),
+            "parallel": config.parallel.model_copy(update=parallel),
+        }
+    )
+
+
+def run_case(run: RunFolder, case: dict, world: World, out: Path) -> None:
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._shared_state.clear()
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    config = configured(run.read_config(), case)
+    tokenizer = load_tokenizer(run.encoder)
+    splits = {name: load_split(config, name, "train", tokenizer) for name in config.corpus.tasks}
+    seed_everything(0)
+    model = build_model(config, run)
+    groups = parameter_groups(model, config.optimizer)
+    optimizer = OPTIMIZERS[case["optimizer"]](groups)
+    engine = build_engine(build_accelerator(config, world), model, optimizer)
+    engine.train()
+    step = TrainingStep(
+        engine,
+        build_plan(config, splits),
+        splits,
+        world,
+        aggregator=config.batch.aggregator,
+        accumulation=config.batch.accumulation,
+        clip=case.get("clip", 0.0),
+        per_layer=config.batch.surgery_scope == "layer",
+    )
+    history = {}
+    for number in range(case["steps"]):
+        result = step(number, 1.0)
+        assert result.skipped is None, result.skipped
+        history[f"losses/{number}"] = torch.tensor(list(result.losses.values()), dtype=torch.float64)
+        history[f"weights/{number}"] = torch.tensor(list(result.weights.values()), dtype=torch.float64)
+        history[f"norm/{number}"] = torch.tensor(result.grad_norm, dtype=torch.float64)
+    state = engine.full_state()
+    held = sum(shard.length for shard in engine.shards if shard.is_shared)
+    save_file(history | {"held": torch.tensor(held)}, out / f"{case['name']}-rank{world.rank}.safetensors")
+    if world.is_main:
+        save_file(state, out / f"{case['name']}.safetensors")
+
+
+def main() -> None:
+    run, cases, out = RunFolder(Path(sys.argv[1])), json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[3])
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    parallel = run.read_config().parallel.model_copy(update={"processes": size, "zero_stage": 0})
+    world = distributed.start(parallel)
+    for case in cases:
+        run_case(run, case, world, out)
+    world.barrier()
+    distributed.stop()
+
+
+if __name__ == "__main__":
+    with record_errors():
+        main()

@@ -1,0 +1,225 @@
+"""The step is the same at every number of processes and every ZeRO stage: that of one dense process.
+
+The reference is written out here: whole batches, whole gradients from autograd, torchjd's dense aggregators on the
+Jacobian, torch's optimizers. Every case of one world size runs in the same processes, which the launcher starts.
+"""
+
+import json
+import sys
+from functools import cache
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torchjd.aggregation import PCGrad, UPGrad
+
+from minbert.data.batch import make_batch
+from minbert.data.tokens import load_tokenizer
+from minbert.launch.options import parse_run_config
+from minbert.launch.processes import launch
+from minbert.trainer.model import example_losses
+from minbert.trainer.optimizer import parameter_groups
+from minbert.trainer.preparation import build_plan, load_split, prepare
+from minbert.trainer.run_folder import RunFolder
+from minbert.trainer.saved_model import build_model
+from minbert.trainer.train import seed_everything
+
+from exactness_worker import OPTIMIZERS
+
+WORKER = Path(__file__).with_name("exactness_worker.py")
+STAGES = [None, 0, 1, 2, 3]
+STEPS = 3
+# After three steps that move weights by more than a hundred times that. AdamW magnifies rounding errors where gradients
+# are small: its tolerance is a thousandth of an update, the learning rate being 0.01.
+TOLERANCE = {"sgd": 1e-6, "adamw": 1e-5}
+
+
+def case(zero_stage, aggregator="pcgrad", optimizer="sgd", **more):
+    parts = [f"stage{zero_stage}", aggregator, optimizer, *(f"{key}{value}" for key, value in more.items())]
+    return dict(
+        name="-".join(map(str, parts)), zero_stage=zero_stage, aggregator=aggregator, optimizer=optimizer, steps=STEPS,
+        **more,
+    )  # fmt: skip
+
+
+EVERYWHERE = [case(stage, "pcgrad", optimizer) for stage, optimizer in product(STAGES, OPTIMIZERS)]
+EVERYWHERE += [case(stage, "sum") for stage in STAGES]
+ODD = [
+    case(stage, aggregator, **more)
+    for stage in (None, 1, 2, 3)
+    for aggregator, more in [
+        ("upgrad", {"accumulation": 2}),
+        ("pcgrad", {"batch_size": 3}),  # fewer examples than four processes
+        ("upgrad", {"surgery_scope": "layer"}),
+        ("graddrop", {}),
+        ("uncertainty", {"accumulation": 2}),
+        ("sum", {"accumulation": 3, "batch_size": 7}),
+        ("pcgrad", {"clip": 0.05}),
+    ]
+]  # fmt: skip
+CASES = EVERYWHERE + ODD
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory) -> RunFolder:
+    arguments = "--train-limit 60 --eval-limit 10 --batch-size 6 --encoder-dropout 0 --head-dropout 0 --lr 0.01 --trackers"
+    folder = tmp_path_factory.mktemp("exactness") / "run"
+    return prepare(parse_run_config([*arguments.split(), "--run", str(folder)]))
+
+
+def results(prepared: RunFolder, processes: int) -> Path:
+    """The folder with what became of every case with this many processes."""
+    out = prepared.path / f"results-{processes}"
+    if not out.exists():
+        out.mkdir()
+        cases = out / "cases.json"
+        cases.write_text(json.dumps(CASES))
+        command = [sys.executable, str(WORKER), str(prepared.path), str(cases), str(out)]
+        assert launch(command, processes, out) == 0, (out / "rank-0.error").exists()
+    return out
+
+
+class Dense:
+    """One process with whole batches and whole gradients."""
+
+    def __init__(self, prepared: RunFolder, case: dict):
+        config = prepared.read_config()
+        batch = config.batch.model_copy(update={"batch_size": case.get("batch_size", config.batch.batch_size)})
+        self.config = config.model_copy(update={"batch": batch})
+        tokenizer = load_tokenizer(prepared.encoder)
+        self.splits = {name: load_split(self.config, name, "train", tokenizer) for name in config.corpus.tasks}
+        self.plan = build_plan(self.config, self.splits)
+        seed_everything(0)
+        self.model = build_model(self.config, prepared).train()
+        self.optimizer = OPTIMIZERS[case["optimizer"]](parameter_groups(self.model, self.config.optimizer))
+        self.trunk = [p for p in self.model.bert.parameters() if p.requires_grad]
+
+    def losses(self, step: int, rows=lambda rows: rows) -> list[torch.Tensor]:
+        found = []
+        for name, split in self.splits.items():
+            chosen = rows(self.plan.rows(name, step))
+            batch = make_batch(split, chosen, len(chosen))
+            found.append(example_losses(self.model.tasks[name], self.model({name: batch})[name], batch.labels).mean())
+        return found
+
+    def jacobian(self, losses: list[torch.Tensor]) -> torch.Tensor:
+        rows = [torch.autograd.grad(loss, self.trunk, retain_graph=True) for loss in losses]
+        return torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
+
+    def step(self, step: int, aggregate, clip: float = 0.0) -> list[float]:
+        losses = self.losses(step)
+        combined = aggregate(self.jacobian(losses), step)
+        self.optimizer.zero_grad()
+        sum(losses).backward()
+        for parameter, part in zip(self.trunk, combined.split([p.numel() for p in self.trunk])):
+            parameter.grad = part.view_as(parameter)
+        if clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        self.optimizer.step()
+        return [loss.item() for loss in losses]
+
+
+def dense_pcgrad(jacobian: torch.Tensor, step: int) -> torch.Tensor:
+    torch.manual_seed(step)  # the order of the tasks is drawn from seed 0 and the step
+    return PCGrad()(jacobian)
+
+
+def dense_sum(jacobian: torch.Tensor, step: int) -> torch.Tensor:
+    return jacobian.sum(0)
+
+
+def dense_upgrad(jacobian: torch.Tensor, step: int) -> torch.Tensor:
+    return UPGrad()(jacobian)
+
+
+DENSE = {"pcgrad": dense_pcgrad, "sum": dense_sum, "upgrad": dense_upgrad}
+
+
+def assert_same_weights(state, expected, tolerance):
+    assert state.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(state[name], tensor, atol=tolerance, rtol=0, msg=lambda m: f"{name}: {m}")  # noqa: B023
+
+
+@cache
+def dense_result(path: Path, text: str):
+    wanted = json.loads(text)
+    dense = Dense(RunFolder(path), wanted)
+    before = {name: tensor.clone() for name, tensor in dense.model.state_dict().items()}
+    losses = [dense.step(n, DENSE[wanted["aggregator"]], wanted.get("clip", 0.0)) for n in range(STEPS)]
+    return before, losses, dense.model.state_dict()
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.xdist_group("exactness")
+def test_every_stage_equals_the_dense_process(prepared, processes):
+    folder = results(prepared, processes)
+    for wanted in CASES:
+        if wanted["aggregator"] not in DENSE or "surgery_scope" in wanted:
+            continue
+        key = {k: v for k, v in wanted.items() if k not in ("name", "zero_stage", "accumulation")}
+        before, losses, expected = dense_result(prepared.path, json.dumps(key))
+        state = load_file(folder / f"{wanted['name']}.safetensors")
+        assert_same_weights(state, expected, TOLERANCE[wanted["optimizer"]])
+        moved = max(float((state[name] - before[name]).abs().max()) for name in before)
+        assert moved > 100 * TOLERANCE[wanted["optimizer"]], wanted["name"]
+        for rank in range(processes):
+            history = load_file(folder / f"{wanted['name']}-rank{rank}.safetensors")
+            for number, found in enumerate(losses):
+                torch.testing.assert_close(
+                    history[f"losses/{number}"], torch.tensor(found, dtype=torch.float64), atol=2e-5, rtol=1e-5
+                )
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.xdist_group("exactness")
+def test_methods_without_a_dense_twin_equal_one_process(prepared, processes):
+    alone, together = results(prepared, 1), results(prepared, processes)
+    for wanted in ODD:
+        plain = wanted["name"].replace(f"stage{wanted['zero_stage']}", "stageNone")
+        expected = load_file(alone / f"{plain}.safetensors")
+        assert_same_weights(load_file(together / f"{wanted['name']}.safetensors"), expected, 1e-6)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.xdist_group("exactness")
+def test_weights_are_identical_on_all_ranks(prepared, processes):
+    folder = results(prepared, processes)
+    for wanted in CASES:
+        first, *others = (load_file(folder / f"{wanted['name']}-rank{r}.safetensors") for r in range(processes))
+        for other in others:
+            for number in range(STEPS):
+                assert torch.equal(first[f"weights/{number}"], other[f"weights/{number}"]), wanted["name"]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.xdist_group("exactness")
+def test_each_process_holds_its_share_of_the_gradient(prepared, stage):
+    """No full gradient: the shards of all ranks are a partition of the encoder."""
+    held = {
+        processes: [
+            int(load_file(results(prepared, processes) / f"stage{stage}-pcgrad-sgd-rank{rank}.safetensors")["held"])
+            for rank in range(processes)
+        ]
+        for processes in (1, 4)
+    }
+    assert sum(held[4]) == held[1][0]
+    assert max(held[4]) < held[1][0] / 3
+
+
+def test_projecting_local_gradients_differs(prepared):
+    """What data-parallel ports of PCGrad do (each rank projects the gradients of its own slice, the results are
+    averaged) is another method, with visibly other weights after as many steps."""
+    wanted = case(None)
+    _, _, expected = dense_result(
+        prepared.path, json.dumps({k: v for k, v in wanted.items() if k not in ("name", "zero_stage")})
+    )
+    dense = Dense(prepared, wanted)
+    for step in range(STEPS):
+        halves = [dense.jacobian(dense.losses(step, rows)) for rows in (lambda r: r[::2], lambda r: r[1::2])]
+        local = torch.stack([dense_pcgrad(half, step) for half in halves]).mean(0)
+        dense.step(step, lambda jacobian, step, local=local: local)
+    difference = max(float((dense.model.state_dict()[name] - expected[name]).abs().max()) for name in expected)
+    assert difference > 100 * TOLERANCE["sgd"]

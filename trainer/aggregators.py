@@ -1,0 +1,309 @@
+"""The methods that make one update of several tasks: from losses or from the Gramian of the gradients to weights.
+
+Nearly every method of gradient surgery is a function from the T x T Gramian of the task gradients to T weights. That is
+what makes it exact on shards: a Gramian is a sum over coordinates, so each process needs only its own. A method of
+one's own is such a function, given as `--aggregator package.module:function` or registered by name:
+
+    @register("mine")
+    def mine(gramian: Tensor) -> Tensor: ...
+
+Methods that torchjd has are taken from there.
+"""
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from minbert.data.errors import UserError
+
+Weighting = Callable[[Tensor], Tensor]
+Source = Literal["losses", "gramian", "coordinates"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method: what it looks at, how it is built for T tasks, its options with their defaults, its source."""
+
+    source: Source
+    build: Callable[..., Any]
+    options: Mapping[str, float]
+    reference: str
+
+
+METHODS: dict[str, Method] = {}
+
+
+def register(name: str, reference: str = "") -> Callable[[Weighting], Weighting]:
+    """Make a function from Gramian (T, T) to weights (T,), both float64 on the CPU, a method called `name`."""
+
+    def add(function: Weighting) -> Weighting:
+        METHODS[name] = Method("gramian", lambda tasks: function, {}, reference)
+        return function
+
+    return add
+
+
+@register("pcgrad", "Yu et al. 2020, Gradient Surgery for Multi-Task Learning, algorithm 1")
+def pcgrad(gramian: Tensor) -> Tensor:
+    """Project each task's gradient off those that it conflicts with, in random order, and sum the results."""
+    from torchjd.aggregation import PCGradWeighting
+
+    return PCGradWeighting()(gramian)
+
+
+@register("nash_mtl", "Navon et al. 2022, Multi-Task Learning as a Bargaining Game, equation 2")
+def nash_mtl(gramian: Tensor) -> Tensor:
+    """The Nash bargaining solution: the weights a > 0 with G a = 1 / a.
+
+    They minimise the convex a' G a / 2 - sum log a, by Newton's method with a line search; the result is as good as
+    the arithmetic, with no state, where the reference solves a sequence of linearised problems and starts each step
+    from the last one's weights. A small ridge bounds them where gradients oppose each other exactly.
+    """
+    count = len(gramian)
+    scale = gramian.diagonal().mean()
+    scaled = gramian / scale + 1e-9 * torch.eye(count, dtype=gramian.dtype)
+
+    def objective(a: Tensor) -> Tensor:
+        return 0.5 * a @ scaled @ a - a.log().sum()
+
+    a = scaled.diagonal().clamp_min(1e-12).rsqrt()
+    for _ in range(200):
+        slope = scaled @ a - 1 / a
+        step = torch.linalg.solve(scaled + torch.diag(a**-2), -slope)
+        decrement = -(slope @ step)
+        if decrement < 1e-20:
+            break
+        shrinking = step < 0
+        size = min(1.0, float((-0.99 * a / step)[shrinking].min())) if shrinking.any() else 1.0
+        start = objective(a)
+        while objective(a + size * step) > start - 1e-4 * size * decrement and size > 1e-12:
+            size /= 2
+        a = a + size * step
+    return a / scale.sqrt()
+
+
+@register("config", "Liu et al. 2025, ConFIG: Towards Conflict-free Training, equation 2")
+def config(gramian: Tensor) -> Tensor:
+    """The direction with the same cosine to every task's gradient.
+
+    The method does not care for the basis, so it can be run on any matrix with the right Gramian: here its square
+    root R, whose rows then stand for the gradients. The result lies in their span, so weights w with w R = result
+    exist.
+    """
+    from torchjd.aggregation import ConFIG
+
+    values, vectors = torch.linalg.eigh(gramian)
+    root = vectors @ torch.diag(values.clamp_min(0).sqrt()) @ vectors.T
+    return torch.linalg.lstsq(root.T, ConFIG()(root)[:, None], driver="gelsd").solution[:, 0]
+
+
+def _torchjd(name: str, reference: str, weighting: str, **options: float) -> None:
+    """Register a Gramian weighting of torchjd under our name; `options` are its arguments with our defaults."""
+
+    def build(tasks: int, **chosen: float) -> Weighting:
+        return getattr(import_module("torchjd.aggregation"), weighting)(**chosen)
+
+    METHODS[name] = Method("gramian", build, options, reference)
+
+
+def _scalarizer(name: str, reference: str, scalarizer: str, sized: bool = False, **options: float) -> None:
+    def build(tasks: int, **chosen: float) -> nn.Module:
+        kind = getattr(import_module("torchjd.scalarization"), scalarizer)
+        return kind(tasks, **chosen) if sized else kind(**chosen)
+
+    METHODS[name] = Method("losses", build, options, reference)
+
+
+METHODS["sum"] = Method("losses", lambda tasks: torch.sum, {}, "the plain sum; --task-weights fixes other weights")
+_scalarizer("uncertainty", "Kendall et al. 2018, Multi-Task Learning Using Uncertainty, equation 10", "UW", sized=True)
+_scalarizer("dwa", "Liu et al. 2019, End-to-End Multi-Task Learning with Attention, equation 7", "DWA", temperature=2.0)
+_scalarizer("famo", "Liu et al. 2023, FAMO, algorithm 1", "FAMO", sized=True, lr=0.025, weight_decay=1e-3)
+_scalarizer("random", "Lin et al. 2022, Reasonable Effectiveness of Random Weighting, algorithm 2", "Random")
+_torchjd("gradvac", "Wang et al. 2021, Gradient Vaccine, algorithm 1", "GradVacWeighting", beta=0.01)
+_torchjd("mgda", "Desideri 2012; Sener and Koltun 2018, algorithm 2", "MGDAWeighting")
+_torchjd("cagrad", "Liu et al. 2021, Conflict-Averse Gradient Descent, algorithm 1", "CAGradWeighting", c=0.5)
+_torchjd("imtl_g", "Liu et al. 2021, Towards Impartial Multi-task Learning, equation 6", "IMTLGWeighting")
+_torchjd("aligned_mtl", "Senushkin et al. 2023, Independent Component Alignment, section 3", "AlignedMTLWeighting")
+_torchjd("upgrad", "Quinton and Rey 2024, Jacobian Descent, equation 5", "UPGradWeighting")
+_torchjd("dualproj", "Lopez-Paz and Ranzato 2017, Gradient Episodic Memory, equation 11", "DualProjWeighting")
+_torchjd("fairgrad", "Ban and Ji 2024, Fair Resource Allocation, equation 4", "FairGradWeighting", alpha=1.0)
+METHODS["graddrop"] = Method(
+    "coordinates", lambda tasks: None, {}, "Chen et al. 2020, Just Pick a Sign, algorithm 1"
+)  # combined in surgery.py
+
+
+def parse_method(text: str) -> tuple[str, Method, dict[str, float]]:
+    """`name`, `name:option=value,...` or `package.module:function` -> name, method, options. Raises UserError."""
+    name, _, rest = text.partition(":")
+    if name not in METHODS:
+        if rest and "=" not in rest:
+            return text, _imported(name, rest), {}
+        near = difflib.get_close_matches(name, METHODS, n=1)
+        raise UserError(
+            f"unknown aggregator {name!r}{f'; did you mean {near[0]!r}?' if near else ''}\n"
+            f"There are {', '.join(METHODS)}, and package.module:function"
+        )
+    method, options = METHODS[name], dict(METHODS[name].options)
+    for part in filter(None, rest.split(",")):
+        key, _, value = part.partition("=")
+        if key not in options:
+            known = ", ".join(options) or "none"
+            raise UserError(f"aggregator {name} has no option {key!r}; its options: {known}")
+        try:
+            options[key] = float(value)
+        except ValueError:
+            raise UserError(f"aggregator {name}: {key} must be a number, not {value!r}") from None
+    return name, method, options
+
+
+def _imported(module: str, function: str) -> Method:
+    try:
+        weighting = getattr(import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"aggregator {module}:{function} cannot be imported: {error}") from None
+    return Method("gramian", lambda tasks: weighting, {}, f"{module}:{function}")
+
+
+class Aggregator:
+    """A method at work on T tasks: its weights step by step, and its state.
+
+    All processes hold one and call it with the same numbers. Random choices depend on the seed and the step alone, so
+    they are the same everywhere and nothing about them needs saving. With surgery per layer, each of `groups` layers
+    has a weighting, and thereby a state, of its own.
+    """
+
+    def __init__(self, text: str, tasks: int, seed: int, groups: int = 1):
+        self.name, method, self.options = parse_method(text)
+        self.source: Source = method.source
+        self.tasks, self.seed, self.groups = tasks, seed, groups
+        try:
+            self.weightings = [method.build(tasks, **self.options) for _ in range(groups)]
+        except (ImportError, ValueError) as error:
+            raise UserError(f"aggregator {text}: {error}") from None
+        for weighting in self.weightings:
+            if isinstance(weighting, nn.Module):
+                weighting.double()
+        learned = list(self._scalarizer.parameters()) if self.name == "uncertainty" else []
+        self._optimizer = torch.optim.Adam(learned, lr=0.01) if learned else None
+
+    @property
+    def wants_losses_after(self) -> bool:
+        """Whether `observe` wants the losses of the same batch after the update."""
+        return self.name == "famo"
+
+    @property
+    def _scalarizer(self) -> Any:
+        return self.weightings[0]
+
+    def from_gramian(self, gramian: Tensor, step: int) -> Tensor:
+        """Weights (T,), or (groups, T) for a Gramian (groups, T, T); float64 on the CPU.
+
+        A task whose gradient is zero has no say and, having nothing to be weighted, weight 1.
+        """
+        if gramian.ndim == 3:
+            with self._seeded(step):
+                return torch.stack([self._weigh(w, g) for w, g in zip(self.weightings, gramian, strict=True)])
+        with self._seeded(step):
+            return self._weigh(self.weightings[0], gramian)
+
+    def from_losses(self, losses: Tensor, step: int) -> Tensor:
+        """Weights (T,): the derivative of the method's scalar with respect to each loss (T,), float64 on the CPU.
+
+        Parameters that the method learns by gradient descent take a step.
+        """
+        values = losses.detach().clone().requires_grad_()
+        with self._seeded(step), torch.enable_grad():
+            self._scalarizer(values).backward()
+        if self._optimizer is not None:
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+        return values.grad
+
+    def observe(self, losses: Tensor) -> None:
+        """Losses (T,) of the step's batch after the update."""
+        self._scalarizer.update(losses)
+
+    def end_epoch(self) -> None:
+        if self.name == "dwa":
+            self._scalarizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the method remembers between steps: tensors, numbers, and lists of them."""
+        return {
+            "weightings": [_snapshot(weighting) for weighting in self.weightings],
+            "optimizer": self._optimizer.state_dict() if self._optimizer else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for weighting, snapshot in zip(self.weightings, state["weightings"], strict=True):
+            _restore(weighting, snapshot, self.tasks)
+        if self._optimizer is not None:
+            self._optimizer.load_state_dict(state["optimizer"])
+
+    def _weigh(self, weighting: Weighting, gramian: Tensor) -> Tensor:
+        weights = torch.ones(len(gramian), dtype=gramian.dtype)
+        active = gramian.diagonal() > 0
+        if active.sum() > 1 and hasattr(weighting, "reset"):
+            # What it remembers is per pair of tasks: it must go on seeing all of them.
+            weights[active] = weighting(gramian).to(weights)[active]
+        elif active.sum() > 1:
+            weights[active] = weighting(gramian[active][:, active]).to(weights)
+        return weights
+
+    def _seeded(self, step: int) -> "_Seeded":
+        return _Seeded(self.seed * 1_000_003 + step)
+
+
+class _Seeded:
+    """The global generator seeded inside the block, as it was after it."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def __enter__(self) -> None:
+        self.saved = torch.get_rng_state()
+        torch.default_generator.manual_seed(self.seed % 2**63)
+
+    def __exit__(self, *exception: object) -> None:
+        torch.set_rng_state(self.saved)
+
+
+def _snapshot(weighting: Any) -> dict[str, Any]:
+    """The state of a weighting: its own attributes, parameters and buffers, and the state of optimizers inside."""
+    if not isinstance(weighting, nn.Module):
+        return {}
+    own = {key: value for key, value in vars(weighting).items() if key not in vars(nn.Module())}
+    inner = {key: value.state_dict() for key, value in own.items() if isinstance(value, torch.optim.Optimizer)}
+    plain = {key: value for key, value in own.items() if key not in inner and _is_data(value)}
+    tensors = {key: value.detach().clone() for key, value in weighting.named_parameters()}
+    return {"attributes": plain, "optimizers": inner, "parameters": tensors, "buffers": dict(weighting._buffers)}
+
+
+def _restore(weighting: Any, snapshot: Mapping[str, Any], tasks: int) -> None:
+    if not snapshot:
+        return
+    if snapshot["optimizers"]:
+        # The optimizer inside comes into being with the first update.
+        ones = torch.ones(tasks, dtype=torch.float64)
+        weighting(ones)
+        weighting.update(ones)
+    for key, optimizer in snapshot["optimizers"].items():
+        getattr(weighting, key).load_state_dict(optimizer)
+    for key, value in snapshot["attributes"].items():
+        setattr(weighting, key, value)
+    with torch.no_grad():
+        for key, value in weighting.named_parameters():
+            value.copy_(snapshot["parameters"][key])
+    for key, value in snapshot["buffers"].items():
+        weighting._buffers[key] = value
+
+
+def _is_data(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_data(item) for item in value)
+    return value is None or isinstance(value, bool | int | float | str | torch.dtype | Tensor)

@@ -1,0 +1,60 @@
+"""What the Gramian of the task gradients tells: who pulls against whom, how hard, and where in the encoder."""
+
+import json
+from itertools import combinations
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minbert.trainer.step import StepResult
+
+
+def cosines(gramian: Tensor) -> Tensor:
+    """Cosines between the gradients of a (..., T, T) Gramian; 0 where a gradient is zero."""
+    norms = gramian.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    return (gramian / (norms[..., :, None] * norms[..., None, :])).nan_to_num(0.0)
+
+
+def summary(result: StepResult) -> dict[str, float]:
+    """Metrics of a measured step: cosine per pair of tasks, gradient norm and weight per task, and the share of pairs
+    that conflict (have a negative cosine)."""
+    names = list(result.losses)
+    record = {f"weight/{name}": weight for name, weight in result.weights.items()}
+    if result.gramians is None or not result.gramians.layers:
+        return record
+    encoder = result.gramians.encoder
+    angles = cosines(encoder)
+    pairs = list(combinations(range(len(names)), 2))
+    record |= {f"cosine/{names[i]}-{names[j]}": float(angles[i, j]) for i, j in pairs}
+    record |= {f"gradient_norm/{name}": float(square) ** 0.5 for name, square in zip(names, encoder.diagonal())}
+    if pairs:
+        record["conflicts"] = sum(bool(angles[i, j] < 0) for i, j in pairs) / len(pairs)
+    return record
+
+
+def append_gramians(path: Path, step: int, result: StepResult) -> None:
+    """Add the step's Gramian of every layer to a file of JSON lines, from which `minbert plot` draws."""
+    if result.gramians is not None:
+        record = {
+            "step": step,
+            "tasks": list(result.losses),
+            "layers": list(result.gramians.layers),
+            "gramians": result.gramians.by_layer.tolist(),
+        }
+        with path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+def read_gramians(path: Path) -> tuple[list[int], list[str], list[str], Tensor]:
+    """Steps, tasks, layers and Gramians (steps, L, T, T) of such a file, of the last line for each step."""
+    by_step = {}
+    for line in path.read_text().splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # a kill can tear the last line
+        by_step[record["step"]] = record
+    records = [by_step[step] for step in sorted(by_step)]
+    values = torch.tensor([record["gramians"] for record in records], dtype=torch.float64)
+    return sorted(by_step), records[0]["tasks"], records[0]["layers"], values

@@ -1,0 +1,46 @@
+"""The numbers between two lines of the log: means over the steps, rates over all processes."""
+
+from collections import defaultdict
+from statistics import fmean
+from time import perf_counter
+
+import torch
+
+from minbert.trainer.distributed import World
+from minbert.trainer.step import StepResult
+
+
+class MetricsWindow:
+    """Collects step results until `close` turns them into one record."""
+
+    def __init__(self, world: World):
+        self.world = world
+        self._reset()
+
+    def add(self, result: StepResult) -> None:
+        for name, loss in result.losses.items():
+            self.losses[name].append(loss)
+        if result.skipped:
+            self.skipped += 1
+        else:
+            self.norms.append(result.grad_norm)
+        self.tokens += result.tokens
+
+    def close(self) -> dict[str, float]:
+        """Mean loss of each task that had a step, mean gradient norm before clipping, tokens per second over all
+        processes, number of skipped steps if there were any. Collective; empties the window."""
+        tokens = self.world.sum(torch.tensor(float(self.tokens), device=self.world.device)).item()
+        record = {f"loss/{name}": fmean(losses) for name, losses in self.losses.items()}
+        if self.norms:
+            record["grad_norm"] = fmean(self.norms)
+        if self.skipped:
+            record["skipped_steps"] = self.skipped
+        record["tokens_per_second"] = tokens / (perf_counter() - self.started)
+        self._reset()
+        return record
+
+    def _reset(self) -> None:
+        self.losses: dict[str, list[float]] = defaultdict(list)
+        self.norms: list[float] = []
+        self.skipped = self.tokens = 0
+        self.started = perf_counter()
