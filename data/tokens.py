@@ -10,12 +10,10 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 import tokenizers
@@ -27,6 +25,7 @@ from tokenizers.pre_tokenizers import BertPreTokenizer
 from minbert.data.batch import Ragged, TokenisedSplit
 from minbert.data.errors import UserError
 from minbert.data.examples import Examples, fingerprint
+from minbert.data.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +126,7 @@ def write_vocabulary(directory: Path, vocabulary: list[str]) -> None:
     settings = {"tokenizer_class": "BertTokenizer", "do_lower_case": True}
     # The vocabulary comes last: a folder that has one is complete.
     for name, text in (("tokenizer_config.json", json.dumps(settings)), ("vocab.txt", "\n".join(vocabulary))):
-        with _replacing(directory / name) as temporary:
+        with replacing(directory / name) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8", newline="\n")
 
 
@@ -212,19 +211,8 @@ def _read(path: Path, columns: int, rows: int) -> tuple[Ragged, ...] | None:
 def _write(path: Path, tokens: tuple[Ragged, ...]) -> None:
     arrays = {f"ids{i}": column.ids for i, column in enumerate(tokens)}
     arrays |= {f"offsets{i}": column.offsets for i, column in enumerate(tokens)}
-    with _replacing(path) as temporary, temporary.open("wb") as file:
+    with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place once it is written in full."""
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _by_frequency(counts: Counter[str]) -> list[str]:

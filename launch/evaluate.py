@@ -3,14 +3,15 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
 import tyro
 from rich.console import Console
 
 from minbert.data.errors import UserError
+from minbert.data.tasks import Split
 from minbert.launch.exit_codes import ExitCode
-from minbert.launch.options import parse
+from minbert.launch.options import open_option, parse
 from minbert.trainer.run_folder import RunFolder
 
 
@@ -18,11 +19,11 @@ from minbert.trainer.run_folder import RunFolder
 class EvaluateOptions:
     """Score the best model of a run."""
 
-    run: tyro.conf.Positional[Path]
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Run folder."""
-    split: Literal["dev", "train", "test"] = "dev"
+    split: Split = "dev"
     """Split to score; it must be labelled."""
-    data: str | None = None
+    data: Annotated[str | None, open_option("STR")] = None
     """Other data than the run's own: `builtin`, a folder with the course's files, `hub`, or `hub:DIR`."""
     json: bool = False
     """Print JSON instead of a table."""

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -15,16 +16,21 @@ from minbert.trainer.run_folder import RunFolder
 class ExportOptions:
     """Write the encoder of a run's best model, with its tokenizer, as `transformers` stores one."""
 
-    run: tyro.conf.Positional[Path]
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Run folder."""
-    folder: tyro.conf.Positional[Path]
+    folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
     """Folder to write; it must not exist, or be empty."""
 
 
 def main(arguments: list[str]) -> int:
     options = parse(ExportOptions, arguments, "export")
     run = RunFolder.existing(options.run)
-    if options.folder.exists() and (not options.folder.is_dir() or any(options.folder.iterdir())):
+    try:
+        options.folder.mkdir(parents=True, exist_ok=True)
+        empty = not any(options.folder.iterdir())
+    except OSError as error:
+        raise UserError(f"cannot write to {options.folder}: {error.strerror}") from None
+    if not empty:
         raise UserError(f"{options.folder} exists and is not an empty folder")
     from minbert.trainer.saved_model import export_encoder
 

@@ -1,6 +1,7 @@
 """The command `minbert`: finds the subcommand and turns a user's mistakes into messages and exit codes."""
 
 import difflib
+import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -34,12 +35,18 @@ def main(arguments: list[str] | None = None) -> int:
             hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(COMMANDS)}"
             raise UserError(f"there is no command {command!r}{hint}")
         run: Callable[[list[str]], int] = import_module(COMMANDS[command][0]).main
-        return run(rest)
+        code = run(rest)
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"minbert: {error}", file=sys.stderr)
         return ExitCode.USER_MISTAKE
     except KeyboardInterrupt:
+        print("minbert: interrupted", file=sys.stderr)
         return ExitCode.LEFT_AT_ONCE
+    except BrokenPipeError:  # `minbert train --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more
+        return ExitCode.FAILED
 
 
 def _usage() -> str:

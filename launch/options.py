@@ -1,55 +1,180 @@
-"""From defaults, file and command line to one configuration: the later wins, and nothing unknown passes."""
+"""From defaults, files and command line to one configuration: the later wins, and nothing unknown passes.
 
+The types of the options decide what a word on the command line means, so a wrong one is refused with the same words as
+in a file. tyro draws the help, and parses the commands that take a folder and a few options.
+"""
+
+import difflib
+from collections.abc import Mapping
+from itertools import takewhile
 from pathlib import Path
-from typing import TypeVar
+from types import NoneType
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
+from pydantic import BaseModel, TypeAdapter, ValidationError, create_model
 
 from minbert.data.errors import UserError
-from minbert.trainer.config import RunConfig
-from minbert.trainer.run_folder import RunFolder, read_config_file
+from minbert.trainer.config import OPTIONS, SECTIONS, RunConfig, parse_config
+from minbert.trainer.run_folder import RunFolder, read_yaml
 
 T = TypeVar("T")
 
 
-def parse(kind: type[T], arguments: list[str], command: str, default: T | None = None, description: str = "") -> T:
-    """`arguments` as a `kind`, options without the names of their sections. A wrong option or value ends the program
-    with a message that names the nearest valid ones, and exit code 2."""
-    return tyro.cli(
-        kind,
-        args=arguments,
-        prog=f"minbert {command}",
-        default=default,
-        description=description or None,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff),
-    )
+def parse(kind: type[T], arguments: list[str], command: str) -> T:
+    """`arguments` as a dataclass `kind`. Raises UserError for a wrong option or value; help, and a positional argument
+    that is missing, end the program."""
+    if not _asks_for_help(arguments):
+        read_options(get_type_hints(kind, include_extras=True), arguments, command)
+    return _tyro(kind, arguments, command)
+
+
+def open_option(metavar: str, **more: Any) -> Any:
+    """What the help shows of an option that is left open by default."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint="", **more)
 
 
 def parse_run_config(arguments: list[str]) -> RunConfig:
-    """A run's configuration: defaults < the run folder's own < `--config FILE` < options."""
-    arguments, file = _take(arguments, "--config")
-    _, run = _take(arguments, "--run")
-    base = RunConfig()
+    """A run's configuration: defaults < the run folder's own < `--config FILE` < options. Raises UserError."""
+    if _asks_for_help(arguments):
+        _tyro(_for_help(), arguments, "train")
+    types = {
+        name: (RunConfig if section is None else SECTIONS[section]).model_fields[name].rebuild_annotation()
+        for name, section in OPTIONS.items()
+    }
+    options, rest = read_options(types | {"config": Path}, arguments, "train")
+    if rest:
+        raise UserError(f"what is {rest[0]!r}? Options start with --, and the run folder is given by --run")
+    file = options.pop("config", None)
+    layers = [options] if file is None else [read_yaml(file), options]
+    run = next((layer["run"] for layer in reversed(layers) if layer.get("run")), None)
     if run is not None and (folder := RunFolder(Path(run))).config_file.exists():
-        base = folder.read_config()
-    if file is not None:
-        if base != RunConfig():
-            raise UserError(f"{run} has a configuration of its own; resume it without --config, or take another --run")
-        base = read_config_file(Path(file))
-    description = (
-        "Train minBERT on several tasks at once, or resume the run in --run.\n\n"
-        "--config FILE reads a YAML file first: the same options, alone or under the headings below."
-    )
-    return parse(RunConfig, arguments, "train", base, description)
+        layers.insert(0, folder.read_config().model_dump())
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            if key in SECTIONS and isinstance(value, Mapping):
+                merged |= value
+            else:
+                merged[key] = value
+    return parse_config(merged, "options" if file is None else str(file))
 
 
-def _take(arguments: list[str], option: str) -> tuple[list[str], str | None]:
-    """`arguments` without `option`, and its value; both `--option value` and `--option=value`."""
-    for index, argument in enumerate(arguments):
-        if argument == option:
-            if index + 1 == len(arguments):
+def read_options(types: Mapping[str, Any], arguments: list[str], command: str) -> tuple[dict[str, Any], list[str]]:
+    """The options given, with values by their types, and the words that belong to no option.
+
+    Raises UserError for an option that `types` does not have, naming the nearest, or a value that it does not allow.
+    """
+    options: dict[str, Any] = {}
+    rest: list[str] = []
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            rest.append(word)
+            continue
+        option, attached, value = word.partition("=")
+        name = option[2:].replace("-", "_")
+        if name not in types:
+            raise UserError(_unknown(option, types, command))
+        if types[name] is bool:
+            options[name] = True
+            continue
+        following = [value] if attached else list(takewhile(lambda word: not word.startswith("--"), words))
+        if not _takes_several(types[name]):
+            if not following:
                 raise UserError(f"{option} needs a value")
-            return arguments[:index] + arguments[index + 2 :], arguments[index + 1]
-        if argument.startswith(f"{option}="):
-            return arguments[:index] + arguments[index + 1 :], argument.partition("=")[2]
-    return arguments, None
+            following = following[:1]
+        options[name] = _convert(option, types[name], following)
+        if not attached:
+            del words[: len(following)]
+    return options, rest
+
+
+def _convert(option: str, kind: Any, words: list[str]) -> Any:
+    if words == ["None"] and NoneType in get_args(_bare(kind)):
+        return None
+    adapter = TypeAdapter(kind)
+    value = words if _takes_several(kind) else words[0]
+    try:
+        return adapter.validate_python(value)
+    except ValidationError as error:
+        problems = error.errors()
+    if any(problem["type"] == "literal_error" for problem in problems) and words[0].isdecimal():
+        return _convert_number(option, adapter, int(words[0]), problems)
+    raise UserError(_refusal(option, words, problems))
+
+
+def _convert_number(option: str, adapter: TypeAdapter, number: int, problems: list) -> Any:
+    """Choices may be numbers, which no word equals."""
+    try:
+        return adapter.validate_python(number)
+    except ValidationError:
+        raise UserError(_refusal(option, [str(number)], problems)) from None
+
+
+def _refusal(option: str, words: list[str], problems: list) -> str:
+    allowed = [problem["msg"] for problem in problems if problem["type"] != "none_required"]
+    wanted = " or ".join(dict.fromkeys(message[0].lower() + message[1:] for message in allowed))
+    return f"{option}: {wanted}, not {' '.join(words)!r}"
+
+
+def _unknown(option: str, types: Mapping[str, Any], command: str) -> str:
+    known = [f"--{name.replace('_', '-')}" for name in types]
+    wanted = "--" + option.lstrip("-").rpartition(".")[2].replace("_", "-")
+    near = difflib.get_close_matches(wanted, known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"`minbert {command} --help` lists all."
+    return f"there is no option {option}; {hint}"
+
+
+def _asks_for_help(arguments: list[str]) -> bool:
+    return "-h" in arguments or "--help" in arguments
+
+
+def _bare(kind: Any) -> Any:
+    """A type without its annotations."""
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
+
+
+def _takes_several(kind: Any) -> bool:
+    parts = (kind, _bare(kind), *get_args(_bare(kind)))
+    return any(get_origin(_bare(part)) is tuple for part in parts)
+
+
+def _tyro(kind: type[T], arguments: list[str], command: str) -> T:
+    settings = (tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff, tyro.conf.FlagCreatePairsOff)
+    return tyro.cli(kind, args=arguments, prog=f"minbert {command}", config=settings)
+
+
+def _for_help() -> type[BaseModel]:
+    """RunConfig as its help shows it: with --config, and without a word on options that are open by default."""
+
+    def quiet(model: type[BaseModel]) -> dict[str, Any]:
+        return {
+            name: (Annotated[field.rebuild_annotation(), _help_of(field.annotation)], None)
+            for name, field in model.model_fields.items()
+            if field.default is None
+        }
+
+    sections = {
+        name: create_model(section.__name__, __base__=section, __doc__=section.__doc__, **quiet(section))
+        for name, section in SECTIONS.items()
+    }
+    file = open_option("FILE", help="A YAML file with options, alone or under the headings below.")
+    fields = quiet(RunConfig) | {name: (section, section()) for name, section in sections.items()}
+    description = "Train minBERT on several tasks at once, or resume the run in --run."
+    return create_model(
+        "Train", __base__=RunConfig, __doc__=description, config=(Annotated[Path | None, file], None), **fields
+    )
+
+
+def _help_of(kind: Any) -> Any:
+    names = []
+    for part in (_bare(part) for part in get_args(kind) if part is not NoneType):
+        if get_origin(part) is Literal:
+            names.append("{" + ",".join(map(str, get_args(part))) + "}")
+        elif get_origin(part) is tuple:
+            names.append(f"{_bare(get_args(part)[0]).__name__.upper()} ...")
+        else:
+            names.append(part.__name__.upper())
+    return open_option("|".join(names))

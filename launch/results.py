@@ -12,11 +12,21 @@ from minbert.trainer.progress import score_table
 from minbert.trainer.run_folder import RunFolder
 from minbert.trainer.saved_model import load_model
 
+REPORTED: tuple[Split, ...] = ("dev", "test")
+
+
+def is_reported(run: RunFolder) -> bool:
+    """Whether all prediction files are there, and of the best model."""
+    config = run.read_config()
+    names = [prediction_file_name(config, TASKS[name], split) for name in config.corpus.tasks for split in REPORTED]
+    files = [run.predictions / name for name in names]
+    return all(file.exists() and file.stat().st_mtime >= run.best_model.stat().st_mtime for file in files)
+
 
 def report(run: RunFolder) -> None:
     """Score the best model on the whole dev splits, write all prediction files, and print a table."""
     config = whole_splits(run.read_config())
-    scores = predict_splits(run, config, ("dev", "test"))["dev"]
+    scores = predict_splits(run, config, REPORTED)["dev"]
     console = Console()
     console.print(score_table("Best model, dev", {"score": scores}))
     console.print(f"Predictions: {run.predictions}   Model: {run.best_model}", highlight=False, soft_wrap=True)

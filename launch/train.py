@@ -1,5 +1,6 @@
 """`minbert train`: prepare the run folder, start the processes, and report."""
 
+import shlex
 import sys
 
 from minbert.launch.exit_codes import ExitCode
@@ -22,5 +23,5 @@ def main(arguments: list[str]) -> int:
         command = [sys.executable, "-m", "minbert.launch.worker", str(run.path)]
         code = launch(command, config.parallel.processes, run.logs)
     if code == ExitCode.INTERRUPTED:
-        print(f"Stopped, and saved. To go on: minbert train --run {run.path}")
+        print(f"Stopped, and saved. To go on: minbert train --run {shlex.quote(str(run.path))}")
     return code

@@ -16,23 +16,36 @@ from minbert.trainer.run_folder import RunFolder
 def work(run: RunFolder) -> int:
     """Train; then rank 0 scores the best model and writes its predictions."""
     rank = int(os.environ.get("RANK", 0))
-    _log_to(run.logs / f"rank-{rank}.log")
+    _log_to(run.logs / f"rank-{rank}.log", rank)
     from minbert.trainer.train import Outcome, train
 
-    if train(run) is Outcome.INTERRUPTED:
+    outcome = train(run)
+    if outcome is Outcome.INTERRUPTED:
         return ExitCode.INTERRUPTED
     if rank == 0:
-        from minbert.launch.results import report
+        from minbert.launch.results import is_reported, report
 
-        report(run)
+        if outcome is Outcome.FINISHED or not is_reported(run):
+            report(run)
     return ExitCode.FINISHED
 
 
-def _log_to(path: Path) -> None:
+class _Terminal(logging.Handler):
+    """What a person should see at once: errors, and the trainer's own warnings. (The data's were shown when the run was
+    prepared.)"""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.ERROR or record.name.startswith("minbert.trainer"):
+            print(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
+
+
+def _log_to(path: Path, rank: int) -> None:
+    """Everything goes to the file `path`: our log, the libraries', and Python's warnings."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    file, terminal = logging.FileHandler(path), _Terminal(logging.WARNING)
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[file] if rank else [file, terminal], force=True)
+    logging.captureWarnings(True)
 
 
 if __name__ == "__main__":

@@ -8,15 +8,20 @@ a temporary name and appears by one rename, so a folder `step-N` is always compl
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from minbert.data.errors import UserError
+from minbert.data.files import replacing
 from minbert.trainer.aggregators import Aggregator
 from minbert.trainer.distributed import World
 from minbert.trainer.engine import Engine
+
+
+STATE = "state.json"
 
 
 @dataclass
@@ -30,6 +35,7 @@ class TrainingState:
     best_step: int = 0
     stale_evaluations: int = 0  # since the best one
     skipped: int = 0  # steps in a row, up to now
+    window: dict[str, Any] = field(default_factory=dict)  # what the next line of the log averages, so far
 
 
 @dataclass(frozen=True)
@@ -51,18 +57,22 @@ def save(
 ) -> None:
     """Write checkpoint `step-N`; then remove all but the newest `keep`. Collective."""
     final, temporary = folder / f"step-{state.step:08d}", folder / f"step-{state.step:08d}.tmp"
-    if final.exists():
+    described = json.dumps({"state": asdict(state), "topology": asdict(topology)}, indent=2) + "\n"
+    if final.exists():  # by the stop before an evaluation that has come since: only the state is another
+        if world.is_main:
+            with replacing(final / STATE) as file:
+                file.write_text(described)
         return
     if world.is_main:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for unfinished in folder.glob("*.tmp"):
+            shutil.rmtree(unfinished)
         temporary.mkdir(parents=True)
     world.barrier()
     engine.accelerator.save_state(str(temporary))
     world.barrier()
     if world.is_main:
         torch.save(aggregator.state_dict(), temporary / "aggregator.pt")  # the same on all processes
-        described = {"state": asdict(state), "topology": asdict(topology)}
-        (temporary / "state.json").write_text(json.dumps(described, indent=2) + "\n")
+        (temporary / STATE).write_text(described)
         os.replace(temporary, final)
         for old in checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
@@ -76,7 +86,7 @@ def load(
     newest = world.broadcast(checkpoints(folder)[-1] if world.is_main and checkpoints(folder) else None)
     if newest is None:
         return None
-    described = json.loads((newest / "state.json").read_text())
+    described = json.loads((newest / STATE).read_text())
     saved = Topology(**described["topology"])
     if saved != topology:
         raise UserError(f"{newest} was written by {_name(saved)}; resume it so, not with {_name(topology)}")

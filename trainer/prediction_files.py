@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from minbert.data.files import replacing
 from minbert.data.tasks import Split, Task
 from minbert.trainer.config import RunConfig
-from minbert.trainer.run_folder import replacing
 
 
 def prediction_file_name(config: RunConfig, task: Task, split: Split) -> str:

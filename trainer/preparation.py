@@ -3,7 +3,11 @@
 It happens once, in the process that starts the others, so that mistakes in options and data show before anything runs.
 """
 
+import difflib
 import logging
+import os
+import shutil
+from collections.abc import Iterable
 from datetime import datetime
 from itertools import chain
 from pathlib import Path
@@ -43,10 +47,13 @@ def new_run_path(config: RunConfig) -> Path:
 def prepare(config: RunConfig) -> RunFolder:
     """Create or reopen the run folder for `config` (`run` set) and fill in what the processes will need.
 
-    Raises UserError if the folder holds a run with other settings, or the data or the model cannot be had.
+    Raises UserError if the folder holds a run with other settings or something else, or cannot be written, or the data,
+    the model or a tracker cannot be had.
     """
     run = RunFolder(config.run)
     config = resolve(config)
+    _require_trackers(config.trackers)
+    _require_run_folder(run)
     if run.config_file.exists() and checkpoints(run.checkpoints):
         _refuse_other_settings(run, config)
     tokenizer = _prepare_encoder(run, config)
@@ -59,16 +66,29 @@ def prepare(config: RunConfig) -> RunFolder:
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """Fill in the learning rates and the cache folder where they were left open."""
+    """Fill in the learning rates and the cache folder where they were left open, and make paths absolute: a run may be
+    resumed from another folder than it was started from."""
     lr = config.optimizer.lr or (1e-3 if config.encoder.model == "tiny" else 5e-5)
     head_lr = config.optimizer.head_lr or (1e-3 if config.encoder.freeze == "encoder" else lr)
-    cache = config.corpus.cache or default_cache_dir()
+    cache = (config.corpus.cache or default_cache_dir()).expanduser().absolute()
+    data, model = config.corpus.data, config.encoder.model
+    if data.startswith("hub:") and data != "hub:":
+        data = f"hub:{_absolute(data.removeprefix('hub:'))}"
+    elif data not in ("builtin", "hub", "hub:", ""):
+        data = _absolute(data)
+    if model not in ("tiny", "minilm") and Path(model).expanduser().is_dir():
+        model = _absolute(model)
     return config.model_copy(
         update={
             "optimizer": config.optimizer.model_copy(update={"lr": lr, "head_lr": head_lr}),
-            "corpus": config.corpus.model_copy(update={"cache": cache}),
+            "corpus": config.corpus.model_copy(update={"cache": cache, "data": data}),
+            "encoder": config.encoder.model_copy(update={"model": model}),
         }
     )
+
+
+def _absolute(folder: str) -> str:
+    return str(Path(folder).expanduser().absolute())
 
 
 def load_examples_of(config: RunConfig, task: str, split: Split) -> Examples:
@@ -91,6 +111,34 @@ def build_plan(config: RunConfig, splits: dict[str, TokenisedSplit]) -> BatchPla
     return BatchPlan(sizes, config.batch.batch_size, config.batch.task_schedule, config.seed, steps)
 
 
+def _require_trackers(names: Iterable[str]) -> None:
+    """Raises UserError for a tracker that Accelerate does not know, or whose package is missing: it would stay silent."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            near = difflib.get_close_matches(name, LOGGER_TYPE_TO_CLASS, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            known = ", ".join(sorted(map(str, LOGGER_TYPE_TO_CLASS)))
+            raise UserError(f"there is no tracker {name!r}; {hint}There are {known}")
+        if name not in map(str, get_available_trackers()):
+            raise UserError(f"the tracker {name} needs its package: pip install {name.replace('_', '-')}")
+
+
+def _require_run_folder(run: RunFolder) -> None:
+    """Raises UserError if the folder cannot be made, or is somebody else's."""
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        entries = {entry.name for entry in run.path.iterdir()}
+        if not os.access(run.path, os.W_OK):
+            raise PermissionError(None, "it is not writable")
+    except OSError as error:
+        raise UserError(f"run folder {run.path} cannot be used: {error.strerror}") from None
+    own = {run.config_file.name, run.encoder.name, run.logs.name}  # one of them comes first
+    if entries and not entries & own:
+        raise UserError(f"{run.path} is not empty and no run folder: it has no config.yaml. Give a new folder by --run.")
+
+
 def _refuse_other_settings(run: RunFolder, config: RunConfig) -> None:
     saved, wanted = flatten(run.read_config()), flatten(config)
     fixed = set(wanted) - MAY_CHANGE - {"run"}
@@ -109,11 +157,12 @@ def _refuse_other_settings(run: RunFolder, config: RunConfig) -> None:
 
 
 def _prepare_encoder(run: RunFolder, config: RunConfig) -> Tokenizer:
-    """Write the encoder's config.json and tokenizer into the run folder, if they are not there yet."""
+    """Write the encoder's config.json and tokenizer into the run folder, unless a checkpoint depends on what is there."""
     missing = set(config.corpus.tasks) - set(available_tasks(config.corpus.data))
     if missing and config.corpus.data == "builtin":
         raise UserError(f"the built-in corpus has no task {', '.join(sorted(missing))}; use --data or other --tasks")
-    if not (run.encoder / "config.json").exists():
+    if not checkpoints(run.checkpoints):
+        shutil.rmtree(run.encoder, ignore_errors=True)  # an earlier start may have had other data or another model
         if config.encoder.model == "tiny":
             texts = (
                 text
@@ -129,7 +178,11 @@ def _prepare_encoder(run: RunFolder, config: RunConfig) -> Tokenizer:
             source = find_checkpoint(config.encoder.model)
             load_tokenizer(source)
             write_shape(run.encoder, read_config(source), tokenizer_from=source)
-    longest = read_config(run.encoder).max_position_embeddings
-    if config.corpus.max_length > longest:
-        raise UserError(f"max_length={config.corpus.max_length}, but the encoder has {longest} positions")
+    shape, freeze = read_config(run.encoder), config.encoder.freeze
+    if config.corpus.max_length > shape.max_position_embeddings:
+        raise UserError(
+            f"max_length={config.corpus.max_length}, but the encoder has {shape.max_position_embeddings} positions"
+        )
+    if isinstance(freeze, int) and freeze > shape.num_hidden_layers:
+        raise UserError(f"freeze={freeze}, but the encoder has {shape.num_hidden_layers} layers")
     return load_tokenizer(run.encoder)

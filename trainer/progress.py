@@ -11,9 +11,9 @@ from minbert.data.tasks import TASKS
 
 
 class Progress:
-    """The bar of a run of `total` steps; does nothing where it is not enabled."""
+    """The bar of a run of `total` steps, `done` of them before; does nothing where it is not enabled."""
 
-    def __init__(self, total: int, enabled: bool):
+    def __init__(self, total: int, enabled: bool, done: int = 0):
         self.console = Console(quiet=not enabled)
         self.bar = RichProgress(
             TextColumn("step"),
@@ -27,7 +27,7 @@ class Progress:
             disable=not enabled or not self.console.is_terminal,
         )
         self.total = total
-        self.task = self.bar.add_task("", total=total)
+        self.task = self.bar.add_task("", total=total, completed=done)
 
     def __enter__(self) -> "Progress":
         self.bar.start()
@@ -47,7 +47,8 @@ class Progress:
     def scores(self, step: int, scores: Mapping[str, float], best: bool) -> None:
         line = "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
         self.bar.update(self.task, completed=step, description=line)
-        self.console.print(f"step {step:>6}/{self.total}  {line}{'  (best so far)' if best else ''}", highlight=False)
+        mark = "  (best so far)" if best else ""
+        self.console.print(f"step {step:>6}/{self.total}  {line}{mark}", highlight=False, soft_wrap=True)
 
 
 def score_table(title: str, columns: Mapping[str, Mapping[str, float]]) -> Table:
@@ -58,6 +59,6 @@ def score_table(title: str, columns: Mapping[str, Mapping[str, float]]) -> Table
     names = list(next(iter(columns.values())))
     for name in names:
         metric = TASKS[name].metric if name in TASKS else "mean, r as (r + 1) / 2"
-        title = TASKS[name].title if name in TASKS else name
-        table.add_row(title, metric, *(f"{scores[name]:.3f}" for scores in columns.values()))
+        shown = TASKS[name].title if name in TASKS else name
+        table.add_row(shown, metric, *(f"{scores[name]:.3f}" for scores in columns.values()))
     return table

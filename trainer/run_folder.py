@@ -13,9 +13,6 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from typing import Any
 import yaml
 
 from minbert.data.errors import UserError
+from minbert.data.files import replacing
 from minbert.trainer.config import RunConfig, parse_config
 
 RECORDED_PACKAGES = ("minbert", "torch", "deepspeed", "accelerate", "transformers", "tokenizers", "numpy")
@@ -89,39 +87,28 @@ class RunFolder:
         return records
 
     def rewind_metrics(self, step: int) -> None:
-        """Drop what was logged after `step`, which the resumed run will log again."""
+        """Drop what was logged after `step`, which the run will log again."""
         records = [record for record in self.read_metrics() if record["step"] <= step]
         with replacing(self.metrics_file) as temporary:
             temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place, flushed and at once, when the block ends without error."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o644)  # mkstemp's 0600 would lock a group out of its runs
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def read_config_file(path: Path) -> RunConfig:
     """A configuration file (YAML). Raises UserError naming the file and every key that is wrong."""
+    return parse_config(read_yaml(path), str(path))
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file, as they stand there. Raises UserError if it holds anything else."""
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read configuration {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(raw, dict | None):
+    if not isinstance(raw, dict | None) or not all(isinstance(key, str) for key in raw or {}):
         raise UserError(f"{path} must hold `key: value` lines")
-    return parse_config(raw or {}, str(path))
+    return raw or {}
 
 
 def _version(package: str) -> str | None:

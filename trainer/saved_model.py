@@ -9,11 +9,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minbert.data.errors import UserError
+from minbert.data.files import replacing
 from minbert.data.tasks import TASKS
 from minbert.data.tokens import Tokenizer, load_tokenizer
 from minbert.trainer.config import RunConfig
 from minbert.trainer.model import MultitaskModel
-from minbert.trainer.run_folder import RunFolder, replacing
+from minbert.trainer.run_folder import RunFolder
 from minbert.trainer.weights import read_config, save_checkpoint
 
 

@@ -1,8 +1,10 @@
 """The training run: what every process executes, from the run folder to the last checkpoint."""
 
+import contextlib
+import io
 import logging
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from functools import partial
 
@@ -35,6 +37,7 @@ log = logging.getLogger(__name__)
 class Outcome(Enum):
     FINISHED = "finished"
     INTERRUPTED = "interrupted"  # asked to stop; everything is saved
+    WAS_FINISHED = "was finished"  # by an earlier start: there was nothing to do
 
 
 def train(run: RunFolder) -> Outcome:
@@ -58,10 +61,11 @@ class Training:
         train_splits = {name: load(name, "train") for name in config.corpus.tasks}
         self.dev_splits: Mapping[str, TokenisedSplit] = {name: load(name, "dev") for name in config.corpus.tasks}
         self.plan = build_plan(config, train_splits)
-        self.accelerator = build_accelerator(
-            config, world, log_with=list(config.trackers), project_dir=str(run.trackers)
-        )
-        self.engine = self._build_engine()
+        with _prints_to_log():
+            self.accelerator = build_accelerator(
+                config, world, log_with=list(config.trackers), project_dir=str(run.trackers)
+            )
+            self.engine = self._build_engine()
         self.topology = Topology(world.size, config.parallel.zero_stage)
         self.training_step = TrainingStep(
             self.engine,
@@ -76,28 +80,38 @@ class Training:
         )
         if not self.training_step.layers and self.training_step.aggregator.source != "losses":
             log.warning("the encoder is frozen, so the tasks share nothing: %s is a plain sum", config.batch.aggregator)
-        self.state = self._restore()
-        self.progress = Progress(self.total_steps, enabled=world.is_main)
         self._window = MetricsWindow(world)
+        self.state = self._restore()
 
     def run(self) -> Outcome:
         """Train until the budget, early stopping or a request to stop ends it."""
+        state = self.state
+        if self.finished and state.evaluated_at == state.step:
+            self._say(f"{self.folder.path} was finished before: {self._ending()}")
+            return Outcome.WAS_FINISHED
+        if state.step:
+            self._say(f"Resuming {self.folder.path} from step {state.step} of {self.total_steps}.")
         if self.world.is_main:
-            self.accelerator.init_trackers("metrics", _flat_strings(self.config))
+            self.folder.rewind_metrics(state.step)
+            # TensorBoard forgets what an earlier start logged beyond the step from which this one goes on.
+            self.accelerator.init_trackers(
+                "metrics", _flat_strings(self.config), {"tensorboard": {"purge_step": state.step + 1}}
+            )
+        self.progress = Progress(self.total_steps, enabled=self.world.is_main, done=state.step)
         with self.progress:
             outcome = self._loop()
-        self.accelerator.end_training() if self.stop.signal is None else None
+        self.accelerator.end_training()
+        if outcome is Outcome.FINISHED:
+            self._say(f"Finished: {self._ending()}")
         return outcome
 
     def _loop(self) -> Outcome:
         state, budget = self.state, self.config.budget
         while True:
-            finished = state.step >= self.total_steps
-            evaluation_due = state.step > state.evaluated_at and (finished or state.step % self.eval_every == 0)
+            evaluation_due = state.step > state.evaluated_at and (self.finished or state.step % self.eval_every == 0)
             if evaluation_due:
                 self._evaluate()
-                finished = state.step >= self.total_steps  # the evaluation may have extended the budget
-                finished |= budget.patience is not None and state.stale_evaluations >= budget.patience
+            finished = self.finished  # the evaluation may have extended the budget
             if finished or (state.step and state.step % (budget.save_every or self.eval_every) == 0):
                 self._save()
             if finished:
@@ -160,6 +174,8 @@ class Training:
         self.progress.scores(state.step, scores, best=state.stale_evaluations == 0)
 
     def _save(self) -> None:
+        window = self._window
+        self.state.window = {"losses": dict(window.losses), "norms": window.norms, "skipped": window.skipped}
         checkpoint.save(
             self.folder.checkpoints,
             self.engine,
@@ -196,10 +212,31 @@ class Training:
         if state is None:
             return TrainingState(epochs=self.config.budget.epochs)
         state.epochs = max(state.epochs, self.config.budget.epochs)
-        if self.world.is_main:
-            self.folder.rewind_metrics(state.step)
-            print(f"Resuming {self.folder.path} from step {state.step}.")
+        self._window.losses.update(state.window["losses"])
+        self._window.norms += state.window["norms"]
+        self._window.skipped = state.window["skipped"]
         return state
+
+    def _say(self, text: str) -> None:
+        if self.world.is_main:
+            print(text, flush=True)
+
+    def _ending(self) -> str:
+        state, budget = self.state, self.config.budget
+        text = f"{state.step} of {self.total_steps} steps, the best score at step {state.best_step}."
+        if self._out_of_patience:
+            text += f" No better one in {state.stale_evaluations} evaluations (patience={budget.patience})."
+        option = "--patience" if self._out_of_patience else "--epochs" if budget.steps is None else "--steps"
+        return f"{text} A larger {option} trains on."
+
+    @property
+    def finished(self) -> bool:
+        return self.state.step >= self.total_steps or self._out_of_patience
+
+    @property
+    def _out_of_patience(self) -> bool:
+        patience = self.config.budget.patience
+        return patience is not None and self.state.stale_evaluations >= patience
 
     @property
     def eval_every(self) -> int:
@@ -216,6 +253,18 @@ class Training:
     def planned_steps(self) -> int:
         """Steps of the configured budget, which shape the learning rate; an extension goes on at its end."""
         return self.config.budget.steps or max(1, round(self.config.budget.epochs * self.plan.steps_per_epoch))
+
+
+@contextlib.contextmanager
+def _prints_to_log() -> Iterator[None]:
+    """DeepSpeed prints what it builds and sets up; that belongs into the log, not onto the terminal."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            yield
+    finally:
+        for line in filter(None, map(str.strip, printed.getvalue().splitlines())):
+            log.info("%s", line)
 
 
 def seed_everything(seed: int) -> None:

@@ -1,0 +1,45 @@
+"""A linear layer that runs on oneDNN where that is faster: fp32 on a CPU.
+
+PyTorch's own fp32 matrix product on a CPU is MKL's, which leaves half of an AMD processor's vector width unused; oneDNN's
+is about twice as fast there and no slower elsewhere (`benchmarks/training_step.py`). It is the same arithmetic, in
+another order. Everything else (GPUs, bf16, float64) takes PyTorch's way.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+class Linear(nn.Linear):
+    """torch.nn.Linear for (N, in) inputs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        fast = _AVAILABLE and x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32 and x.ndim == 2
+        if fast and not torch.is_autocast_enabled("cpu") and len(x):
+            return _OneDnnLinear.apply(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
+
+
+class _OneDnnLinear(torch.autograd.Function):
+    """y = x W' + b, with dx = dy W, dW = dy' x, db = sum dy, each as one oneDNN call."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        return _multiply(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        dx = _multiply(dy, weight.T) if ctx.needs_input_grad[0] else None
+        dw = _multiply(dy.T, x.T) if ctx.needs_input_grad[1] else None
+        db = dy.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
+        return dx, dw, db
+
+
+def _multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a b' + bias."""
+    return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
