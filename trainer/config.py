@@ -123,8 +123,9 @@ class BatchConfig(Section):
 class BudgetConfig(Section):
     """How long to train, when to score and when to save."""
 
-    epochs: Annotated[float, Field(gt=0)] = 8
-    """Passes over as many examples as there are, all tasks together."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over as many examples as there are, all tasks together; the default is 8 for random and 3 for pretrained
+    weights."""
     steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps; overrides `epochs`."""
     extend_to: Annotated[float, Field(gt=0)] | None = None
@@ -179,8 +180,9 @@ class RunConfig(Section):
                     f"extend_to needs lr_schedule=constant, not {self.optimizer.lr_schedule}: "
                     "a learning rate that has fallen to zero cannot train on"
                 )
-            if self.budget.steps is not None or self.budget.extend_to < self.budget.epochs:
-                raise ValueError("extend_to is a number of epochs, at least `epochs`, and does not go with `steps`")
+            epochs = self.budget.epochs
+            if self.budget.steps is not None or epochs is None or self.budget.extend_to < epochs:
+                raise ValueError("extend_to is a number of epochs, needs `epochs` of at most as many, and no `steps`")
         if self.batch.accumulation > self.batch.batch_size:
             raise ValueError(
                 f"accumulation={self.batch.accumulation} parts of a batch_size={self.batch.batch_size} would be empty"

@@ -59,7 +59,16 @@ def build_accelerator(config: RunConfig, world: World, **kwargs: Any) -> Acceler
         # On a CPU, Accelerate either sees the other processes (cpu=True) or DeepSpeed. The state of the processes is
         # its own object, so it can be set up with the one before the accelerator is with the other.
         PartialState(cpu=True)
+        _do_not_compile()
     return Accelerator(deepspeed_plugin=plugin, **kwargs)
+
+
+def _do_not_compile() -> None:
+    """Keep DeepSpeed from compiling its shared-memory operator, which only inference uses: it takes a compiler and a
+    minute, and prints."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def deepspeed_config(stage: int) -> dict:

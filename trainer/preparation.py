@@ -66,9 +66,10 @@ def prepare(config: RunConfig) -> RunFolder:
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """Fill in the learning rates and the cache folder where they were left open, and make paths absolute: a run may be
+    """Fill in the learning rates, the epochs and the cache folder where they were left open, and make paths absolute: a run may be
     resumed from another folder than it was started from."""
-    lr = config.optimizer.lr or (1e-3 if config.encoder.model == "tiny" else 5e-5)
+    pretrained = config.encoder.model != "tiny"
+    lr = config.optimizer.lr or (5e-5 if pretrained else 1e-3)
     head_lr = config.optimizer.head_lr or (1e-3 if config.encoder.freeze == "encoder" else lr)
     cache = (config.corpus.cache or default_cache_dir()).expanduser().absolute()
     data, model = config.corpus.data, config.encoder.model
@@ -83,6 +84,7 @@ def resolve(config: RunConfig) -> RunConfig:
             "optimizer": config.optimizer.model_copy(update={"lr": lr, "head_lr": head_lr}),
             "corpus": config.corpus.model_copy(update={"cache": cache, "data": data}),
             "encoder": config.encoder.model_copy(update={"model": model}),
+            "budget": config.budget.model_copy(update={"epochs": config.budget.epochs or (3 if pretrained else 8)}),
         }
     )
 
