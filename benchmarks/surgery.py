@@ -14,6 +14,7 @@ import os
 import platform
 import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -63,7 +64,11 @@ def main() -> None:
         for which in [list(ways), *([way] for way in ways)]:
             task = {"run": str(run.path), "ways": which, "out": str(folder / "out.json"), **options.__dict__}
             (folder / "task.json").write_text(json.dumps(task))
-            code = launch([sys.executable, __file__, str(folder / "task.json")], options.processes, folder)
+            command = [sys.executable, __file__, str(folder / "task.json")]
+            if options.processes == 1:  # as `minbert train` does it: no process group
+                code = subprocess.call(command)
+            else:
+                code = launch(command, options.processes, folder)
             if code:
                 sys.exit(code)
             results["|".join(which)] = json.loads((folder / "out.json").read_text())

@@ -16,6 +16,7 @@ COMMANDS = {
     "evaluate": ("minbert.launch.evaluate", "score the best model of a run"),
     "predict": ("minbert.launch.predict", "predict course files, a csv, or free text"),
     "export": ("minbert.launch.export", "write the encoder as a folder for transformers"),
+    "plot": ("minbert.launch.plot", "draw the conflicts between the tasks' gradients"),
     "doctor": ("minbert.launch.doctor", "show what is installed and what is missing"),
 }
 
