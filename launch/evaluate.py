@@ -38,7 +38,9 @@ def main(arguments: list[str]) -> int:
     config = whole_splits(run.read_config(), options.data)
     scores = predict_splits(run, config, (options.split,), write=False)[options.split]
     if not scores:
-        raise UserError(f"the {options.split} split of {config.corpus.data} has no labels; `minbert predict` predicts it")
+        raise UserError(
+            f"the {options.split} split of {config.corpus.data} has no labels; `minbert predict` predicts it"
+        )
     if options.json:
         print(json.dumps(scores, indent=2))
     else:

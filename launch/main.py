@@ -54,3 +54,7 @@ def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {purpose}" for name, (_, purpose) in COMMANDS.items()]
     return "usage: minbert COMMAND [options]\n\n" + "\n".join(lines) + "\n\n`minbert COMMAND --help` tells its options."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

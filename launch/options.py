@@ -81,9 +81,9 @@ def read_options(types: Mapping[str, Any], arguments: list[str], command: str) -
             options[name] = True
             continue
         following = [value] if attached else list(takewhile(lambda word: not word.startswith("--"), words))
+        if not following and not _may_be_empty(types[name]):
+            raise UserError(f"{option} needs a value")
         if not _takes_several(types[name]):
-            if not following:
-                raise UserError(f"{option} needs a value")
             following = following[:1]
         options[name] = _convert(option, types[name], following)
         if not attached:
@@ -114,9 +114,12 @@ def _convert_number(option: str, adapter: TypeAdapter, number: int, problems: li
 
 
 def _refusal(option: str, words: list[str], problems: list) -> str:
-    allowed = [problem["msg"] for problem in problems if problem["type"] != "none_required"]
-    wanted = " or ".join(dict.fromkeys(message[0].lower() + message[1:] for message in allowed))
-    return f"{option}: {wanted}, not {' '.join(words)!r}"
+    """What is allowed, of each part of a union, and the word that is not."""
+    problems = [problem for problem in problems if problem["type"] != "none_required"]
+    wanted = [problem["msg"].removeprefix("Input should be ").partition(", unable to")[0] for problem in problems]
+    place = problems[0]["loc"]
+    word = words[place[0]] if place and isinstance(place[0], int) else words[0]
+    return f"{option} must be {', or '.join(dict.fromkeys(wanted))}, not {word!r}"
 
 
 def _unknown(option: str, types: Mapping[str, Any], command: str) -> str:
@@ -137,8 +140,13 @@ def _bare(kind: Any) -> Any:
 
 
 def _takes_several(kind: Any) -> bool:
-    parts = (kind, _bare(kind), *get_args(_bare(kind)))
+    parts = (kind, *get_args(_bare(kind)))
     return any(get_origin(_bare(part)) is tuple for part in parts)
+
+
+def _may_be_empty(kind: Any) -> bool:
+    """`--trackers` alone means no tracker."""
+    return get_origin(kind) is tuple
 
 
 def _tyro(kind: type[T], arguments: list[str], command: str) -> T:

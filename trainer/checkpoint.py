@@ -1,8 +1,8 @@
 """Checkpoints: everything that makes a resumed run go on where it stopped.
 
-Every rank writes its own part through Accelerate (weights, optimizer shards, random states); `state.json` holds the step,
-which also is the position in the data and the schedule, and the state of early stopping. A checkpoint is written under
-a temporary name and appears by one rename, so a folder `step-N` is always complete.
+Every rank writes its own part through Accelerate (weights, optimizer shards, random states); `state.json` holds the
+step, which also is the position in the data and the schedule, and the state of early stopping. A checkpoint is written
+under a temporary name and appears by one rename, so a folder `step-N` is always complete.
 """
 
 import json
@@ -19,7 +19,6 @@ from minbert.data.files import replacing
 from minbert.trainer.aggregators import Aggregator
 from minbert.trainer.distributed import World
 from minbert.trainer.engine import Engine
-
 
 STATE = "state.json"
 

@@ -124,7 +124,7 @@ class BudgetConfig(Section):
     """How long to train, when to score and when to save."""
 
     epochs: Annotated[float, Field(gt=0)] | None = None
-    """Passes over as many examples as there are, all tasks together; the default is 8 for random and 3 for pretrained
+    """Passes over as many examples as there are, all tasks together; the default is 5 for random and 3 for pretrained
     weights."""
     steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps; overrides `epochs`."""

@@ -66,8 +66,8 @@ def prepare(config: RunConfig) -> RunFolder:
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """Fill in the learning rates, the epochs and the cache folder where they were left open, and make paths absolute: a run may be
-    resumed from another folder than it was started from."""
+    """Fill in the learning rates, the epochs and the cache folder where they were left open, and make paths absolute:
+    a run may be resumed from another folder than it was started from."""
     pretrained = config.encoder.model != "tiny"
     lr = config.optimizer.lr or (5e-5 if pretrained else 1e-3)
     head_lr = config.optimizer.head_lr or (1e-3 if config.encoder.freeze == "encoder" else lr)
@@ -84,7 +84,7 @@ def resolve(config: RunConfig) -> RunConfig:
             "optimizer": config.optimizer.model_copy(update={"lr": lr, "head_lr": head_lr}),
             "corpus": config.corpus.model_copy(update={"cache": cache, "data": data}),
             "encoder": config.encoder.model_copy(update={"model": model}),
-            "budget": config.budget.model_copy(update={"epochs": config.budget.epochs or (3 if pretrained else 8)}),
+            "budget": config.budget.model_copy(update={"epochs": config.budget.epochs or (3 if pretrained else 5)}),
         }
     )
 
@@ -114,15 +114,16 @@ def build_plan(config: RunConfig, splits: dict[str, TokenisedSplit]) -> BatchPla
 
 
 def _require_trackers(names: Iterable[str]) -> None:
-    """Raises UserError for a tracker that Accelerate does not know, or whose package is missing: it would stay silent."""
+    """Raises UserError for a tracker that Accelerate does not know, or would leave out because of a missing package."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
             near = difflib.get_close_matches(name, LOGGER_TYPE_TO_CLASS, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            known = ", ".join(sorted(map(str, LOGGER_TYPE_TO_CLASS)))
-            raise UserError(f"there is no tracker {name!r}; {hint}There are {known}")
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise UserError(
+                f"no tracker is called {name!r}. {hint}There are {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}."
+            )
         if name not in map(str, get_available_trackers()):
             raise UserError(f"the tracker {name} needs its package: pip install {name.replace('_', '-')}")
 
@@ -138,7 +139,9 @@ def _require_run_folder(run: RunFolder) -> None:
         raise UserError(f"run folder {run.path} cannot be used: {error.strerror}") from None
     own = {run.config_file.name, run.encoder.name, run.logs.name}  # one of them comes first
     if entries and not entries & own:
-        raise UserError(f"{run.path} is not empty and no run folder: it has no config.yaml. Give a new folder by --run.")
+        raise UserError(
+            f"{run.path} is not empty and no run folder: it has no config.yaml. Give a new folder by --run."
+        )
 
 
 def _refuse_other_settings(run: RunFolder, config: RunConfig) -> None:
@@ -159,7 +162,7 @@ def _refuse_other_settings(run: RunFolder, config: RunConfig) -> None:
 
 
 def _prepare_encoder(run: RunFolder, config: RunConfig) -> Tokenizer:
-    """Write the encoder's config.json and tokenizer into the run folder, unless a checkpoint depends on what is there."""
+    """Write the encoder's config.json and tokenizer into the run folder, unless a checkpoint relies on what is there."""
     missing = set(config.corpus.tasks) - set(available_tasks(config.corpus.data))
     if missing and config.corpus.data == "builtin":
         raise UserError(f"the built-in corpus has no task {', '.join(sorted(missing))}; use --data or other --tasks")

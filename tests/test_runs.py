@@ -1,0 +1,322 @@
+"""Runs from outside, through the commands: what they leave, what they refuse, and how they go on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModel, AutoTokenizer
+
+from minbert.data.sources import load_examples
+from minbert.data.tasks import TASKS
+from minbert.launch.main import main
+from minbert.trainer.run_folder import RunFolder
+
+SMALL = "--train-limit 200 --eval-limit 60 --batch-size 8 --log-every 2".split()
+
+
+def minbert(*arguments: object, check: int | None = 0, **kwargs) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "minbert.launch.main", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
+    assert check is None or done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> RunFolder:
+    """A small finished run on the built-in corpus."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    done = minbert("train", "--run", folder, *SMALL, "--steps", 12, "--eval-every", 6, "--aggregator", "pcgrad")
+    assert "Best model, dev" in done.stdout and "Traceback" not in done.stderr
+    return RunFolder(folder)
+
+
+# --- what a run leaves -------------------------------------------------------------------------------------------
+
+
+def test_run_folder_is_complete(trained):
+    names = {path.name for path in trained.path.iterdir()}
+    assert names >= {
+        "config.yaml", "environment.json", "code.diff", "metrics.jsonl", "gramians.jsonl", "encoder", "logs",
+        "tensorboard", "checkpoints", "best.safetensors", "predictions",
+    }  # fmt: skip
+    environment = json.loads((trained.path / "environment.json").read_text())
+    assert environment["packages"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert trained.read_config().optimizer.lr == 1e-3  # resolved, not left open
+    assert (trained.logs / "rank-0.log").exists()
+    assert len(list(trained.checkpoints.iterdir())) == 2
+
+
+def test_metrics_are_json_lines_with_rising_steps(trained):
+    records = [json.loads(line, parse_constant=pytest.fail) for line in trained.metrics_file.read_text().splitlines()]
+    losses = [record["step"] for record in records if "loss/sst" in record]
+    assert losses == [2, 4, 6, 8, 10, 12]
+    assert [record["step"] for record in records if "dev/overall" in record] == [6, 12]
+    for record in records:
+        if "loss/sst" in record:
+            assert record["grad_norm"] > 0 and record["lr"] > 0
+            assert -1 <= record["cosine/sst-sts"] <= 1 and record["weight/quora"] > 0
+
+
+def test_tensorboard_has_the_scores(trained):
+    accumulator = EventAccumulator(str(trained.trackers / "metrics")).Reload()
+    scores = {event.step: event.value for event in accumulator.Scalars("dev/overall")}
+    expected = {r["step"]: r["dev/overall"] for r in trained.read_metrics() if "dev/overall" in r}
+    assert scores == pytest.approx(expected)
+
+
+def test_evaluate_gives_the_score_of_the_best_model(trained, capsys):
+    assert main(["evaluate", str(trained.path), "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert set(scores) == {"sst", "quora", "sts", "overall"}
+    assert scores["overall"] == pytest.approx(
+        (scores["sst"] + scores["quora"] + (scores["sts"] + 1) / 2) / 3
+    )
+
+
+def test_prediction_files_have_the_course_format(trained):
+    heads = {"sst": "Predicted_Sentiment", "para": "Predicted_Is_Paraphrase", "sts": "Predicted_Similiary"}
+    for task, stem in (("sst", "sst"), ("quora", "para"), ("sts", "sts")):
+        for split in ("dev", "test"):
+            lines = (trained.predictions / f"{stem}-{split}-output.csv").read_text().split("\n")
+            examples = load_examples("builtin", TASKS[task], split)
+            assert lines[0] == f"id \t {heads[stem]} " and lines[-1] == ""
+            rows = [line.split(" , ") for line in lines[1:-1]]
+            assert [row[0] for row in rows] == examples.ids
+            assert all(row[1].endswith(" ") for row in rows)
+            values = [row[1].strip() for row in rows]
+            if task == "sst":
+                assert set(values) <= {"0", "1", "2", "3", "4"}
+            elif task == "quora":
+                assert set(values) <= {"0.0", "1.0"}
+            else:
+                assert all(0 <= float(value) <= 5 for value in values)
+
+
+def test_one_sentence_classifier_alone_writes_the_first_parts_files(tmp_path):
+    minbert("train", "--run", tmp_path / "r", *SMALL, "--steps", 2, "--tasks", "sst", "--freeze", "encoder")
+    assert {path.name for path in (tmp_path / "r" / "predictions").iterdir()} == {
+        "pretrain-sst-dev-out.csv", "pretrain-sst-test-out.csv",
+    }  # fmt: skip
+
+
+def test_export_loads_in_transformers(trained, tmp_path, capsys):
+    assert main(["export", str(trained.path), str(tmp_path / "encoder")]) == 0
+    model = AutoModel.from_pretrained(tmp_path / "encoder").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "encoder")
+    from minbert.trainer.saved_model import load_model
+
+    ours, own_tokenizer, _ = load_model(trained, torch.device("cpu"))
+    text = "a warm and funny film"
+    encoded = tokenizer(text, return_tensors="pt")
+    assert encoded["input_ids"][0].tolist() == own_tokenizer.encode([text], 64).ids.tolist()
+    with torch.no_grad():
+        expected = model(**encoded).last_hidden_state
+        hidden, _ = ours.bert.forward_padded(encoded["input_ids"], encoded["attention_mask"])
+    torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=0)
+    assert main(["export", str(trained.path), str(tmp_path / "encoder")]) == 2  # never over something
+
+
+def test_predict_text_and_csv_agree(trained, tmp_path, capsys):
+    sentences = ["a dull and tedious film", "a dazzling , wonderful film"]
+    said = []
+    for sentence in sentences:
+        assert main(["predict", str(trained.path), "--task", "sst", "--text", sentence]) == 0
+        said.append(capsys.readouterr().out.strip())
+    for delimiter, name in ((",", "a.csv"), ("\t", "a.tsv")):
+        rows = [f'{n}{delimiter}"{sentence}"' for n, sentence in enumerate(sentences)]
+        (tmp_path / name).write_text("\n".join([f"nr{delimiter}sentence", *rows]) + "\n")
+        out = tmp_path / f"out-{name}"
+        assert main(["predict", str(trained.path), "--task", "sst", "--csv", str(tmp_path / name), "--out", str(out)]) == 0
+        lines = out.read_text().splitlines()
+        assert lines[0] == f"nr{delimiter}sentence{delimiter}prediction"
+        assert [line.split(delimiter)[-1] for line in lines[1:]] == said
+    pair = ["predict", str(trained.path), "--task", "sts", "--text", "a man sings", "a man sings"]
+    capsys.readouterr()
+    assert main(pair) == 0
+    assert 0 <= float(capsys.readouterr().out) <= 5
+
+
+def test_plot_is_a_picture(trained, tmp_path, capsys):
+    assert main(["plot", str(trained.path), "--out", str(tmp_path / "p.png")]) == 0
+    assert (tmp_path / "p.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+# --- mistakes ----------------------------------------------------------------------------------------------------
+
+MISTAKES = [
+    ("trian", "did you mean 'train'?"),
+    ("train --lrr 1", "--lr"),
+    ("train --lr -1", "greater than 0"),
+    ("train --lr fast", "fast"),
+    ("train --tasks sst foo", "foo"),
+    ("train --aggregator pcgrda", "did you mean 'pcgrad'?"),
+    ("train --aggregator cagrad:d=1", "has no option 'd'; its options: c"),
+    ("train --aggregator nowhere:function", "cannot be imported"),
+    ("train --aggregator pcgrad --task-schedule round_robin", "needs task_schedule=all"),
+    ("train --accumulation 9 --batch-size 8", "would be empty"),
+    ("train --epochs 2 --extend-to 4", "needs lr_schedule=constant"),
+    ("train --tasks cfimdb", "no task cfimdb"),
+    ("train --data {tmp}/nowhere", "nowhere"),
+    ("train --model {tmp}/nowhere", "nowhere"),
+    ("train --max-length 4000", "512 positions"),
+    ("train --config {tmp}/nowhere.yaml", "cannot read configuration"),
+    ("train --config {tmp}/wrong.yaml", "unknown key 'batch_sizze'; did you mean 'batch_size'?"),
+    ("train --config {tmp}/broken.yaml", "not valid YAML"),
+    ("train --config", "--config needs a value"),
+    ("train --device cuda", "no CUDA device"),
+    ("evaluate {tmp}", "is not a run folder"),
+    ("predict {run} --text hello", "say which task"),
+    ("predict {run} --task cfimdb --text hello", "not trained on cfimdb"),
+    ("predict {run} --task sts --text hello", "takes 2 sentence"),
+    ("predict {run} --task sst --csv {tmp}/wrong.csv", "has no column sentence"),
+    ("evaluate {run} --split test", "no labels"),
+    ("train --run {run} --lr 0.5", "lr: 0.001 in the folder, 0.5 asked for"),
+]
+
+
+@pytest.mark.parametrize(("command", "message"), MISTAKES, ids=[command for command, _ in MISTAKES])
+def test_mistakes_are_explained(trained, tmp_path, monkeypatch, capsys, command, message):
+    (tmp_path / "wrong.yaml").write_text("batch_sizze: 3\n")
+    (tmp_path / "broken.yaml").write_text("lr: [1\n")
+    (tmp_path / "wrong.csv").write_text("text\nhello\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    try:
+        code = main([part.format(tmp=tmp_path, run=trained.path) for part in command.split()])
+    except SystemExit as exit:
+        code = exit.code
+    shown = capsys.readouterr()
+    assert code == 2
+    assert message in " ".join((shown.err + shown.out).split())
+    assert "Traceback" not in shown.err
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").rglob("checkpoints"))
+
+
+def test_bad_rows_stop_or_are_skipped(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rows = [f"{n}\tid{n}\tsentence number {n}\t{n % 5}" for n in range(30)]
+    for name in ("train", "dev"):
+        (folder / f"ids-sst-{name}.csv").write_text("\n".join(["\tid\tsentence\tsentiment", *rows]) + "\n")
+    (folder / "ids-sst-test-student.csv").write_text("\tid\tsentence\n0\tid0\tsome words\n")
+    with (folder / "ids-sst-train.csv").open("a") as file:
+        file.write("30\tid30\tgreat\tnine\n")
+    arguments = ["train", "--data", folder, "--tasks", "sst", "--run", tmp_path / "run", "--steps", 2]
+    refused = minbert(*arguments, check=2)
+    assert "ids-sst-train.csv:32" in refused.stderr and "--bad-rows skip" in refused.stderr
+    minbert(*arguments, "--bad-rows", "skip")
+
+
+def test_later_sources_of_options_win(tmp_path):
+    from minbert.launch.options import parse_run_config
+
+    (tmp_path / "c.yaml").write_text("lr: 0.25\nbatch: {batch_size: 7}\n")
+    config = parse_run_config(["--config", str(tmp_path / "c.yaml"), "--batch-size", "9"])
+    assert (config.optimizer.lr, config.batch.batch_size, config.heads.hidden_layers) == (0.25, 9, 1)
+
+
+def test_help_is_readable(capsys):
+    for command in ("train", "evaluate", "predict", "export", "plot", "doctor"):
+        with pytest.raises(SystemExit) as exit:
+            main([command, "--help"])
+        assert exit.value.code == 0
+        assert f"minbert {command}" in capsys.readouterr().out
+
+
+# --- going on ----------------------------------------------------------------------------------------------------
+
+
+def comparable(run: Path) -> list[dict]:
+    """What was logged, without the times."""
+    records = RunFolder(run).read_metrics()
+    return [{key: value for key, value in record.items() if key != "tokens_per_second"} for record in records]
+
+
+def stopped_after(steps: int, run: Path, arguments: list) -> subprocess.Popen:
+    """Start a run and interrupt it once it has logged `steps` steps."""
+    command = [sys.executable, "-m", "minbert.launch.main", "train", "--run", run, *arguments]
+    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if any(record["step"] >= steps for record in RunFolder(run).read_metrics()):
+            process.send_signal(signal.SIGINT)
+            break
+        time.sleep(0.02)
+    process.stdout_text, process.stderr_text = process.communicate(timeout=120)
+    return process
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--aggregator", "gradvac"],
+        ["--processes", 2, "--zero-stage", 2],
+        ["--processes", 2, "--zero-stage", 3, "--aggregator", "famo"],
+        ["--processes", 2, "--task-schedule", "proportional"],
+    ],
+    ids=["one process", "zero 2", "zero 3", "data parallel"],
+)
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tmp_path, arguments):
+    budget = [*SMALL, "--steps", 24, "--eval-every", 8, *arguments]
+    minbert("train", "--run", tmp_path / "whole", *budget)
+    process = stopped_after(4, tmp_path / "parts", budget)
+    assert process.returncode == 75, process.stdout_text + process.stderr_text
+    assert f"minbert train --run {tmp_path / 'parts'}" in process.stdout_text
+    at = sorted((tmp_path / "parts" / "checkpoints").iterdir())[-1]
+    done = minbert("train", "--run", tmp_path / "parts")
+    assert f"from step {int(at.name.removeprefix('step-'))}" in done.stdout
+    assert comparable(tmp_path / "parts") == comparable(tmp_path / "whole")
+    expected, found = (load_file(tmp_path / name / "best.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_finished_run_says_so_and_can_be_extended(tmp_path):
+    run = tmp_path / "run"
+    minbert("train", "--run", run, *SMALL, "--steps", 4)
+    before = comparable(run)
+    assert "finished before" in minbert("train", "--run", run).stdout
+    assert comparable(run) == before
+    assert "from step 4" in minbert("train", "--run", run, "--steps", 6).stdout
+    assert comparable(run)[-1]["step"] == 6
+
+
+def test_patience_and_extension(tmp_path):
+    run = tmp_path / "patience"
+    minbert("train", "--run", run, *SMALL, "--steps", 40, "--eval-every", 1, "--patience", 2, "--lr", "1e-9")
+    assert comparable(run)[-1]["step"] < 40
+    run = tmp_path / "extension"
+    rule = ["--epochs", "0.2", "--extend-to", "1.0", "--lr-schedule", "constant", "--lr", "0.003"]
+    done = minbert("train", "--run", run, *SMALL, *rule)
+    assert "going on to step" in done.stdout
+
+
+def test_a_frozen_encoder_does_not_move(tmp_path):
+    states = {}
+    for steps in (1, 6):
+        run = tmp_path / f"{steps}"
+        minbert("train", "--run", run, *SMALL, "--steps", steps, "--freeze", "1", "--warmup", 0)
+        states[steps] = load_file(run / "best.safetensors")
+    moved = {name for name in states[1] if not torch.equal(states[1][name], states[6][name])}
+    assert any(name.startswith("heads.") for name in moved)
+    assert any(name.startswith("bert.layers.1.") for name in moved)
+    assert not any(name.startswith(("bert.embeddings.", "bert.layers.0.", "bert.pooler.")) for name in moved)
+
+
+def test_a_dying_process_is_named_and_nothing_is_left(tmp_path):
+    """A method that fails on rank 1 only."""
+    (tmp_path / "failing.py").write_text(
+        "import os\ndef method(gramian):\n"
+        "    if os.environ['RANK'] == '1': raise RuntimeError('broken on purpose')\n    return gramian[0] * 0 + 1\n"
+    )
+    arguments = ["--run", tmp_path / "run", *SMALL, "--steps", 4, "--processes", 2, "--aggregator", "failing:method"]
+    done = minbert("train", *arguments, check=1, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert "rank 1" in done.stderr.lower() and "broken on purpose" in done.stderr
+    assert not subprocess.run(["pgrep", "-f", str(tmp_path / "run")], capture_output=True).stdout
