@@ -145,7 +145,9 @@ def _build(way: str, task: dict, world):
     run, config = RunFolder(Path(task["run"])), _configured(task)
     method = {"sum, per task": "sum"}.get(way, way.removeprefix("torchjd "))
     config = config.model_copy(
-        update={"batch": config.batch.model_copy(update={"aggregator": method, "measure_every": 1 if "," in way else None})}
+        update={
+            "batch": config.batch.model_copy(update={"aggregator": method, "measure_every": 1 if "," in way else None})
+        }
     )
     splits = {name: load_split(config, name, "train", load_tokenizer(run.encoder)) for name in config.corpus.tasks}
     plan = build_plan(config, splits)
@@ -188,9 +190,7 @@ def _torchjd_step(method: str, model, optimizer, plan, splits, world):
         ]
         heads = [list(model.heads[name].parameters()) for name in batches]
         # A chunk of one avoids vmap, for which the oneDNN linear layers have no rule.
-        autojac.mtl_backward(
-            losses, features=features, tasks_params=heads, shared_params=shared, parallel_chunk_size=1
-        )
+        autojac.mtl_backward(losses, features=features, tasks_params=heads, shared_params=shared, parallel_chunk_size=1)
         autojac.jac_to_grad(shared, aggregator)
         optimizer.step()
         optimizer.zero_grad()

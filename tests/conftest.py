@@ -11,9 +11,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
-COURSE_DATA = Path(
-    os.environ.get("MINBERT_COURSE_DATA", Path(__file__).parents[2] / "shared" / "data" / "cs224n")
-)
+COURSE_DATA = Path(os.environ.get("MINBERT_COURSE_DATA", Path(__file__).parents[2] / "shared" / "data" / "cs224n"))
 
 
 @pytest.fixture(scope="session")

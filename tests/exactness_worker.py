@@ -67,6 +67,13 @@ def run_case(run: RunFolder, case: dict, world: World, out: Path) -> None:
     )
     history = {}
     for number in range(case["steps"]):
+        if number == case.get("broken_step"):
+            labels = splits["sts"].labels.copy()
+            splits["sts"].labels[:] = float("nan")
+            result = step(number, 1.0)
+            assert result.skipped and "sts" in result.skipped, result.skipped
+            splits["sts"].labels[:] = labels
+            continue
         result = step(number, 1.0)
         assert result.skipped is None, result.skipped
         history[f"losses/{number}"] = torch.tensor(list(result.losses.values()), dtype=torch.float64)

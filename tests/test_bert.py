@@ -159,6 +159,8 @@ def test_missing_weights_are_named(minilm, tmp_path, ours):
     with pytest.raises(UserError, match=r"neither model.safetensors nor pytorch_model.bin"):
         load_weights(Bert(read_config(tmp_path)), tmp_path)
     state = {name: tensor for name, tensor in ours.state_dict().items() if "layers.3." not in name}
-    torch.save({f"bert.{name}": tensor for name, tensor in to_transformers(state).items()}, tmp_path / "pytorch_model.bin")
+    torch.save(
+        {f"bert.{name}": tensor for name, tensor in to_transformers(state).items()}, tmp_path / "pytorch_model.bin"
+    )
     with pytest.raises(UserError, match=r"lacks the weights layers\.3"):
         load_weights(Bert(read_config(tmp_path)), tmp_path)

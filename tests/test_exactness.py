@@ -57,6 +57,8 @@ ODD = [
         ("uncertainty", {"accumulation": 2}),
         ("sum", {"accumulation": 3, "batch_size": 7}),
         ("pcgrad", {"clip": 0.05}),
+        ("pcgrad", {"broken_step": 1}),  # NaN in one task: the step is skipped by all, as if it had not been
+        ("sum", {"broken_step": 1}),
     ]
 ]  # fmt: skip
 CASES = EVERYWHERE + ODD
@@ -64,7 +66,9 @@ CASES = EVERYWHERE + ODD
 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory) -> RunFolder:
-    arguments = "--train-limit 60 --eval-limit 10 --batch-size 6 --encoder-dropout 0 --head-dropout 0 --lr 0.01 --trackers"
+    arguments = (
+        "--train-limit 60 --eval-limit 10 --batch-size 6 --encoder-dropout 0 --head-dropout 0 --lr 0.01 --trackers"
+    )
     folder = tmp_path_factory.mktemp("exactness") / "run"
     return prepare(parse_run_config([*arguments.split(), "--run", str(folder)]))
 
@@ -148,7 +152,11 @@ def dense_result(path: Path, text: str):
     wanted = json.loads(text)
     dense = Dense(RunFolder(path), wanted)
     before = {name: tensor.clone() for name, tensor in dense.model.state_dict().items()}
-    losses = [dense.step(n, DENSE[wanted["aggregator"]], wanted.get("clip", 0.0)) for n in range(STEPS)]
+    losses = {
+        step: dense.step(step, DENSE[wanted["aggregator"]], wanted.get("clip", 0.0))
+        for step in range(STEPS)
+        if step != wanted.get("broken_step")
+    }
     return before, losses, dense.model.state_dict()
 
 
@@ -167,7 +175,7 @@ def test_every_stage_equals_the_dense_process(prepared, processes):
         assert moved > 100 * TOLERANCE[wanted["optimizer"]], wanted["name"]
         for rank in range(processes):
             history = load_file(folder / f"{wanted['name']}-rank{rank}.safetensors")
-            for number, found in enumerate(losses):
+            for number, found in losses.items():
                 torch.testing.assert_close(
                     history[f"losses/{number}"], torch.tensor(found, dtype=torch.float64), atol=2e-5, rtol=1e-5
                 )
@@ -190,7 +198,7 @@ def test_weights_are_identical_on_all_ranks(prepared, processes):
     for wanted in CASES:
         first, *others = (load_file(folder / f"{wanted['name']}-rank{r}.safetensors") for r in range(processes))
         for other in others:
-            for number in range(STEPS):
+            for number in set(range(STEPS)) - {wanted.get("broken_step")}:
                 assert torch.equal(first[f"weights/{number}"], other[f"weights/{number}"]), wanted["name"]
 
 

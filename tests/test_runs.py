@@ -76,9 +76,7 @@ def test_evaluate_gives_the_score_of_the_best_model(trained, capsys):
     assert main(["evaluate", str(trained.path), "--json"]) == 0
     scores = json.loads(capsys.readouterr().out)
     assert set(scores) == {"sst", "quora", "sts", "overall"}
-    assert scores["overall"] == pytest.approx(
-        (scores["sst"] + scores["quora"] + (scores["sts"] + 1) / 2) / 3
-    )
+    assert scores["overall"] == pytest.approx((scores["sst"] + scores["quora"] + (scores["sts"] + 1) / 2) / 3)
 
 
 def test_prediction_files_have_the_course_format(trained):
@@ -134,7 +132,9 @@ def test_predict_text_and_csv_agree(trained, tmp_path, capsys):
         rows = [f'{n}{delimiter}"{sentence}"' for n, sentence in enumerate(sentences)]
         (tmp_path / name).write_text("\n".join([f"nr{delimiter}sentence", *rows]) + "\n")
         out = tmp_path / f"out-{name}"
-        assert main(["predict", str(trained.path), "--task", "sst", "--csv", str(tmp_path / name), "--out", str(out)]) == 0
+        assert (
+            main(["predict", str(trained.path), "--task", "sst", "--csv", str(tmp_path / name), "--out", str(out)]) == 0
+        )
         lines = out.read_text().splitlines()
         assert lines[0] == f"nr{delimiter}sentence{delimiter}prediction"
         assert [line.split(delimiter)[-1] for line in lines[1:]] == said

@@ -27,12 +27,17 @@ Source = Literal["losses", "gramian", "coordinates"]
 
 @dataclass(frozen=True)
 class Method:
-    """A method: what it looks at, how it is built for T tasks, its options with their defaults, its source."""
+    """A method: what it looks at, how it is built for T tasks, its options with their defaults, its source.
+
+    The weights of a `scale_free` one do not change when all gradients are multiplied by the same number. It is given
+    the Gramian at scale one, because solvers have absolute tolerances.
+    """
 
     source: Source
     build: Callable[..., Any]
     options: Mapping[str, float]
     reference: str
+    scale_free: bool = False
 
 
 METHODS: dict[str, Method] = {}
@@ -102,13 +107,13 @@ def config(gramian: Tensor) -> Tensor:
     return torch.linalg.lstsq(root.T, ConFIG()(root)[:, None], driver="gelsd").solution[:, 0]
 
 
-def _torchjd(name: str, reference: str, weighting: str, **options: float) -> None:
+def _torchjd(name: str, reference: str, weighting: str, scale_free: bool = True, **options: float) -> None:
     """Register a Gramian weighting of torchjd under our name; `options` are its arguments with our defaults."""
 
     def build(tasks: int, **chosen: float) -> Weighting:
         return getattr(import_module("torchjd.aggregation"), weighting)(**chosen)
 
-    METHODS[name] = Method("gramian", build, options, reference)
+    METHODS[name] = Method("gramian", build, options, reference, scale_free)
 
 
 def _scalarizer(name: str, reference: str, scalarizer: str, sized: bool = False, **options: float) -> None:
@@ -131,7 +136,7 @@ _torchjd("imtl_g", "Liu et al. 2021, Towards Impartial Multi-task Learning, equa
 _torchjd("aligned_mtl", "Senushkin et al. 2023, Independent Component Alignment, section 3", "AlignedMTLWeighting")
 _torchjd("upgrad", "Quinton and Rey 2024, Jacobian Descent, equation 5", "UPGradWeighting")
 _torchjd("dualproj", "Lopez-Paz and Ranzato 2017, Gradient Episodic Memory, equation 11", "DualProjWeighting")
-_torchjd("fairgrad", "Ban and Ji 2024, Fair Resource Allocation, equation 4", "FairGradWeighting", alpha=1.0)
+_torchjd("fairgrad", "Ban and Ji 2024, Fair Resource Allocation, equation 4", "FairGradWeighting", False, alpha=1.0)
 METHODS["graddrop"] = Method(
     "coordinates", lambda tasks: None, {}, "Chen et al. 2020, Just Pick a Sign, algorithm 1"
 )  # combined in surgery.py
@@ -180,6 +185,7 @@ class Aggregator:
     def __init__(self, text: str, tasks: int, seed: int, groups: int = 1):
         self.name, method, self.options = parse_method(text)
         self.source: Source = method.source
+        self.scale_free = method.scale_free
         self.tasks, self.seed, self.groups = tasks, seed, groups
         try:
             self.weightings = [method.build(tasks, **self.options) for _ in range(groups)]
@@ -214,8 +220,11 @@ class Aggregator:
     def from_losses(self, losses: Tensor, step: int) -> Tensor:
         """Weights (T,): the derivative of the method's scalar with respect to each loss (T,), float64 on the CPU.
 
-        Parameters that the method learns by gradient descent take a step.
+        Parameters that the method learns by gradient descent take a step. Losses that are not finite, whose step will
+        be skipped, leave no trace in what the method remembers.
         """
+        if not losses.isfinite().all():
+            return torch.ones_like(losses)
         values = losses.detach().clone().requires_grad_()
         with self._seeded(step), torch.enable_grad():
             self._scalarizer(values).backward()
@@ -248,6 +257,8 @@ class Aggregator:
     def _weigh(self, weighting: Weighting, gramian: Tensor) -> Tensor:
         weights = torch.ones(len(gramian), dtype=gramian.dtype)
         active = gramian.diagonal() > 0
+        if self.scale_free and active.any():
+            gramian = gramian / gramian.diagonal()[active].mean()
         if active.sum() > 1 and hasattr(weighting, "reset"):
             # What it remembers is per pair of tasks: it must go on seeing all of them.
             weights[active] = weighting(gramian).to(weights)[active]

@@ -162,7 +162,7 @@ def _refuse_other_settings(run: RunFolder, config: RunConfig) -> None:
 
 
 def _prepare_encoder(run: RunFolder, config: RunConfig) -> Tokenizer:
-    """Write the encoder's config.json and tokenizer into the run folder, unless a checkpoint relies on what is there."""
+    """Write the encoder's config.json and tokenizer into the run folder, unless a checkpoint relies on them."""
     missing = set(config.corpus.tasks) - set(available_tasks(config.corpus.data))
     if missing and config.corpus.data == "builtin":
         raise UserError(f"the built-in corpus has no task {', '.join(sorted(missing))}; use --data or other --tasks")

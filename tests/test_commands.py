@@ -1,0 +1,378 @@
+"""The commands as a user meets them: options and files, what a model says of one's own data, and every kind of mistake.
+
+They are called in this process; where the process itself is the point (exit codes, pipes, terminals), they are started.
+"""
+
+import csv
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import pytest
+from pydantic import Field
+from safetensors import safe_open
+from scipy.stats import pearsonr
+
+from minbert.data.errors import UserError
+from minbert.data.files import replacing
+from minbert.data.sources import load_examples
+from minbert.data.tasks import TASKS
+from minbert.launch.main import main
+from minbert.launch.options import parse_run_config, read_options
+from minbert.trainer.prediction_files import prediction_file_name
+from minbert.trainer.run_folder import RunFolder
+
+COMMAND = [sys.executable, "-m", "minbert.launch.main"]
+
+
+def minbert(*arguments: object) -> int:
+    """The exit code of a command called here."""
+    try:
+        return main([str(argument) for argument in arguments])
+    except SystemExit as exit:  # tyro ends the program itself
+        return exit.code
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> RunFolder:
+    """A short run, scored on whole dev splits."""
+    folder = tmp_path_factory.mktemp("commands") / "run"
+    os.environ["MINBERT_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")
+    assert (
+        minbert("train", "--run", folder, "--steps", 6, "--train-limit", 200, "--batch-size", 8, "--log-every", 2) == 0
+    )
+    return RunFolder(folder)
+
+
+# Scores and predictions
+
+
+def test_evaluate_agrees_with_the_score_that_the_model_was_saved_with(trained, capsys):
+    with safe_open(trained.best_model, framework="pt") as file:
+        saved = json.loads(file.metadata()["scores"])
+    assert minbert("evaluate", trained.path, "--json") == 0
+    assert json.loads(capsys.readouterr().out) == pytest.approx(saved, abs=1e-6)
+    logged = [record for record in trained.read_metrics() if "dev/overall" in record]
+    assert logged[-1]["dev/overall"] == saved["overall"]
+
+
+def test_evaluate_shows_a_table_of_other_splits(trained, capsys):
+    assert minbert("evaluate", trained.path, "--split", "train") == 0
+    table = capsys.readouterr().out
+    assert "best model, train" in table.replace("\n", " ") and all(
+        TASKS[name].title in table for name in ("sst", "sts")
+    )
+
+
+def test_evaluate_reads_other_data(trained, course_folder, capsys):
+    assert minbert("evaluate", trained.path, "--data", course_folder, "--json") == 2
+    assert "quora-dev.csv does not exist" in capsys.readouterr().err
+
+
+@pytest.fixture
+def course_folder(tmp_path) -> Path:
+    """A folder of the course's files that holds sentiment only."""
+    folder = tmp_path / "course"
+    folder.mkdir()
+    rows = [f"{n}\tid{n}\ta film of sort {n % 7}\t{n % 5}" for n in range(40)]
+    for split in ("train", "dev"):
+        (folder / f"ids-sst-{split}.csv").write_text("\n".join(["\tid\tsentence\tsentiment", *rows]) + "\n")
+    (folder / "ids-sst-test-student.csv").write_text("\tid\tsentence\n0\tZ9\tsome words\n1\ta1\tother words\n")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["sst", "quora", "sts"])
+def test_prediction_files_hold_what_was_scored(trained, capsys, name):
+    assert minbert("evaluate", trained.path, "--json") == 0
+    scores = json.loads(capsys.readouterr().out)
+    task, examples = TASKS[name], load_examples("builtin", TASKS[name], "dev")
+    text = (trained.predictions / prediction_file_name(trained.read_config(), task, "dev")).read_bytes().decode()
+    lines = text.split("\n")
+    values = [line.split(" , ")[1][:-1] for line in lines[1:-1]]
+    header = {"sst": "Predicted_Sentiment", "quora": "Predicted_Is_Paraphrase", "sts": "Predicted_Similiary"}[name]
+    rows = (f"{identifier} , {value} \n" for identifier, value in zip(examples.ids, values, strict=True))
+    assert text == f"id \t {header} \n" + "".join(rows)
+    predicted = np.array([float(value) for value in values])
+    score = pearsonr(predicted, examples.labels)[0] if name == "sts" else (predicted == examples.labels).mean()
+    assert score == pytest.approx(scores[name], abs=1e-4)
+    shape = {"sst": str.isdecimal, "quora": ("0.0", "1.0").__contains__, "sts": lambda value: "." in value}[name]
+    assert all(map(shape, values))
+
+
+def test_predict_writes_the_same_files_again(trained, capsys):
+    before = {path.name: path.read_bytes() for path in trained.predictions.iterdir()}
+    assert len(before) == 6
+    for path in trained.predictions.iterdir():
+        path.unlink()
+    assert minbert("predict", trained.path) == 0
+    assert {path.name: path.read_bytes() for path in trained.predictions.iterdir()} == before
+
+
+def test_one_sentence_classifier_writes_the_first_parts_files_in_the_files_order(tmp_path, course_folder):
+    run = tmp_path / "run"
+    arguments = ["--data", course_folder, "--tasks", "sst", "--steps", 1, "--batch-size", 4]
+    assert minbert("train", "--run", run, *arguments) == 0
+    assert {path.name for path in (run / "predictions").iterdir()} == {
+        f"finetune-sst-{s}-out.csv" for s in ("dev", "test")
+    }
+    lines = (run / "predictions" / "finetune-sst-test-out.csv").read_text().splitlines()
+    assert [line.split(" , ")[0] for line in lines[1:]] == ["z9", "a1"]
+    assert RunFolder(run).read_config().corpus.data == str(course_folder)
+
+
+def test_text_needs_no_task_where_there_is_one(tmp_path, course_folder, capsys):
+    arguments = ["--data", course_folder, "--tasks", "sst", "--steps", 1, "--batch-size", 4]
+    minbert("train", "--run", tmp_path / "run", *arguments)
+    capsys.readouterr()
+    assert minbert("predict", tmp_path / "run", "--text", "words never seen: \u2603") == 0
+    assert capsys.readouterr().out.strip() in {"0", "1", "2", "3", "4"}
+
+
+PAIRS = [
+    ("a man, singing", "a man sings"),
+    ('he said "no"', "he refused"),
+    ("one\u2028line\x0b", "spaces\tand\ntwo lines"),
+]
+
+
+@pytest.mark.parametrize("delimiter", [",", "\t"])
+def test_csv_keeps_rows_and_adds_a_column(trained, tmp_path, capsys, delimiter):
+    source, out = tmp_path / "in.csv", tmp_path / "out.csv"
+    with source.open("w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.writer(file, delimiter=delimiter)
+        writer.writerows([("sentence2", "nr", "sentence1"), *((b, n, a) for n, (a, b) in enumerate(PAIRS))])
+    assert minbert("predict", trained.path, "--task", "sts", "--csv", source, "--out", out) == 0
+    assert f"3 predictions: {out}" in capsys.readouterr().out
+    with out.open(encoding="utf-8", newline="") as file:
+        header, *rows = csv.reader(file, delimiter=delimiter)
+    assert header == ["sentence2", "nr", "sentence1", "prediction"]
+    assert [(row[2], row[0]) for row in rows] == PAIRS
+    assert minbert("predict", trained.path, "--task", "sts", "--text", *PAIRS[0]) == 0
+    assert capsys.readouterr().out.strip() == rows[0][3]
+    assert minbert("predict", trained.path, "--task", "sts", "--csv", source) == 0
+    assert capsys.readouterr().out == out.read_text(encoding="utf-8")
+
+
+# Mistakes
+
+FILES = {
+    "unquoted.csv": "sentence\nfine\ngood, but long\n",
+    "latin.csv": b"sentence\ncaf\xe9\n",
+    "empty.csv": "",
+    "header.csv": "sentence\n",
+    "done.csv": "sentence,prediction\nfine,3\n",
+    "list.yaml": "- lr\n",
+    "value.yaml": "optimizer: {lr: fast}\nprocesses: 0\n",
+    "number.yaml": "1: 2\n",
+}
+SST = "predict {run} --task sst"
+MISTAKES = [
+    ("trainn", "no command 'trainn'; did you mean 'train'?"),
+    ("fly", "there are train, evaluate"),
+    ("train --batchsize 3", "no option --batchsize; did you mean --batch-size?"),
+    ("train --optimizer.lr 3", "did you mean --lr?"),
+    ("train --quite-another 3", "`minbert train --help` lists all"),
+    ("train --steps", "--steps needs a value"),
+    ("train --tasks", "--tasks needs a value"),
+    ("train --steps 2.5", "--steps must be a valid integer, not '2.5'"),
+    ("train --steps 0", "--steps must be greater than or equal to 1, not '0'"),
+    ("train --task-weights 1 -2 1", "--task-weights must be greater than 0, not '-2'"),
+    ("train --task-weights 1 2", "task_weights needs one number for each of sst, quora, sts"),
+    ("train --tasks sst quoraa", "--tasks must be 'sst', 'quora', 'sts' or 'cfimdb', not 'quoraa'"),
+    ("train --tasks sst sst", "names a task twice"),
+    ("train --zero-stage 4", "--zero-stage must be 0, 1, 2 or 3, not '4'"),
+    ("train --freeze all", "--freeze must be 'none', 'embeddings' or 'encoder', or a valid integer, not 'all'"),
+    ("train --freeze 3", "freeze=3, but the encoder has 2 layers"),
+    ("train --lr 1 2", "what is '2'?"),
+    ("train somewhere", "the run folder is given by --run"),
+    ("train --accumulation 33", "accumulation=33 parts of a batch_size=32 would be empty"),
+    ("train --extend-to 20", "extend_to needs lr_schedule=constant, not linear"),
+    ("train --max-length 513", "max_length=513, but the encoder has 512 positions"),
+    ("train --trackers tensorbord", "did you mean 'tensorboard'?"),
+    ("train --trackers clearml", "pip install clearml"),
+    ("train --data {tmp}/nothing", "data folder {tmp}/nothing does not exist"),
+    ("train --data {tmp}", "holds the train and dev data of no task"),
+    ("train --model {tmp}/nothing", "model folder {tmp}/nothing does not exist"),
+    ("train --model {tmp}", "has no config.json"),
+    ("train --run {tmp}", "{tmp} is not empty and no run folder"),
+    ("train --run /proc/nothing", "run folder /proc/nothing cannot be used"),
+    ("train --run {run} --batch-size 9 --seed 1", "batch_size: 8 in the folder, 9 asked for"),
+    ("train --config {tmp}/list.yaml", "must hold `key: value` lines"),
+    ("train --config {tmp}/number.yaml", "must hold `key: value` lines"),
+    ("train --config {tmp}/value.yaml", "value.yaml: optimizer.lr: input should be a valid number"),
+    ("train --config {tmp}/value.yaml", "value.yaml: parallel.processes: input should be greater than or equal to 1"),
+    ("evaluate", "RUN"),
+    ("evaluate {tmp}/nothing", "is not a run folder"),
+    ("evaluate {run} --split all", "--split must be 'train', 'dev' or 'test', not 'all'"),
+    ("evaluate {run} --jsn", "did you mean --json?"),
+    ("evaluate {run} --data {tmp}/nothing", "does not exist"),
+    ("predict {run} --text words", "--task sst | quora | sts"),
+    ("predict {run} --out {tmp}/x.csv", "--out goes with --csv"),
+    ("predict {run} --task sst", "--task goes with --text or --csv"),
+    (f"{SST} --text one two", "task sst takes 1 sentence, and --text has 2"),
+    (f"{SST} --text words --csv {{tmp}}/header.csv", "give --text or --csv, not both"),
+    (f"{SST} --csv {{tmp}}/nothing.csv", "cannot read {tmp}/nothing.csv"),
+    (f"{SST} --csv {{tmp}}/unquoted.csv", "unquoted.csv:3: 2 fields where the header has 1"),
+    (f"{SST} --csv {{tmp}}/latin.csv", "is not UTF-8"),
+    (f"{SST} --csv {{tmp}}/empty.csv", "has no column sentence"),
+    (f"{SST} --csv {{tmp}}/header.csv", "has no rows"),
+    (f"{SST} --csv {{tmp}}/done.csv", "has a column 'prediction' already"),
+    ("predict {run} --task sts --csv {tmp}/header.csv", "has no column sentence1, sentence2 for task sts"),
+    ("export {run}", "FOLDER"),
+    ("export {run} {tmp}", "exists and is not an empty folder"),
+    ("export {run} {tmp}/list.yaml", "cannot write to"),
+    ("export {tmp} {tmp}/new", "is not a run folder"),
+]
+
+
+@pytest.mark.parametrize(("command", "message"), MISTAKES, ids=[command for command, _ in MISTAKES])
+def test_a_mistake_is_explained_in_a_line(trained, tmp_path, monkeypatch, capsys, command, message):
+    for name, content in FILES.items():
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    monkeypatch.chdir(tmp_path)
+    places = {"tmp": tmp_path, "run": trained.path}
+    assert minbert(*(word.format(**places) for word in command.split())) == 2
+    shown = capsys.readouterr()
+    assert message.format(**places) in " ".join(shown.err.split())
+    assert shown.out == ""
+
+
+def test_an_unwritable_out_file_is_explained(trained, tmp_path, capsys):
+    (tmp_path / "in.csv").write_text("sentence\nwords\n")
+    assert (
+        minbert(*SST.format(run=trained.path).split(), "--csv", tmp_path / "in.csv", "--out", tmp_path / "no" / "x")
+        == 2
+    )
+    assert "cannot write" in capsys.readouterr().err
+
+
+def test_a_bad_row_is_named_by_file_and_line_or_skipped(tmp_path, course_folder, capsys):
+    with (course_folder / "ids-sst-train.csv").open("a") as file:
+        file.write("40\tid40\tgreat\t7\n41\tid41\tshort\n")
+    arguments = ["--data", course_folder, "--tasks", "sst", "--run", tmp_path / "run", "--steps", 1, "--batch-size", 4]
+    assert minbert("train", *arguments) == 2
+    said = capsys.readouterr().err
+    assert "ids-sst-train.csv:42: label 7 is outside 0..4" in said and "ids-sst-train.csv:43: 3 fields" in said
+    assert minbert("train", *arguments, "--bad-rows", "skip") == 0
+
+
+def test_the_process_ends_with_the_code_and_without_a_traceback(tmp_path):
+    done = subprocess.run([*COMMAND, "train", "--lr", "fast"], capture_output=True, text=True, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "minbert: --lr must be a valid number, not 'fast'\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_may_be_cut_short():
+    command = f"{sys.executable} -m minbert.launch.main train --help | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.stdout.startswith("usage: minbert train") and done.stderr == ""
+
+
+def test_help_names_every_option_and_no_python(monkeypatch, capsys):
+    from minbert.trainer.config import OPTIONS
+
+    monkeypatch.setenv("COLUMNS", "100")
+    assert minbert("train", "--help") == 0
+    shown = capsys.readouterr().out
+    assert all(f"--{name.replace('_', '-')} " in shown for name in (*OPTIONS, "config"))
+    assert "None" not in shown
+    assert minbert("--help") == 0 and minbert() == 2
+
+
+# Options
+
+TYPES = {
+    "flag": bool,
+    "count": Annotated[int, Field(ge=1)],
+    "some_rate": float | None,
+    "stage": Literal[0, 1] | None,
+    "level": Literal["low"] | int,
+    "where": Path | None,
+    "names": tuple[Literal["a", "b"], ...],
+    "weights": tuple[float, ...] | None,
+}
+
+
+@pytest.mark.parametrize(
+    ("line", "options", "rest"),
+    [
+        ("x --flag y", {"flag": True}, ["x", "y"]),
+        ("--count=3 x", {"count": 3}, ["x"]),
+        ("--some-rate -1e-3 x", {"some_rate": -1e-3}, ["x"]),
+        ("--some_rate None", {"some_rate": None}, []),
+        ("--stage 1 --level 1", {"stage": 1, "level": 1}, []),
+        ("--level low --level 2", {"level": 2}, []),
+        ("--names a b --weights 1 -2", {"names": ("a", "b"), "weights": (1.0, -2.0)}, []),
+        ("--names --weights None", {"names": (), "weights": None}, []),
+        ("--where a=b", {"where": Path("a=b")}, []),
+    ],
+)
+def test_words_become_values_by_the_types_of_their_options(line, options, rest):
+    assert read_options(TYPES, line.split(), "test") == (options, rest)
+
+
+@pytest.mark.parametrize("line", ["--count 0", "--stage 2", "--level high", "--names a c", "--nam a", "--some-rate"])
+def test_wrong_words_are_refused(line):
+    with pytest.raises(UserError):
+        read_options(TYPES, line.split(), "test")
+
+
+def test_the_later_source_of_an_option_wins(trained, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"seed: 5\nlr: 1e-2\nbatch: {{batch_size: 7, accumulation: 2}}\nrun: {trained.path}\n")
+    config = parse_run_config(["--config", str(file), "--batch-size", "9", "--lr=0.5"])
+    assert (config.seed, config.optimizer.lr, config.run) == (5, 0.5, trained.path)
+    assert (config.batch.batch_size, config.batch.accumulation) == (9, 2)
+    assert config.budget.steps == 6  # of the run's own folder, which the file names
+    assert config.heads.hidden_layers == 1  # the default
+    assert parse_run_config(["--run", str(trained.path), "--lr", "None"]).optimizer.lr is None
+
+
+def test_an_option_may_mend_what_a_file_leaves_inconsistent(tmp_path):
+    (tmp_path / "c.yaml").write_text("extend_to: 9\nepochs: 3\n")
+    assert parse_run_config(["--config", str(tmp_path / "c.yaml"), "--lr-schedule", "constant"]).budget.extend_to == 9
+
+
+# What else is seen of a run
+
+
+def test_the_terminal_shows_progress_and_no_chatter(tmp_path):
+    """DeepSpeed and its friends speak to the log only, on every rank."""
+    run = tmp_path / "run"
+    size = ["--train-limit", "40", "--eval-limit", "20", "--batch-size", "8", "--steps", "3"]
+    parallel = ["--zero-stage", "2", "--processes", "2"]
+    master, slave = pty.openpty()
+    environment = os.environ | {"COLUMNS": "120", "TERM": "xterm"}
+    process = subprocess.Popen(
+        [*COMMAND, "train", "--run", run, *size, *parallel], stdout=slave, stderr=subprocess.PIPE, env=environment
+    )
+    os.close(slave)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(master, 4096)
+        except OSError:  # the other end was closed
+            break
+    errors = process.stderr.read().decode()
+    assert process.wait() == 0, errors
+    assert [line for line in errors.splitlines() if "processes share" not in line] == []
+    text = shown.decode()
+    assert "3/3" in text and "(best so far)" in text and "overall" in text and "Best model, dev" in text
+    assert "DeepSpeed" not in text and "Warning" not in text
+    assert all("accelerate" in (run / "logs" / f"rank-{rank}.log").read_text() for rank in (0, 1))
+
+
+def test_replacing_leaves_the_old_file_after_an_error(tmp_path):
+    target = tmp_path / "file"
+    with replacing(target) as temporary:
+        temporary.write_text("old")
+    with pytest.raises(RuntimeError), replacing(target) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert target.read_text() == "old" and [path.name for path in tmp_path.iterdir()] == ["file"]
