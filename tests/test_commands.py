@@ -64,9 +64,7 @@ def test_evaluate_agrees_with_the_score_that_the_model_was_saved_with(trained, c
 def test_evaluate_shows_a_table_of_other_splits(trained, capsys):
     assert minbert("evaluate", trained.path, "--split", "train") == 0
     table = capsys.readouterr().out
-    assert "best model, train" in table.replace("\n", " ") and all(
-        TASKS[name].title in table for name in ("sst", "sts")
-    )
+    assert "best model, train" in " ".join(table.split()) and all(TASKS[name].title in table for name in ("sst", "sts"))
 
 
 def test_evaluate_reads_other_data(trained, course_folder, capsys):
@@ -198,14 +196,14 @@ MISTAKES = [
     ("train --data {tmp}/nothing", "data folder {tmp}/nothing does not exist"),
     ("train --data {tmp}", "holds the train and dev data of no task"),
     ("train --model {tmp}/nothing", "model folder {tmp}/nothing does not exist"),
-    ("train --model {tmp}", "has no config.json"),
+    ("train --model {tmp}", "it is no folder of a BERT checkpoint"),
     ("train --run {tmp}", "{tmp} is not empty and no run folder"),
     ("train --run /proc/nothing", "run folder /proc/nothing cannot be used"),
     ("train --run {run} --batch-size 9 --seed 1", "batch_size: 8 in the folder, 9 asked for"),
     ("train --config {tmp}/list.yaml", "must hold `key: value` lines"),
     ("train --config {tmp}/number.yaml", "must hold `key: value` lines"),
-    ("train --config {tmp}/value.yaml", "value.yaml: optimizer.lr: input should be a valid number"),
-    ("train --config {tmp}/value.yaml", "value.yaml: parallel.processes: input should be greater than or equal to 1"),
+    ("train --config {tmp}/value.yaml", "value.yaml: lr: input should be a valid number"),
+    ("train --config {tmp}/value.yaml", "value.yaml: processes: input should be greater than or equal to 1"),
     ("evaluate", "RUN"),
     ("evaluate {tmp}/nothing", "is not a run folder"),
     ("evaluate {run} --split all", "--split must be 'train', 'dev' or 'test', not 'all'"),
@@ -365,7 +363,7 @@ def test_the_terminal_shows_progress_and_no_chatter(tmp_path):
     text = shown.decode()
     assert "3/3" in text and "(best so far)" in text and "overall" in text and "Best model, dev" in text
     assert "DeepSpeed" not in text and "Warning" not in text
-    assert all("accelerate" in (run / "logs" / f"rank-{rank}.log").read_text() for rank in (0, 1))
+    assert "accelerate" in (run / "logs" / "rank-0.log").read_text() and (run / "logs" / "rank-1.log").stat().st_size
 
 
 def test_replacing_leaves_the_old_file_after_an_error(tmp_path):

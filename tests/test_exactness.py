@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from exactness_worker import OPTIMIZERS
 from safetensors.torch import load_file
 from torchjd.aggregation import PCGrad, UPGrad
 
@@ -25,8 +26,6 @@ from minbert.trainer.preparation import build_plan, load_split, prepare
 from minbert.trainer.run_folder import RunFolder
 from minbert.trainer.saved_model import build_model
 from minbert.trainer.train import seed_everything
-
-from exactness_worker import OPTIMIZERS
 
 WORKER = Path(__file__).with_name("exactness_worker.py")
 STAGES = [None, 0, 1, 2, 3]

@@ -26,7 +26,7 @@ def test_rows_are_a_function_of_seed_step_and_task(plan, step):
     for task in plan.tasks(step):
         rows = plan.rows(task, step)
         assert rows.shape == (plan.batch_size,)
-        assert ((0 <= rows) & (rows < plan.sizes[task])).all()
+        assert ((rows >= 0) & (rows < plan.sizes[task])).all()
         assert (rows == twin.rows(task, step)).all()
 
 

@@ -19,7 +19,7 @@ from minbert.data.tasks import TASKS
 from minbert.launch.main import main
 from minbert.trainer.run_folder import RunFolder
 
-SMALL = "--train-limit 200 --eval-limit 60 --batch-size 8 --log-every 2".split()
+SMALL = ["--train-limit", "200", "--eval-limit", "60", "--batch-size", "8", "--log-every", "2"]
 
 
 def minbert(*arguments: object, check: int | None = 0, **kwargs) -> subprocess.CompletedProcess:

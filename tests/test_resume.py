@@ -1,0 +1,287 @@
+"""Going on with a run: stopped, killed, finished or changed, it ends as if nothing had happened, or says why it cannot.
+
+A run is stopped by a signal to itself after a chosen step, so that every test stops where it means to.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from minbert.launch.exit_codes import ExitCode
+from minbert.launch.main import main
+from minbert.trainer import train as training
+from minbert.trainer.progress import Progress
+from minbert.trainer.run_folder import RunFolder
+
+SMALL = ["--train-limit", 120, "--eval-limit", 40, "--batch-size", 8]
+
+
+def train(run: Path, *arguments: object) -> int:
+    return main(["train", "--run", str(run), *map(str, arguments)])
+
+
+def logged(run: Path) -> list[dict]:
+    """What was logged, without the times."""
+    records = RunFolder(run).read_metrics()
+    return [{key: value for key, value in record.items() if key != "tokens_per_second"} for record in records]
+
+
+def final_weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(sorted((run / "checkpoints").iterdir())[-1] / "model.safetensors")
+
+
+def assert_same_end(run: Path, other: Path) -> None:
+    """Losses, scores, the best model and the last checkpoint are equal to the bit."""
+    assert logged(run) == logged(other)
+    for weights in (final_weights, lambda path: load_file(path / "best.safetensors")):
+        found, expected = weights(run), weights(other)
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    files = [path.name for path in (other / "predictions").iterdir()]
+    assert all(
+        (run / "predictions" / name).read_bytes() == (other / "predictions" / name).read_bytes() for name in files
+    )
+
+
+@pytest.fixture
+def after(monkeypatch):
+    """`after(step, action)`: do something once, after that step was trained and before anything else."""
+
+    def arrange(step: int, action) -> None:
+        original = training.Training._train_one_step
+
+        def one_step(self) -> None:
+            original(self)
+            if self.state.step == step:
+                monkeypatch.setattr(training.Training, "_train_one_step", original)
+                action()
+
+        monkeypatch.setattr(training.Training, "_train_one_step", one_step)
+
+    return arrange
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def crash() -> None:
+    raise RuntimeError("power cut")
+
+
+BUDGET = [*SMALL, "--steps", 12, "--eval-every", 4, "--log-every", 5]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """An undisturbed run with dropout."""
+    os.environ["MINBERT_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")
+    run = tmp_path_factory.mktemp("whole") / "run"
+    assert train(run, *BUDGET) == 0
+    return run
+
+
+@pytest.mark.parametrize("step", [1, 7, 8, 12])
+def test_a_stopped_run_ends_as_if_it_had_not_been(whole, after, tmp_path, capsys, step):
+    """In the middle of a line of the log, before an evaluation, and after the last step."""
+    run = tmp_path / "run"
+    after(step, interrupt)
+    assert train(run, *BUDGET) == ExitCode.INTERRUPTED
+    assert capsys.readouterr().out.endswith(f"Stopped, and saved. To go on: minbert train --run {run}\n")
+    assert train(run) == 0
+    assert f"Resuming {run} from step {step} of 12." in capsys.readouterr().out
+    assert_same_end(run, whole)
+
+
+def test_a_run_stopped_twice_and_started_by_the_same_command(whole, after, tmp_path):
+    run = tmp_path / "run"
+    for step in (3, 6):
+        after(step, interrupt)
+        assert train(run, *BUDGET) == ExitCode.INTERRUPTED
+    assert train(run, *BUDGET) == 0
+    assert_same_end(run, whole)
+
+
+def test_a_killed_run_logs_every_step_once(whole, after, tmp_path):
+    """What was logged beyond the checkpoint from which it goes on is forgotten, by TensorBoard too."""
+    run = tmp_path / "run"
+    after(11, crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(run, *BUDGET, "--log-every", 1)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 11, "los')  # torn
+    (run / "checkpoints" / "step-00000011.tmp").mkdir()
+    assert train(run) == 0
+    steps = Counter(record["step"] for record in logged(run) if "loss/sst" in record)
+    assert steps == Counter(range(1, 13))
+    events = EventAccumulator(str(run / "tensorboard" / "metrics")).Reload()
+    assert [event.step for event in events.Scalars("loss/sst")] == list(range(1, 13))
+    assert [event.step for event in events.Scalars("dev/overall")] == [4, 8, 12]
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-00000008", "step-00000012"}
+    assert torch.equal(*(weights["bert.pooler.dense.weight"] for weights in map(final_weights, (run, whole))))
+
+
+def test_a_run_without_a_checkpoint_starts_over(after, tmp_path):
+    """Its vocabulary and its log were of other data."""
+    run = tmp_path / "run"
+    after(3, crash)
+    with pytest.raises(RuntimeError):
+        train(run, *BUDGET, "--log-every", 1)
+    vocabulary = (run / "encoder" / "vocab.txt").read_text()
+    assert train(run, "--train-limit", 60, "--steps", 4, "--seed", 3) == 0
+    assert (run / "encoder" / "vocab.txt").read_text() != vocabulary
+    assert [record["step"] for record in logged(run) if "loss/sst" in record] == [1, 2, 3, 4]
+
+
+def test_a_finished_run_is_left_alone(whole, capsys):
+    files = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file() and "logs" not in path.parts}
+    kept = {path for path in files if path.name not in ("config.yaml", "environment.json", "code.diff")}
+    capsys.readouterr()
+    assert train(whole) == 0
+    said = capsys.readouterr().out
+    assert f"{whole} was finished before: 12 of 12 steps" in said and "A larger --steps trains on." in said
+    assert "Best model" not in said
+    assert all(path.stat().st_mtime_ns == files[path] for path in kept)
+
+
+def test_predictions_that_are_missing_are_made_up_for(whole, capsys):
+    path = whole / "predictions" / "sts-dev-output.csv"
+    before = path.read_bytes()
+    path.unlink()
+    assert train(whole) == 0
+    assert "Best model, dev" in capsys.readouterr().out and path.read_bytes() == before
+
+
+def test_more_epochs_go_on_where_the_run_had_ended(tmp_path, capsys):
+    run = tmp_path / "run"
+    arguments = [*SMALL, "--epochs", 0.2, "--lr-schedule", "constant", "--log-every", 1]
+    assert train(run, *arguments) == 0
+    first = logged(run)
+    assert "A larger --epochs trains on." in capsys.readouterr().out
+    assert train(run, "--epochs", 0.4) == 0
+    assert logged(run)[: len(first)] == first
+    steps = [record["step"] for record in logged(run) if "loss/sst" in record]
+    assert steps == list(range(1, 7)) and first[-1]["step"] == 3
+
+
+def test_other_settings_are_refused_and_harmless_ones_are_not(whole, capsys):
+    for option, value in (
+        ("--batch-size", 9),
+        ("--lr", 0.5),
+        ("--zero-stage", 1),
+        ("--seed", 4),
+        ("--train-limit", 50),
+    ):
+        assert train(whole, option, value) == ExitCode.USER_MISTAKE
+        said = capsys.readouterr().err
+        assert f"{option[2:].replace('-', '_')}: " in said and f"{value} asked for" in said
+    assert train(whole, "--keep", 3, "--log-every", 7) == 0
+
+
+# Early stopping and extension
+
+
+def scores(monkeypatch, values: list[float]) -> None:
+    """Let the evaluations give these overall scores, the last one from then on."""
+    given = iter(values)
+    last = [values[-1]]
+    monkeypatch.setattr(training, "evaluate", lambda *_: {"sst": 0.5, "overall": next(given, last[0])})
+
+
+def test_early_stopping_stays_stopped_and_can_be_lengthened(tmp_path, monkeypatch, capsys):
+    run = tmp_path / "run"
+    scores(monkeypatch, [0.5, 0.6, 0.6, 0.4, 0.3])
+    assert train(run, *SMALL, "--steps", 20, "--eval-every", 1, "--patience", 2) == 0
+    assert logged(run)[-1]["step"] == 4
+    said = capsys.readouterr().out
+    assert "4 of 20 steps, the best score at step 2. No better one in 2 evaluations (patience=2)" in said
+    assert train(run) == 0
+    assert "was finished before: 4 of 20 steps" in capsys.readouterr().out and logged(run)[-1]["step"] == 4
+    assert train(run, "--patience", 4) == 0
+    assert logged(run)[-1]["step"] == 6
+
+
+@pytest.mark.parametrize(
+    ("given", "end"), [([0.1, 0.2, 0.3, 0.4], 9), ([0.1, 0.2, 0.15], 9), ([0.1, 0.05], 6), ([0.0], 6)]
+)
+def test_the_budget_grows_while_the_last_score_is_the_best(tmp_path, monkeypatch, given, end):
+    run = tmp_path / "run"
+    rule = ["--epochs", 0.2, "--extend-to", 0.6, "--lr-schedule", "constant"]
+    scores(monkeypatch, given)
+    assert train(run, *SMALL, *rule, "--eval-every", 3) == 0
+    assert logged(run)[-1]["step"] == end
+    assert json.loads((sorted((run / "checkpoints").iterdir())[-1] / "state.json").read_text())["state"]["step"] == end
+    monkeypatch.setattr(training, "evaluate", crash)
+    assert train(run) == 0  # the extension is remembered: there is nothing to do
+
+
+# What stays fixed
+
+
+@pytest.mark.parametrize(
+    ("freeze", "fixed"),
+    [
+        ("embeddings", ["bert.embeddings."]),
+        (1, ["bert.embeddings.", "bert.layers.0."]),
+        ("encoder", ["bert."]),
+    ],
+)
+def test_a_frozen_part_keeps_its_first_weights(tmp_path, monkeypatch, freeze, fixed):
+    first = {}
+    original = training.build_model
+
+    def build_model(*arguments):
+        model = original(*arguments)
+        first.update({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
+        return model
+
+    monkeypatch.setattr(training, "build_model", build_model)
+    arguments = ["--steps", 3, "--freeze", freeze, "--pooling", "cls", "--weight-decay", 0.5]
+    assert train(tmp_path / "run", *SMALL, *arguments) == 0
+    last = load_file(tmp_path / "run" / "best.safetensors")
+    moved = {name for name, tensor in first.items() if not torch.equal(last[name], tensor)}
+    assert moved == {name for name in first if not name.startswith(tuple(fixed))}
+    assert any(name.startswith("heads.") for name in moved)
+
+
+# Several processes
+
+
+def minbert(*arguments: object, expected: int = 0, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "minbert.launch.main", *map(str, arguments)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == expected, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("schedule", ["round_robin", "proportional"])
+def test_two_processes_train_one_task_a_step_as_one_does(tmp_path, schedule):
+    arguments = [*SMALL, "--steps", 6, "--task-schedule", schedule, "--log-every", 1]
+    still = ["--encoder-dropout", 0, "--head-dropout", 0]
+    assert train(tmp_path / "one", *arguments, *still) == 0
+    minbert("train", "--run", tmp_path / "two", *arguments, *still, "--processes", 2)
+    one, two = logged(tmp_path / "one"), logged(tmp_path / "two")
+    assert [record.keys() for record in one] == [record.keys() for record in two]
+    for expected, found in zip(one, two):
+        assert found == pytest.approx(expected, rel=2e-3, abs=1e-6)
+
+
+# Progress
+
+
+def test_the_bar_of_a_resumed_run_starts_where_it_stopped():
+    bar = Progress(total=40, enabled=False, done=30)
+    assert bar.bar.tasks[0].completed == 30
