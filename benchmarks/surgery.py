@@ -3,7 +3,8 @@
 All ways train the same model on the same batches and take turns within one run: the plain sum of losses (one backward
 pass), the sum with one backward pass per task, PCGrad and UPGrad as they are here; and with one process PCGrad and
 UPGrad by torchjd's `mtl_backward` on this project's own model (so that only the surgery differs). Peak memory is taken
-in a process of its own for each way; bytes are the payload of the collective calls of one step, as the profiler saw them.
+in a process of its own for each way; bytes are the payload of the collective calls of one step, as the profiler sees
+them.
 
     python benchmarks/surgery.py --data FOLDER --model minilm --batch-size 32
     python benchmarks/surgery.py --processes 2 --zero-stage 2

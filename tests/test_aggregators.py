@@ -1,4 +1,4 @@
-"""The methods, from Gramian or losses to weights: hard inputs, their papers' properties, torchjd's dense aggregators."""
+"""The methods, from Gramian or losses to weights: hard inputs, their properties, torchjd's dense aggregators."""
 
 import sys
 from functools import partial

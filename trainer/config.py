@@ -129,7 +129,7 @@ class BudgetConfig(Section):
     steps: Annotated[int, Field(ge=1)] | None = None
     """Optimizer steps; overrides `epochs`."""
     extend_to: Annotated[float, Field(gt=0)] | None = None
-    """Go on past `epochs` to at most this many while the last evaluation is the best; needs a constant `lr_schedule`."""
+    """Go on past `epochs` to at most this many while the last evaluation is the best; needs lr_schedule=constant."""
     eval_every: Annotated[int, Field(ge=1)] | None = None
     """Steps between evaluations; the default is an epoch."""
     patience: Annotated[int, Field(ge=1)] | None = None

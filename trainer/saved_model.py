@@ -43,7 +43,7 @@ def load_model(run: RunFolder, device: torch.device) -> tuple[MultitaskModel, To
         raise UserError(f"{run.path} holds no trained model yet: the first evaluation writes best.safetensors")
     model = build_model(run.read_config(), run)
     with safe_open(run.best_model, framework="pt") as file:
-        model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
+        model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
         metadata = file.metadata()
     described = {"step": int(metadata["step"]), "scores": json.loads(metadata["scores"])}
     return model.to(device).eval(), load_tokenizer(run.encoder), described
