@@ -1,9 +1,9 @@
 """Speed and memory of the training step, beside the same work written with transformers.BertModel.
 
 The peer is what a user of the course's starter code writes: one padded batch per sentence column, so five forward
-passes for the three tasks, the sum of their losses, one backward pass, torch.optim.AdamW. Both sides see the same examples,
-the same weights, heads of the same shape and dropout, and take turns within one run, each in a process of its own so
-that peak memory can be told apart:
+passes for the three tasks, the sum of their losses, one backward pass, torch.optim.AdamW. Both sides see the same
+examples, the same weights, heads of the same shape and dropout, and take turns within one run, each in a process of
+its own so that peak memory can be told apart:
 
     python benchmarks/training_step.py --data FOLDER --model minilm --rounds 8
 """

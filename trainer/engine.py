@@ -1,8 +1,8 @@
 """The wrapped model and optimizer: plain PyTorch, data parallel, or DeepSpeed ZeRO, behind the same few verbs.
 
 Accelerate prepares all of them. The training step asks an engine for outputs, for a backward pass, for the gradient
-that this left, reduced over the processes and cut as the back end cuts it, and for an update with a gradient that it hands
-back. So whatever is done to gradients is written once, for every number of processes and every ZeRO stage.
+that this left, reduced over the processes and cut as the back end cuts it, and for an update with a gradient that it
+hands back. So whatever is done to gradients is written once, for every number of processes and every ZeRO stage.
 """
 
 import contextlib

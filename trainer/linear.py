@@ -1,8 +1,8 @@
 """A linear layer that runs on oneDNN where that is faster: fp32 on a CPU.
 
 PyTorch's own fp32 matrix product on a CPU is MKL's, which leaves half of an AMD processor's vector width unused;
-oneDNN's is about twice as fast there and no slower elsewhere (`benchmarks/training_step.py`). It is the same arithmetic, in
-another order. Everything else (GPUs, bf16, float64) takes PyTorch's way.
+oneDNN's is about twice as fast there and no slower elsewhere (`benchmarks/training_step.py`). It is the same
+arithmetic, in another order. Everything else (GPUs, bf16, float64) takes PyTorch's way.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """Gradient surgery on shards: the Gramian of the task gradients, and their combination by weights.
 
 Each process computes with its own coordinates only. A Gramian is a sum over coordinates, so the processes' parts add
-up to that of the whole gradients in one all-reduce of a few numbers; all get the same weights from it; and each combines its
-own shards. The result equals that of one process with the whole batch, at every ZeRO stage.
+up to that of the whole gradients in one all-reduce of a few numbers; all get the same weights from it; and each
+combines its own shards. The result equals that of one process with the whole batch, at every ZeRO stage.
 """
 
 from collections.abc import Mapping, Sequence

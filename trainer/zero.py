@@ -1,8 +1,8 @@
 """DeepSpeed ZeRO: where its optimizers keep the reduced gradient of a backward pass, and how to hand one back.
 
 At the accumulation boundary the optimizer holds this process's averaged shards in `averaged_gradients` (parameter
-group -> list of tensors). Taking them out and clearing what else remembers the pass lets the next task's backward start afresh;
-handing a combination back and stepping the engine updates with it. No full gradient is ever gathered.
+group -> list of tensors). Taking them out and clearing what else remembers the pass lets the next task's backward
+start afresh; handing a combination back and stepping the engine updates with it. No full gradient is ever gathered.
 """
 
 import contextlib
