@@ -32,6 +32,7 @@ class Options:
     model: str = "tiny"
     aggregators: tuple[str, ...] = ("sum", "pcgrad", "upgrad", "uncertainty")
     seeds: tuple[int, ...] = (0, 1, 2)
+    lr: float = 2e-4
     steps: int = 250
     batch_size: int = 16
     train_limit: int = 6000
@@ -59,7 +60,7 @@ def _config(options: Options, aggregator: str, seed: int) -> RunConfig:
     folder = options.out / f"{aggregator.replace(':', '-')}-seed{seed}"
     arguments = f"--run {folder} --data {options.data} --model {options.model} --aggregator {aggregator} --seed {seed}"
     limits = f"--train-limit {options.train_limit} --eval-limit {options.eval_limit} --batch-size {options.batch_size}"
-    budget = f"--steps {options.steps} --eval-every {options.steps} --measure-every 25 --trackers"
+    budget = f"--lr {options.lr} --steps {options.steps} --eval-every {options.steps} --measure-every 25 --trackers"
     return parse_run_config(f"{arguments} {limits} {budget}".split())
 
 
