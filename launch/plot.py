@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
 from minbert.data.errors import UserError
 from minbert.launch.exit_codes import ExitCode
-from minbert.launch.options import parse
+from minbert.launch.options import open_option, parse
 from minbert.trainer.conflicts import cosines, read_gramians
 from minbert.trainer.run_folder import RunFolder
 
@@ -20,7 +21,7 @@ class PlotOptions:
 
     run: tyro.conf.Positional[Path]
     """Run folder; the run measured gradients if it used gradient surgery or --measure-every."""
-    out: Path | None = None
+    out: Annotated[Path | None, open_option("FILE")] = None
     """File to write (.png, .svg or .pdf); the default is conflicts.png in the run folder."""
 
 
