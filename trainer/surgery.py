@@ -7,11 +7,14 @@ combines its own shards. The result equals that of one process with the whole ba
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations_with_replacement
 
 import torch
 from torch import Tensor
 
 from minbert.trainer.engine import Engine, Gradient, Shard
+
+BLOCK = 1 << 20  # coordinates that are summed in float32
 
 
 @dataclass(frozen=True)
@@ -33,14 +36,25 @@ def shared_layers(module_names: Sequence[str]) -> tuple[str, ...]:
 
 
 def gramians(engine: Engine, gradients: Sequence[Gradient], layers: Sequence[str]) -> Gramians:
-    """Gramians of T gradients. Products are summed in float32 within a layer and in float64 beyond. Collective."""
-    count = len(gradients)
-    result = torch.zeros(len(layers), count, count, dtype=torch.float64, device=engine.accelerator.device)
+    """Gramians of T gradients: products of blocks in float32, their sums in float64. Collective.
+
+    Blocks are multiplied where they lie: gathering a layer's rows into a matrix for one product would take four times
+    as long on a CPU, for the memory that it touches.
+    """
+    count, device = len(gradients), engine.accelerator.device
+    result = torch.zeros(len(layers), count, count, dtype=torch.float64, device=device)
+    pairs = list(combinations_with_replacement(range(count), 2))
     for index, layer in enumerate(layers):
-        chosen = [k for k, shard in enumerate(engine.shards) if shard.is_shared and shard.layer == layer]
-        if chosen:
-            rows = torch.stack([_joined(gradient, chosen, engine.shards) for gradient in gradients])
-            result[index] = (rows @ rows.T).double()
+        products: dict[tuple[int, int], list[Tensor]] = {pair: [] for pair in pairs}
+        for k, shard in enumerate(engine.shards):
+            if shard.is_shared and shard.layer == layer and shard.length:
+                blocks = [None if g[k] is None else g[k].flatten().split(BLOCK) for g in gradients]
+                for i, j in pairs:
+                    if blocks[i] is not None and blocks[j] is not None:
+                        products[i, j] += [torch.dot(a, b) for a, b in zip(blocks[i], blocks[j])]
+        for (i, j), found in products.items():
+            if found:
+                result[index, i, j] = result[index, j, i] = torch.stack(found).double().sum()
     return Gramians(tuple(layers), engine.sum_over_shards(result).cpu())
 
 
@@ -107,15 +121,3 @@ def uniform(shard: Shard, seed: int, device: torch.device) -> Tensor:
 def _shift_right(x: Tensor, bits: int) -> Tensor:
     """Logical shift, where torch's is arithmetic."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _joined(gradient: Gradient, chosen: Sequence[int], shards: Sequence[Shard]) -> Tensor:
-    parts = [
-        torch.zeros(shards[k].length, device=_device_of(gradient)) if gradient[k] is None else gradient[k].flatten()
-        for k in chosen
-    ]
-    return torch.cat(parts)
-
-
-def _device_of(gradient: Gradient) -> torch.device:
-    return next((part.device for part in gradient if part is not None), torch.device("cpu"))
