@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -10,6 +11,9 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+
+# A shell starts its background jobs with SIGINT ignored, and that is inherited: the runs under test must see Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 COURSE_DATA = Path(os.environ.get("MINBERT_COURSE_DATA", Path(__file__).parents[2] / "shared" / "data" / "cs224n"))
 
