@@ -61,9 +61,9 @@ def test_json_is_all_there_is_on_standard_output(capsys):
     assert all(check["remedy"] for check in answer["checks"] if check["ok"] is not True)
 
 
-def test_it_is_fast_and_imports_torch_only():
+def test_it_imports_torch_only():
     script = (
-        "import sys, time, torch; start = time.monotonic()\n"
+        "import sys, torch\n"
         "from minbert.launch.doctor import doctor; doctor(json=True)\n"
         "assert not {'deepspeed', 'transformers', 'ray', 'datasets', 'accelerate'} & set(sys.modules)\n"
     )
