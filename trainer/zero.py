@@ -33,14 +33,18 @@ class ZeroStage0Engine(DeepSpeedEngine):
     """Stage 0 shards nothing: gradients lie at the parameters, as in plain PyTorch."""
 
 
-class ZeroEngine(DeepSpeedEngine):
-    """Stages 1 and 2: a parameter group is one flat vector, and each process owns a contiguous part of it."""
+class ShardedEngine(DeepSpeedEngine):
+    """Stages 1 to 3, whose optimizer holds the gradient in shards."""
 
     is_sharded = True
 
     @property
     def zero(self) -> Any:
         return self.model.optimizer
+
+
+class ZeroEngine(ShardedEngine):
+    """Stages 1 and 2: a parameter group is one flat vector, and each process owns a contiguous part of it."""
 
     def take(self) -> Gradient:
         gradient: Gradient = []
@@ -74,14 +78,8 @@ class ZeroEngine(DeepSpeedEngine):
         return shards
 
 
-class Zero3Engine(DeepSpeedEngine):
+class Zero3Engine(ShardedEngine):
     """Stage 3: every parameter is cut into equal parts, one per process; the last may be padded."""
-
-    is_sharded = True
-
-    @property
-    def zero(self) -> Any:
-        return self.model.optimizer
 
     def take(self) -> Gradient:
         gradient: Gradient = []
