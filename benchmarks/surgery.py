@@ -134,10 +134,10 @@ def _build(way: str, task: dict, world):
     from minbert.trainer.engine import build_accelerator, build_engine
     from minbert.trainer.optimizer import build_optimizer
     from minbert.trainer.preparation import build_plan, load_split
+    from minbert.trainer.random_state import seed_everything
     from minbert.trainer.run_folder import RunFolder
     from minbert.trainer.saved_model import build_model
     from minbert.trainer.step import TrainingStep
-    from minbert.trainer.train import seed_everything
     from minbert.trainer.weights import find_checkpoint, load_weights
 
     for state in (AcceleratorState, PartialState, GradientState):

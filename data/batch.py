@@ -4,6 +4,7 @@ Padding is wasted arithmetic: a batch of the three tasks padded to its longest s
 Here a batch of S sentences is one row of N tokens and the S lengths; the encoder works on real tokens only.
 """
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,6 +81,16 @@ class TokenisedSplit:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def fingerprint(self) -> str:
+        """Number of examples, and a digest of all that training sees of them: tokens and labels."""
+        digest = hashlib.sha256()
+        for column in self.columns:
+            digest.update(np.ascontiguousarray(column.ids))
+            digest.update(np.ascontiguousarray(column.offsets))
+        if self.labels is not None:
+            digest.update(np.ascontiguousarray(self.labels))
+        return f"{len(self):,} examples, SHA-256 {digest.hexdigest()[:16]}"
 
 
 @dataclass

@@ -12,7 +12,9 @@ from minbert.launch.exit_codes import ExitCode
 
 # command -> (module, what it does). Modules are imported when they are needed: PyTorch takes seconds.
 COMMANDS = {
-    "train": ("minbert.launch.train", "train a model, or resume a run"),
+    "train": ("minbert.launch.train", "train a model"),
+    "resume": ("minbert.launch.resume", "go on with a run, perhaps on other processes"),
+    "checkpoint": ("minbert.launch.checkpoint", "list, verify or convert checkpoints"),
     "evaluate": ("minbert.launch.evaluate", "score the best model of a run"),
     "predict": ("minbert.launch.predict", "predict course files, a csv, or free text"),
     "export": ("minbert.launch.export", "write the encoder as a folder for transformers"),

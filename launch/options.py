@@ -34,29 +34,37 @@ def open_option(metavar: str, **more: Any) -> Any:
     return tyro.conf.arg(metavar=metavar, help_behavior_hint="", **more)
 
 
-def parse_run_config(arguments: list[str]) -> RunConfig:
-    """A run's configuration: defaults < the run folder's own < `--config FILE` < options. Raises UserError."""
+def parse_run_config(
+    arguments: list[str],
+    command: str = "train",
+    description: str = "Train minBERT on several tasks at once, or resume the run in --run.",
+) -> RunConfig:
+    """A run's configuration: defaults < the run folder's own < `--config FILE` < options. Raises UserError.
+
+    `--force` is allowed among the options and left to the caller: it is no part of a run.
+    """
     if _asks_for_help(arguments):
-        _tyro(_for_help(), arguments, "train")
+        _tyro(_for_help(description), arguments, command)
     types = {
         name: (RunConfig if section is None else SECTIONS[section]).model_fields[name].rebuild_annotation()
         for name, section in OPTIONS.items()
     }
-    options, rest = read_options(types | {"config": Path}, arguments, "train")
+    options, rest = read_options(types | {"config": Path, "force": bool}, arguments, command)
     if rest:
         raise UserError(f"what is {rest[0]!r}? Options start with --, and the run folder is given by --run")
-    file = options.pop("config", None)
+    file, _ = options.pop("config", None), options.pop("force", None)
     layers = [options] if file is None else [read_yaml(file), options]
     run = next((layer["run"] for layer in reversed(layers) if layer.get("run")), None)
     if run is not None and (folder := RunFolder(Path(run))).config_file.exists():
         layers.insert(0, folder.read_config().model_dump())
     merged: dict[str, Any] = {}
     for layer in layers:
+        given: dict[str, Any] = {}
         for key, value in layer.items():
-            if key in SECTIONS and isinstance(value, Mapping):
-                merged |= value
-            else:
-                merged[key] = value
+            given |= value if key in SECTIONS and isinstance(value, Mapping) else {key: value}
+        if given.get("epochs") is not None and given.get("steps") is None:
+            given["steps"] = None  # a later word on the budget replaces an earlier one, in whichever unit
+        merged |= given
     return parse_config(merged, "options" if file is None else str(file))
 
 
@@ -154,8 +162,9 @@ def _tyro(kind: type[T], arguments: list[str], command: str) -> T:
     return tyro.cli(kind, args=arguments, prog=f"minbert {command}", config=settings)
 
 
-def _for_help() -> type[BaseModel]:
-    """RunConfig as its help shows it: with --config, and without a word on options that are open by default."""
+def _for_help(description: str) -> type[BaseModel]:
+    """RunConfig as its help shows it: with --config and --force, and without a word on options that are open by
+    default."""
 
     def quiet(model: type[BaseModel]) -> dict[str, Any]:
         return {
@@ -170,9 +179,14 @@ def _for_help() -> type[BaseModel]:
     }
     file = open_option("FILE", help="A YAML file with options, alone or under the headings below.")
     fields = quiet(RunConfig) | {name: (section, section()) for name, section in sections.items()}
-    description = "Train minBERT on several tasks at once, or resume the run in --run."
+    force = tyro.conf.arg(help="Resume although settings, data or vocabulary are others now; each is named.")
     return create_model(
-        "Train", __base__=RunConfig, __doc__=description, config=(Annotated[Path | None, file], None), **fields
+        "Options",
+        __base__=RunConfig,
+        __doc__=description,
+        config=(Annotated[Path | None, file], None),
+        force=(Annotated[bool, force], False),
+        **fields,
     )
 
 

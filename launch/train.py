@@ -6,6 +6,7 @@ import sys
 from minbert.launch.exit_codes import ExitCode
 from minbert.launch.options import parse_run_config
 from minbert.launch.processes import launch
+from minbert.trainer.config import RunConfig
 from minbert.trainer.preparation import new_run_path, prepare
 
 
@@ -13,15 +14,20 @@ def main(arguments: list[str]) -> int:
     config = parse_run_config(arguments)
     if config.run is None:
         config = config.model_copy(update={"run": new_run_path(config)})
-    run = prepare(config)
-    print(f"Run folder: {run.path}")
+    return start(config, force="--force" in arguments)
+
+
+def start(config: RunConfig, force: bool) -> int:
+    """Train the run that `config` describes, in a new folder or from where its folder stands."""
+    run = prepare(config, force)
+    print(f"Run folder: {run.path}", flush=True)
     if config.parallel.processes == 1:
         from minbert.launch.worker import work
 
-        code = work(run)
+        code = work(run, force)
     else:
-        command = [sys.executable, "-m", "minbert.launch.worker", str(run.path)]
+        command = [sys.executable, "-m", "minbert.launch.worker", str(run.path), *(["--force"] if force else [])]
         code = launch(command, config.parallel.processes, run.logs)
     if code == ExitCode.INTERRUPTED:
-        print(f"Stopped, and saved. To go on: minbert train --run {shlex.quote(str(run.path))}")
+        print(f"Stopped, and saved. To go on: minbert resume {shlex.quote(str(run.path))}")
     return code

@@ -1,4 +1,4 @@
-"""One process of a run: `python -m minbert.launch.worker RUN`, whoever starts it.
+"""One process of a run: `python -m minbert.launch.worker RUN [--force]`, whoever starts it.
 
 The run folder says everything else; rank and number of processes come from the environment.
 """
@@ -6,28 +6,32 @@ The run folder says everything else; rank and number of processes come from the 
 import logging
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from minbert.launch.exit_codes import ExitCode
 from minbert.launch.processes import record_errors
 from minbert.trainer.run_folder import RunFolder
+from minbert.trainer.stop import StopRequest
 
 
-def work(run: RunFolder) -> int:
-    """Train; then rank 0 scores the best model and writes its predictions."""
+def work(run: RunFolder, force: bool = False) -> int:
+    """Train; then rank 0 scores the best model and writes its predictions. `force` resumes from a checkpoint of other
+    data or another vocabulary."""
     rank = int(os.environ.get("RANK", 0))
-    _log_to(run.logs / f"rank-{rank}.log", rank)
-    from minbert.trainer.train import Outcome, train
+    with StopRequest() as stop, nullcontext() if rank else run.locked():
+        _log_to(run.logs / f"rank-{rank}.log", rank)
+        from minbert.trainer.train import Outcome, train
 
-    outcome = train(run)
-    if outcome is Outcome.INTERRUPTED:
-        return ExitCode.INTERRUPTED
-    if rank == 0:
-        from minbert.launch.results import is_reported, report
+        outcome = train(run, stop, force)
+        if outcome is Outcome.INTERRUPTED:
+            return ExitCode.INTERRUPTED
+        if rank == 0:
+            from minbert.launch.results import is_reported, report
 
-        if outcome is Outcome.FINISHED or not is_reported(run):
-            report(run)
-    return ExitCode.FINISHED
+            if outcome is Outcome.FINISHED or not is_reported(run):
+                report(run)
+        return ExitCode.FINISHED
 
 
 class _Terminal(logging.Handler):
@@ -46,8 +50,9 @@ def _log_to(path: Path, rank: int) -> None:
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[file] if rank else [file, terminal], force=True)
     logging.captureWarnings(True)
+    logging.raiseExceptions = False  # a log that cannot be written, as the disk is full, is no reason to print
 
 
 if __name__ == "__main__":
     with record_errors():
-        sys.exit(work(RunFolder.existing(Path(sys.argv[1]))))
+        sys.exit(work(RunFolder.existing(Path(sys.argv[1])), force="--force" in sys.argv[2:]))

@@ -21,10 +21,10 @@ from minbert.trainer.distributed import World
 from minbert.trainer.engine import build_accelerator, build_engine
 from minbert.trainer.optimizer import parameter_groups
 from minbert.trainer.preparation import build_plan, load_split
+from minbert.trainer.random_state import seed_everything
 from minbert.trainer.run_folder import RunFolder
 from minbert.trainer.saved_model import build_model
 from minbert.trainer.step import TrainingStep
-from minbert.trainer.train import seed_everything
 
 # AdamW divides by the root of its second moment: where a gradient is nothing but rounding error, an update would be as
 # large as any other. A large epsilon leaves only what can be compared.

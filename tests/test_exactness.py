@@ -23,9 +23,9 @@ from minbert.launch.processes import launch
 from minbert.trainer.model import example_losses
 from minbert.trainer.optimizer import parameter_groups
 from minbert.trainer.preparation import build_plan, load_split, prepare
+from minbert.trainer.random_state import seed_everything
 from minbert.trainer.run_folder import RunFolder
 from minbert.trainer.saved_model import build_model
-from minbert.trainer.train import seed_everything
 
 WORKER = Path(__file__).with_name("exactness_worker.py")
 STAGES = [None, 0, 1, 2, 3]

@@ -12,15 +12,16 @@ from minbert.data.errors import UserError
 from minbert.data.tokens import load_tokenizer
 from minbert.launch.options import parse_run_config
 from minbert.trainer import train as training
-from minbert.trainer.conflicts import append_gramians, cosines, read_gramians, summary
+from minbert.trainer.conflicts import cosines, gramian_record, read_gramians, summary
 from minbert.trainer.distributed import World
 from minbert.trainer.engine import Shard, build_accelerator, build_engine
 from minbert.trainer.optimizer import build_optimizer
 from minbert.trainer.preparation import build_plan, load_split, prepare
+from minbert.trainer.random_state import seed_everything
+from minbert.trainer.run_folder import RunFolder
 from minbert.trainer.saved_model import build_model
 from minbert.trainer.step import TrainingStep
 from minbert.trainer.surgery import combine, drop_signs, gramians, uniform
-from minbert.trainer.train import seed_everything
 
 NAMES = {"bert.embeddings.word.weight": 40, "bert.layers.0.attention.qkv.weight": 33, "heads.sst.layers.1.bias": 9}
 LAYERS = ("embeddings", "layer 0")
@@ -265,9 +266,9 @@ def test_conflicts_are_recorded_and_read_back(folder, tmp_path):
     assert record["conflicts"] == sum(float(angles[i, j]) < 0 for i, j in ((0, 1), (0, 2), (1, 2))) / 3
     assert record["gradient_norm/sts"] == pytest.approx(float(results[0].gramians.encoder[2, 2]) ** 0.5)
     for number, result in enumerate(results):
-        append_gramians(tmp_path / "g.jsonl", number, result)
-    with (tmp_path / "g.jsonl").open("a") as file:
+        RunFolder(tmp_path).append_gramians(gramian_record(number, result))
+    with (tmp_path / "gramians.jsonl").open("a") as file:
         file.write('{"step": 2, "ta')  # torn by a kill
-    steps, tasks, layers, values = read_gramians(tmp_path / "g.jsonl")
+    steps, tasks, layers, values = read_gramians(tmp_path / "gramians.jsonl")
     assert (steps, tasks, layers) == ([0, 1], ["sst", "quora", "sts"], ["embeddings", "layer 0", "layer 1"])
     torch.testing.assert_close(values[1], results[1].gramians.by_layer)

@@ -1,26 +1,31 @@
-"""Checkpoints: everything that makes a resumed run go on where it stopped.
+"""Checkpoints on disk: their format, their verification, and which of them exist.
 
-Every rank writes its own part through Accelerate (weights, optimizer shards, random states); `state.json` holds the
-step, which also is the position in the data and the schedule, and the state of early stopping. A checkpoint is written
-under a temporary name and appears by one rename, so a folder `step-N` is always complete.
+A checkpoint is a folder `step-N`. Every process of the run wrote one file into it, `rank-K.safetensors`, with the
+coordinates that it held: tensors named `KIND/PARAMETER[START:STOP]`, where KIND is `weight`, `exp_avg` or `exp_avg_sq`,
+and the range is of the flattened parameter. Nothing depends on how many processes there were or how they shared the
+optimizer out, so a checkpoint loads at any number of processes and any ZeRO stage. `manifest.json` says everything else
+about the run, and the size and SHA-256 of every file; it is written last, and a folder without a valid one is no
+checkpoint. Nothing in a checkpoint can run code: tensors are safetensors, the rest is JSON (and the aggregator's state,
+which `torch.load` reads with `weights_only`).
 """
 
+import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from minbert.data.errors import UserError
-from minbert.data.files import replacing
-from minbert.trainer.aggregators import Aggregator
-from minbert.trainer.distributed import World
-from minbert.trainer.engine import Engine
+from minbert.data.files import flush_folder, replacing
 
-STATE = "state.json"
+FORMAT = 1
+MANIFEST = "manifest.json"
+AGGREGATOR = "aggregator.pt"
+UNFINISHED, DAMAGED, DELETED = ".unfinished", ".damaged", ".deleted"  # suffixes of folders that are no checkpoints
 
 
 @dataclass
@@ -30,75 +35,174 @@ class TrainingState:
     step: int = 0
     epochs: float = 0.0  # the budget, as far as it has been extended
     evaluated_at: int = 0
-    best_score: float = float("-inf")
+    best_score: float | None = None
     best_step: int = 0
     stale_evaluations: int = 0  # since the best one
     skipped: int = 0  # steps in a row, up to now
+    updates: int = 0  # of the optimizer: steps that were not skipped
     window: dict[str, Any] = field(default_factory=dict)  # what the next line of the log averages, so far
+    trackers: dict[str, str] = field(default_factory=dict)  # each tracker's name for this run
 
 
 @dataclass(frozen=True)
-class Topology:
-    """What the shards of a checkpoint are cut for."""
+class Manifest:
+    """All about a checkpoint but its tensors.
 
+    `identity`: what must be the same for the checkpoint to fit, as nested names and values. `shapes`: of every
+    parameter. `positions`: examples of each task consumed. `files`: {name: {"bytes", "sha256"}}.
+    """
+
+    step: int
+    written: str  # when, ISO 8601
     processes: int
     zero_stage: int | None
+    state: TrainingState
+    positions: dict[str, int]
+    identity: dict[str, Any]
+    config: dict[str, Any]
+    code: dict[str, Any]
+    shapes: dict[str, list[int]]
+    files: dict[str, dict[str, Any]]
+    format: int = FORMAT
+
+    def write(self, folder: Path) -> None:
+        """Write it into `folder`, whole or not at all."""
+        content = asdict(self)
+        described = json.dumps({"sha256": _digest(content)} | content, indent=1)
+        with replacing(folder / MANIFEST) as file:
+            file.write_text(described + "\n")
+
+    @property
+    def bytes(self) -> int:
+        return sum(file["bytes"] for file in self.files.values())
+
+    @property
+    def topology(self) -> str:
+        stage = "no ZeRO" if self.zero_stage is None else f"ZeRO stage {self.zero_stage}"
+        return f"{self.processes} process{'' if self.processes == 1 else 'es'}, {stage}"
 
 
-def save(
-    folder: Path,
-    engine: Engine,
-    aggregator: Aggregator,
-    state: TrainingState,
-    topology: Topology,
-    world: World,
-    keep: int,
-) -> None:
-    """Write checkpoint `step-N`; then remove all but the newest `keep`. Collective."""
-    final, temporary = folder / f"step-{state.step:08d}", folder / f"step-{state.step:08d}.tmp"
-    described = json.dumps({"state": asdict(state), "topology": asdict(topology)}, indent=2) + "\n"
-    if final.exists():  # by the stop before an evaluation that has come since: only the state is another
-        if world.is_main:
-            with replacing(final / STATE) as file:
-                file.write_text(described)
-        return
-    if world.is_main:
-        for unfinished in folder.glob("*.tmp"):
-            shutil.rmtree(unfinished)
-        temporary.mkdir(parents=True)
-    world.barrier()
-    engine.accelerator.save_state(str(temporary))
-    world.barrier()
-    if world.is_main:
-        torch.save(aggregator.state_dict(), temporary / "aggregator.pt")  # the same on all processes
-        (temporary / STATE).write_text(described)
-        os.replace(temporary, final)
-        for old in checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
-    world.barrier()
+class Damaged(Exception):
+    """A checkpoint that is not as it was written; the message names the file and what is wrong with it."""
 
 
-def load(
-    folder: Path, engine: Engine, aggregator: Aggregator, topology: Topology, world: World
-) -> TrainingState | None:
-    """Restore the newest checkpoint into the engine, or return None where there is none. Collective."""
-    newest = world.broadcast(checkpoints(folder)[-1] if world.is_main and checkpoints(folder) else None)
-    if newest is None:
-        return None
-    described = json.loads((newest / STATE).read_text())
-    saved = Topology(**described["topology"])
-    if saved != topology:
-        raise UserError(f"{newest} was written by {_name(saved)}; resume it so, not with {_name(topology)}")
-    engine.accelerator.load_state(str(newest))
-    aggregator.load_state_dict(torch.load(newest / "aggregator.pt", weights_only=True))
-    return TrainingState(**described["state"])
+def read_manifest(checkpoint: Path) -> Manifest:
+    """Raises Damaged if it is missing, torn or altered, UserError if another version of the format wrote it."""
+    path = checkpoint / MANIFEST
+    try:
+        content = json.loads(path.read_bytes())
+        digest = content.pop("sha256")
+    except PermissionError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except FileNotFoundError:
+        raise Damaged(f"{path} is missing") from None
+    except OSError as error:
+        raise Damaged(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise Damaged(f"{path} is not whole") from None
+    if digest != _digest(content):
+        raise Damaged(f"{path} is not as it was written (its SHA-256 differs)")
+    if content["format"] != FORMAT:
+        raise UserError(f"{checkpoint} has format {content['format']}; this version of minbert reads format {FORMAT}")
+    return Manifest(**content | {"state": TrainingState(**content["state"])})
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.suffix != ".tmp")
+def verify(checkpoint: Path, manifest: Manifest, names: Iterable[str] | None = None) -> list[str]:
+    """What is wrong with the files of a checkpoint, one line for each; `names` limits it to some of them.
+
+    Reads every byte. Raises UserError where a file may not be read by this user.
+    """
+    problems = []
+    for name in manifest.files if names is None else names:
+        path, expected = checkpoint / name, manifest.files[name]
+        try:
+            size = path.stat().st_size
+            if size != expected["bytes"]:
+                problems.append(f"{path} has {size:,} bytes instead of {expected['bytes']:,}")
+                continue
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
+                    problems.append(f"{path} is not as it was written (its SHA-256 differs)")
+        except PermissionError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        except FileNotFoundError:
+            problems.append(f"{path} is missing")
+        except OSError as error:
+            problems.append(f"{path} cannot be read: {error.strerror}")
+    return problems
 
 
-def _name(topology: Topology) -> str:
-    stage = "no ZeRO stage" if topology.zero_stage is None else f"ZeRO stage {topology.zero_stage}"
-    return f"{topology.processes} process(es) and {stage}"
+def published(folder: Path) -> list[Path]:
+    """The checkpoints in a run's `checkpoints` folder, oldest first, whether or not they are still intact."""
+    return sorted(path for path in folder.glob("step-*") if not path.suffix and path.is_dir())
+
+
+def write_hashed(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, Any]:
+    """Write a file, flushed to the disk; its size and SHA-256, taken of the memory it came from."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("wb", buffering=0) as file:
+        for chunk in map(memoryview, chunks):
+            digest.update(chunk)
+            size += len(chunk)
+            while len(chunk):
+                chunk = chunk[file.write(chunk) :]
+        os.fsync(file.fileno())
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def folder_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def publish(unfinished: Path, manifest: Manifest) -> Path:
+    """Turn a folder, in which every file is written and flushed, into the checkpoint `step-N`.
+
+    The manifest comes last, then one rename. A folder of that name from before is put aside: it is of a past that this
+    run did not continue.
+    """
+    final = unfinished.with_name(folder_name(manifest.step))
+    manifest.write(unfinished)
+    flush_folder(unfinished)
+    if final.exists():
+        _put_aside(final, DELETED)
+    os.replace(unfinished, final)
+    flush_folder(final.parent)
+    return final
+
+
+def set_aside(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint, so that nothing takes it for one; what is left of it stays for inspection."""
+    return _put_aside(checkpoint, DAMAGED)
+
+
+def prune(folder: Path, keep: int, keep_every: int | None, protected: Iterable[int]) -> None:
+    """Remove checkpoints but the newest `keep`, those at multiples of `keep_every`, and the `protected` steps.
+
+    To be called after a checkpoint was published. A name goes before its files do, so that a kill between the two
+    leaves no half of a checkpoint.
+    """
+    kept = set(protected)
+    for old in published(folder)[:-keep]:
+        step = int(old.name.partition("-")[2])
+        if step not in kept and not (keep_every and step % keep_every == 0):
+            _put_aside(old, DELETED)
+    remove_leftovers(folder)
+
+
+def remove_leftovers(folder: Path, but: Path | None = None) -> None:
+    """Remove what was being deleted or written when a run was killed."""
+    for suffix in (DELETED, UNFINISHED):
+        for path in folder.glob(f"*{suffix}"):
+            if path != but:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _put_aside(checkpoint: Path, suffix: str) -> Path:
+    names = chain([checkpoint.name + suffix], (f"{checkpoint.name}-{n}{suffix}" for n in count(2)))
+    target = next(target for target in map(checkpoint.with_name, names) if not target.exists())
+    os.replace(checkpoint, target)
+    return target
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -137,7 +137,15 @@ class BudgetConfig(Section):
     save_every: Annotated[int, Field(ge=1)] | None = None
     """Steps between checkpoints; the default is at every evaluation."""
     keep: Annotated[int, Field(ge=1)] = 2
-    """Checkpoints to keep."""
+    """Newest checkpoints to keep."""
+    keep_every: Annotated[int, Field(ge=1)] | None = None
+    """Also keep every checkpoint whose step is a multiple of this."""
+    keep_best: bool = False
+    """Also keep the checkpoint of the best score."""
+    save_in_step: bool = False
+    """Write checkpoints while the step waits, not in the background: that takes no second copy in memory."""
+    failed_saves: Annotated[int, Field(ge=1)] = 3
+    """Stop when this many checkpoints in a row could not be written."""
 
 
 class ParallelConfig(Section):
@@ -151,6 +159,8 @@ class ParallelConfig(Section):
     """Arithmetic of the forward and backward pass; weights, sums and optimizer are always fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
+    timeout: Annotated[float, Field(gt=0)] = 30
+    """Minutes that a process waits for the others before the run fails and says who was missing."""
 
 
 class RunConfig(Section):
@@ -221,6 +231,15 @@ MAY_CHANGE = frozenset(
         "patience",
         "save_every",
         "keep",
+        "keep_every",
+        "keep_best",
+        "save_in_step",
+        "failed_saves",
+        "processes",
+        "zero_stage",
+        "device",
+        "timeout",
+        "accumulation",
         "log_every",
         "trackers",
         "cache",

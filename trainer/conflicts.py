@@ -3,6 +3,7 @@
 import json
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,17 +34,16 @@ def summary(result: StepResult) -> dict[str, float]:
     return record
 
 
-def append_gramians(path: Path, step: int, result: StepResult) -> None:
-    """Add the step's Gramian of every layer to a file of JSON lines, from which `minbert plot` draws."""
-    if result.gramians is not None:
-        record = {
-            "step": step,
-            "tasks": list(result.losses),
-            "layers": list(result.gramians.layers),
-            "gramians": result.gramians.by_layer.tolist(),
-        }
-        with path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+def gramian_record(step: int, result: StepResult) -> dict[str, Any] | None:
+    """The step's Gramian of every layer, as `minbert plot` reads it; None if the step did not look at it."""
+    if result.gramians is None:
+        return None
+    return {
+        "step": step,
+        "tasks": list(result.losses),
+        "layers": list(result.gramians.layers),
+        "gramians": result.gramians.by_layer.tolist(),
+    }
 
 
 def read_gramians(path: Path) -> tuple[list[int], list[str], list[str], Tensor]:

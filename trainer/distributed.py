@@ -4,7 +4,7 @@ Everything works unchanged with one process, where no process group exists.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -13,8 +13,7 @@ from torch import Tensor
 
 from minbert.data.errors import UserError
 from minbert.trainer.config import ParallelConfig
-
-TIMEOUT = timedelta(minutes=30)
+from minbert.trainer.messages import Messages
 
 
 @dataclass(frozen=True)
@@ -24,6 +23,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    messages: Messages = field(default_factory=lambda: Messages(None, 0, 1, 0.0))
 
     @property
     def is_main(self) -> bool:
@@ -39,36 +39,36 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def broadcast(self, value):
-        """Rank 0's `value` (anything picklable), on every process."""
-        if self.size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
-
 
 def start(parallel: ParallelConfig) -> World:
     """Join the process group that RANK, WORLD_SIZE and LOCAL_RANK describe; without them, be alone.
 
-    Raises UserError if the device or the back end is missing, or the number of processes is not the configured one.
+    Raises UserError if the device is missing or the others do not come.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if size != parallel.processes:
-        raise UserError(f"{size} processes were started, but the configuration says processes={parallel.processes}")
     device = pick_device(parallel)
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would look for a GPU by itself
+    timeout = timedelta(minutes=parallel.timeout)
     if size > 1:
+        store = _meet(rank, size, timeout)
         backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, timeout=TIMEOUT)
-    elif parallel.zero_stage is not None:
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        return World(rank, size, device, Messages(store, rank, size, timeout.total_seconds()))
+    if parallel.zero_stage is not None:
         # DeepSpeed wants a process group even for one process; a store in memory needs no port.
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
         backend = "gloo" if device.type == "cpu" else "nccl"
         if not dist.is_initialized():
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return World(rank, size, device)
+
+
+def _meet(rank: int, size: int, timeout: timedelta) -> dist.Store:
+    """The store at MASTER_ADDR and MASTER_PORT, when all have come to it."""
+    store, _, _ = next(iter(dist.rendezvous("env://", timeout=timeout)))
+    store.set_timeout(timeout)
+    return store
 
 
 def world_size() -> int:

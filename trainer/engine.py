@@ -21,7 +21,8 @@ from minbert.data.batch import Batch
 from minbert.trainer.config import RunConfig
 from minbert.trainer.distributed import World, world_size
 from minbert.trainer.model import MultitaskModel
-from minbert.trainer.optimizer import set_rate
+from minbert.trainer.optimizer import moments, set_rate
+from minbert.trainer.shards import Part
 
 # One entry per shard. None where a parameter had no part in the backward pass; counts as zero.
 Gradient = list[Tensor | None]
@@ -168,6 +169,36 @@ class Engine:
                 if self.accelerator.is_main_process:
                     state[name] = parameter.detach().cpu().clone()
         return state
+
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        """The shape of every parameter, whole."""
+        # DeepSpeed's stage 3 leaves an empty parameter behind, and its shape in `ds_shape`.
+        return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in self.module.named_parameters()}
+
+    def parts(self) -> list[Part]:
+        """What this process holds of the training state: fp32 weights and moments as the optimizer works on them."""
+        return [
+            Part(name, 0, self._flat(parameter), replicated=True) for name, parameter in self.module.named_parameters()
+        ]
+
+    def settle(self, updates: int) -> None:
+        """Make what was written into `parts` take effect; the optimizer has made `updates` updates. Collective."""
+        for state in self.torch_optimizer.state.values():
+            state["step"].fill_(updates)
+
+    @property
+    def torch_optimizer(self) -> torch.optim.Optimizer:
+        """PyTorch's own optimizer, which holds the moments."""
+        return self.optimizer.optimizer
+
+    def _flat(self, parameter: Tensor) -> dict[str, Tensor]:
+        """A parameter and, if it is trained, its moments, as flat views."""
+        tensors = {"weight": parameter.detach().view(-1)}
+        if parameter.requires_grad:
+            for kind, moment in moments(self.torch_optimizer, parameter).items():
+                tensors[kind] = moment.view(-1)
+        return tensors
 
     def _shards(self) -> list[Shard]:
         return [Shard(name, 0, parameter.numel()) for name, parameter in self.parameters.items()]

@@ -1,6 +1,6 @@
 """Scores: every example predicted once, over all processes, and the paper's metrics of the predictions."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -16,8 +16,12 @@ TOKENS_PER_BATCH = 8192
 
 
 @torch.no_grad()
-def predict(model, task: Task, split: TokenisedSplit, world: World) -> Tensor:
+def predict(
+    model, task: Task, split: TokenisedSplit, world: World, stop: Callable[[], bool] = lambda: False
+) -> Tensor | None:
     """Predictions (n,) for a whole split, in its order, on every process; `model` is anything called like the model.
+
+    None if `stop`, which all processes ask before each batch, said so.
 
     The split is ordered by length and cut into batches of similar token counts, which the processes share out. Each
     writes its predictions into its places of a vector of zeros, and the sum over processes is the result: no padding
@@ -26,6 +30,8 @@ def predict(model, task: Task, split: TokenisedSplit, world: World) -> Tensor:
     result = torch.zeros(len(split), device=world.device)
     chunks = _chunks(split)
     for turn in range(-(-len(chunks) // world.size)):
+        if stop():
+            return None
         index = turn * world.size + world.rank
         rows = chunks[index] if index < len(chunks) else np.zeros(0, dtype=np.int64)
         batch = make_batch(split, rows, max(1, len(rows))).to(world.device)
@@ -34,10 +40,16 @@ def predict(model, task: Task, split: TokenisedSplit, world: World) -> Tensor:
     return world.sum(result).cpu()
 
 
-def evaluate(model, splits: Mapping[str, TokenisedSplit], world: World) -> dict[str, float]:
-    """Score of each task, and `overall`. The model must be in evaluation mode."""
-    scores = {name: score(TASKS[name], predict(model, TASKS[name], split, world), split.labels)
-              for name, split in splits.items()}  # fmt: skip
+def evaluate(
+    model, splits: Mapping[str, TokenisedSplit], world: World, stop: Callable[[], bool] = lambda: False
+) -> dict[str, float] | None:
+    """Score of each task, and `overall`; None if `stop` said so. The model must be in evaluation mode."""
+    scores = {}
+    for name, split in splits.items():
+        predicted = predict(model, TASKS[name], split, world, stop)
+        if predicted is None:
+            return None
+        scores[name] = score(TASKS[name], predicted, split.labels)
     return scores | {"overall": overall(scores)}
 
 

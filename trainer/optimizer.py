@@ -8,6 +8,7 @@ and because what the tasks share is the trunk alone.
 import math
 
 import torch
+from torch import Tensor
 
 from minbert.trainer.config import OptimizerConfig
 from minbert.trainer.model import MultitaskModel
@@ -45,3 +46,12 @@ def rate_factor(step: int, total: int, config: OptimizerConfig) -> float:
 def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
+
+
+def moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """AdamW's `exp_avg` and `exp_avg_sq` of a parameter; zeros, as the first step would make them, before it."""
+    state = optimizer.state[parameter]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+    return {kind: state[kind] for kind in ("exp_avg", "exp_avg_sq")}

@@ -27,7 +27,7 @@ from minbert.data.tokens import (
     write_vocabulary,
 )
 from minbert.trainer.bert import BertConfig
-from minbert.trainer.checkpoint import checkpoints
+from minbert.trainer.checkpoint import published
 from minbert.trainer.config import MAY_CHANGE, RunConfig, flatten
 from minbert.trainer.run_folder import RunFolder
 from minbert.trainer.weights import TINY, find_checkpoint, read_config, write_shape
@@ -44,8 +44,10 @@ def new_run_path(config: RunConfig) -> Path:
     return next(path for path in candidates if not path.exists())
 
 
-def prepare(config: RunConfig) -> RunFolder:
+def prepare(config: RunConfig, force: bool = False) -> RunFolder:
     """Create or reopen the run folder for `config` (`run` set) and fill in what the processes will need.
+
+    `force` lets other settings replace those that a run in the folder was started with, and names them.
 
     Raises UserError if the folder holds a run with other settings or something else, or cannot be written, or the data,
     the model or a tracker cannot be had.
@@ -54,8 +56,8 @@ def prepare(config: RunConfig) -> RunFolder:
     config = resolve(config)
     _require_trackers(config.trackers)
     _require_run_folder(run)
-    if run.config_file.exists() and checkpoints(run.checkpoints):
-        _refuse_other_settings(run, config)
+    if run.config_file.exists() and published(run.checkpoints):
+        _refuse_other_settings(run, config, force)
     tokenizer = _prepare_encoder(run, config)
     for name in config.corpus.tasks:
         for split in ("train", "dev"):
@@ -144,7 +146,7 @@ def _require_run_folder(run: RunFolder) -> None:
         )
 
 
-def _refuse_other_settings(run: RunFolder, config: RunConfig) -> None:
+def _refuse_other_settings(run: RunFolder, config: RunConfig, force: bool) -> None:
     saved, wanted = flatten(run.read_config()), flatten(config)
     fixed = set(wanted) - MAY_CHANGE - {"run"}
     if config.batch.task_schedule == "annealed":
@@ -154,10 +156,12 @@ def _refuse_other_settings(run: RunFolder, config: RunConfig) -> None:
         for name in wanted
         if name in fixed and saved[name] != wanted[name]
     ]
-    if different:
+    if different and force:
+        log.warning("--force overrides settings of %s:\n%s", run.path, "\n".join(different))
+    elif different:
         raise UserError(
             f"{run.path} holds a run with other settings:\n" + "\n".join(different) + "\n"
-            "Leave these options out to resume it, or give another --run to start a new one."
+            "Leave these options out to resume it, give another --run to start anew, or go on with them by --force."
         )
 
 
@@ -166,7 +170,7 @@ def _prepare_encoder(run: RunFolder, config: RunConfig) -> Tokenizer:
     missing = set(config.corpus.tasks) - set(available_tasks(config.corpus.data))
     if missing and config.corpus.data == "builtin":
         raise UserError(f"the built-in corpus has no task {', '.join(sorted(missing))}; use --data or other --tasks")
-    if not checkpoints(run.checkpoints):
+    if not published(run.checkpoints):
         shutil.rmtree(run.encoder, ignore_errors=True)  # an earlier start may have had other data or another model
         if config.encoder.model == "tiny":
             texts = (

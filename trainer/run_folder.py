@@ -8,20 +8,27 @@ best.safetensors  the model with the best score       predictions/     the cours
 gramians.jsonl    inner products of the tasks' gradients, layer by layer
 """
 
+import hashlib
 import json
+import logging
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from minbert.data.errors import UserError
-from minbert.data.files import replacing
+from minbert.data.files import LineFile, replacing
 from minbert.trainer.config import RunConfig, parse_config
+
+log = logging.getLogger(__name__)
 
 RECORDED_PACKAGES = ("minbert", "torch", "deepspeed", "accelerate", "transformers", "tokenizers", "numpy")
 
@@ -40,6 +47,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.best_model = path / "best.safetensors"
         self.predictions = path / "predictions"
+        self._metrics, self._gramians = LineFile(self.metrics_file), LineFile(self.gramians_file)
 
     @staticmethod
     def existing(path: Path) -> "RunFolder":
@@ -71,9 +79,35 @@ class RunFolder:
         (self.path / "environment.json").write_text(json.dumps(record, indent=2) + "\n")
         (self.path / "code.diff").write_text(diff)
 
+    def code_state(self) -> dict[str, Any]:
+        """Commit and uncommitted changes of the code, as they were when the run was started last."""
+        record = json.loads((self.path / "environment.json").read_text())
+        diff = (self.path / "code.diff").read_bytes()
+        return {"commit": record["commit"], "changes_sha256": hashlib.sha256(diff).hexdigest() if diff else None}
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep others from training in this folder meanwhile. Raises UserError if somebody does.
+
+        The lock ends with the process, however that ends; a file system without locks does without.
+        """
+        lock = FileLock(self.path / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise UserError(f"{self.path} is being trained by another process; wait for it, or stop it first") from None
+        except (OSError, NotImplementedError) as error:
+            log.info("%s cannot be locked: %s", self.path, error)
+        try:
+            yield
+        finally:
+            lock.release()
+
     def append_metrics(self, record: dict[str, Any]) -> None:
-        with self.metrics_file.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        self._metrics.append(json.dumps(record))
+
+    def append_gramians(self, record: dict[str, Any]) -> None:
+        self._gramians.append(json.dumps(record))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         if not self.metrics_file.exists():

@@ -3,10 +3,10 @@
 import os
 import signal
 from types import FrameType
+from typing import TYPE_CHECKING
 
-import torch
-
-from minbert.trainer.distributed import World
+if TYPE_CHECKING:  # PyTorch takes seconds, in which a signal would find no handler
+    from minbert.trainer.distributed import World
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 LEFT_AT_ONCE = 130
@@ -31,9 +31,11 @@ class StopRequest:
             os._exit(LEFT_AT_ONCE)
         self.signal = number
 
-    def agreed(self, world: World) -> bool:
+    def agreed(self, world: "World") -> bool:
         """Whether any process was asked to stop; the same answer on all. Collective.
 
         The flag travels through memory of the CPU, so that asking never waits for a GPU.
         """
+        import torch
+
         return bool(world.sum(torch.tensor([self.signal is not None], dtype=torch.int32)).item())

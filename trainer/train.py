@@ -1,23 +1,24 @@
 """The training run: what every process executes, from the run folder to the last checkpoint."""
 
 import contextlib
+import hashlib
 import io
 import logging
-import random
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from dataclasses import asdict
 from enum import Enum
 from functools import partial
-
-import numpy as np
-import torch
+from pathlib import Path
+from typing import Any
 
 from minbert.data.batch import TokenisedSplit
 from minbert.data.errors import UserError
 from minbert.data.tokens import load_tokenizer
-from minbert.trainer import checkpoint, distributed
-from minbert.trainer.checkpoint import Topology, TrainingState
+from minbert.trainer import distributed
+from minbert.trainer.checkpoint import Manifest, TrainingState
 from minbert.trainer.config import RunConfig, flatten
-from minbert.trainer.conflicts import append_gramians, summary
+from minbert.trainer.conflicts import gramian_record, summary
 from minbert.trainer.distributed import World
 from minbert.trainer.engine import Engine, build_accelerator, build_engine
 from minbert.trainer.evaluation import evaluate
@@ -25,11 +26,15 @@ from minbert.trainer.metrics import MetricsWindow
 from minbert.trainer.optimizer import build_optimizer, rate_factor
 from minbert.trainer.preparation import build_plan, load_split
 from minbert.trainer.progress import Progress
+from minbert.trainer.random_state import seed_everything
+from minbert.trainer.resuming import newest_intact, refuse_another, restore
 from minbert.trainer.run_folder import RunFolder
 from minbert.trainer.saved_model import build_model, save_model
+from minbert.trainer.saving import CheckpointWriter, now
 from minbert.trainer.step import StepResult, TrainingStep
 from minbert.trainer.stop import StopRequest
-from minbert.trainer.weights import find_checkpoint, load_weights
+from minbert.trainer.trackers import Trackers
+from minbert.trainer.weights import find_checkpoint, load_weights, read_config
 
 log = logging.getLogger(__name__)
 
@@ -40,13 +45,15 @@ class Outcome(Enum):
     WAS_FINISHED = "was finished"  # by an earlier start: there was nothing to do
 
 
-def train(run: RunFolder) -> Outcome:
-    """Train the prepared run in `run`, from its newest checkpoint if it has one. Every process calls this."""
+def train(run: RunFolder, stop: StopRequest | None = None, force: bool = False) -> Outcome:
+    """Train the prepared run in `run`, from its newest intact checkpoint if it has one. Every process calls this.
+
+    `stop` tells when to save and leave before the end. `force` goes on from a checkpoint though the data or the vocabulary are others now.
+    """
     config = run.read_config()
     world = distributed.start(config.parallel)
     try:
-        with StopRequest() as stop:
-            return Training(config, run, world, stop).run()
+        return Training(config, run, world, stop or StopRequest(), force).run()
     finally:
         distributed.stop()
 
@@ -54,19 +61,23 @@ def train(run: RunFolder) -> Outcome:
 class Training:
     """A run in memory: data, engine and state; `run` is the loop over steps."""
 
-    def __init__(self, config: RunConfig, run: RunFolder, world: World, stop: StopRequest):
+    def __init__(self, config: RunConfig, run: RunFolder, world: World, stop: StopRequest, force: bool = False):
         self.config, self.folder, self.world, self.stop = config, run, world, stop
         tokenizer = load_tokenizer(run.encoder)
         load = partial(load_split, config, tokenizer=tokenizer)
         train_splits = {name: load(name, "train") for name in config.corpus.tasks}
         self.dev_splits: Mapping[str, TokenisedSplit] = {name: load(name, "dev") for name in config.corpus.tasks}
         self.plan = build_plan(config, train_splits)
+        self.identity = self._identity(train_splits)
+        resumed = newest_intact(run.checkpoints, world)
+        overridden = refuse_another(*resumed, self.identity, force) if resumed else []
         with _prints_to_log():
             self.accelerator = build_accelerator(
                 config, world, log_with=list(config.trackers), project_dir=str(run.trackers)
             )
-            self.engine = self._build_engine()
-        self.topology = Topology(world.size, config.parallel.zero_stage)
+            self.engine = self._build_engine(pretrained=config.encoder.model != "tiny" and not resumed)
+        self.code = run.code_state()
+        self.trackers = Trackers(self.accelerator)
         self.training_step = TrainingStep(
             self.engine,
             self.plan,
@@ -81,7 +92,15 @@ class Training:
         if not self.training_step.layers and self.training_step.aggregator.source != "losses":
             log.warning("the encoder is frozen, so the tasks share nothing: %s is a plain sum", config.batch.aggregator)
         self._window = MetricsWindow(world)
-        self.state = self._restore()
+        self.writer = CheckpointWriter(
+            run.checkpoints, self.engine, self.training_step.aggregator, world, config.budget, self._describe
+        )
+        self.state = TrainingState(epochs=config.budget.epochs)
+        if resumed:
+            self._restore(*resumed)
+        if world.is_main:
+            for line in overridden:
+                log.warning("overridden by --force: %s", line)
 
     def run(self) -> Outcome:
         """Train until the budget, early stopping or a request to stop ends it."""
@@ -93,14 +112,15 @@ class Training:
             self._say(f"Resuming {self.folder.path} from step {state.step} of {self.total_steps}.")
         if self.world.is_main:
             self.folder.rewind_metrics(state.step)
-            # TensorBoard forgets what an earlier start logged beyond the step from which this one goes on.
-            self.accelerator.init_trackers(
-                "metrics", _flat_strings(self.config), {"tensorboard": {"purge_step": state.step + 1}}
-            )
+            self.trackers.start(flatten(self.config), state.step, state.trackers)
         self.progress = Progress(self.total_steps, enabled=self.world.is_main, done=state.step)
-        with self.progress:
-            outcome = self._loop()
-        self.accelerator.end_training()
+        try:
+            with self.progress:
+                outcome = self._loop()
+        except BaseException:
+            self.writer.abandon()
+            raise
+        self.trackers.end()
         if outcome is Outcome.FINISHED:
             self._say(f"Finished: {self._ending()}")
         return outcome
@@ -109,17 +129,24 @@ class Training:
         state, budget = self.state, self.config.budget
         while True:
             evaluation_due = state.step > state.evaluated_at and (self.finished or state.step % self.eval_every == 0)
-            if evaluation_due:
-                self._evaluate()
+            if evaluation_due and not self._evaluate():
+                return self._interrupted()
             finished = self.finished  # the evaluation may have extended the budget
             if finished or (state.step and state.step % (budget.save_every or self.eval_every) == 0):
-                self._save()
+                self._save(wait=finished)
             if finished:
                 return Outcome.FINISHED
             self._train_one_step()
             if self.stop.agreed(self.world):
-                self._save()
-                return Outcome.INTERRUPTED
+                return self._interrupted()
+
+    def _interrupted(self) -> Outcome:
+        """Save before leaving. Raises UserError if that fails."""
+        if not self._save(wait=True):
+            raise UserError(
+                f"stopped at step {self.state.step}, which could not be saved; resuming goes on from before"
+            )
+        return Outcome.INTERRUPTED
 
     def _train_one_step(self) -> None:
         state, batch = self.state, self.config.batch
@@ -133,8 +160,8 @@ class Training:
         if logged or measured:
             rates = {"lr": self.config.optimizer.lr * factor, "head_lr": self.config.optimizer.head_lr * factor}
             self._log({"step": state.step} | self._window.close() | rates | summary(result))
-            if self.world.is_main:
-                append_gramians(self.folder.gramians_file, state.step, result)
+            if self.world.is_main and (gramians := gramian_record(state.step, result)):
+                self.folder.append_gramians(gramians)
         if state.step % self.plan.steps_per_epoch == 0:
             self.training_step.aggregator.end_epoch()
         self.progress.advance(state.step)
@@ -143,6 +170,7 @@ class Training:
         """Log a skipped step; give up on a run that keeps skipping."""
         if not result.skipped:
             self.state.skipped = 0
+            self.state.updates += 1
             return
         self.state.skipped += 1
         losses = ", ".join(f"{name} {loss:g}" for name, loss in result.losses.items())
@@ -154,48 +182,70 @@ class Training:
                 f"checkpoints in {self.folder.checkpoints} are from before."
             )
 
-    def _evaluate(self) -> None:
-        """Score the dev splits, remember the best model, extend the budget if that is wanted and deserved."""
+    def _evaluate(self) -> bool:
+        """Score the dev splits, remember the best model, extend the budget if that is wanted and deserved.
+
+        Returns False, and leaves everything as it was, if the run was asked to stop meanwhile.
+        """
         state, budget = self.state, self.config.budget
         self.engine.eval()
-        scores = evaluate(self.engine, self.dev_splits, self.world)
+        scores = evaluate(self.engine, self.dev_splits, self.world, stop=lambda: self.stop.agreed(self.world))
         self.engine.train()
+        if scores is None:
+            return False
         state.evaluated_at = state.step
         state.stale_evaluations += 1
-        if scores["overall"] > state.best_score:
+        if state.best_score is None or scores["overall"] > state.best_score:
             state.best_score, state.best_step, state.stale_evaluations = scores["overall"], state.step, 0
-            parameters = self.engine.full_state()
-            if self.world.is_main:
-                save_model(self.folder.best_model, parameters, state.step, scores)
+            self._save_best(scores)
             if budget.extend_to is not None and state.step >= self.total_steps:
                 state.epochs = min(budget.extend_to, state.epochs + budget.epochs)
                 self.progress.extend(self.total_steps)
         self._log({"step": state.step} | {f"dev/{name}": value for name, value in scores.items()})
         self.progress.scores(state.step, scores, best=state.stale_evaluations == 0)
+        return True
 
-    def _save(self) -> None:
+    def _save_best(self, scores: dict[str, float]) -> None:
+        """Write the model to its file; if the disk does not take it, no checkpoint may say that it is there."""
+        parameters = self.engine.full_state()
+        if self.world.is_main:
+            self.writer.first = partial(save_model, self.folder.best_model, parameters, self.state.step, scores)
+            try:
+                self.writer.first()
+                self.writer.first = None
+            except OSError as error:
+                log.warning("%s could not be written (%s); the next save tries again", error.filename, error.strerror)
+
+    def _save(self, wait: bool = False) -> bool:
         window = self._window
         self.state.window = {"losses": dict(window.losses), "norms": window.norms, "skipped": window.skipped}
-        checkpoint.save(
-            self.folder.checkpoints,
-            self.engine,
-            self.training_step.aggregator,
-            self.state,
-            self.topology,
-            self.world,
-            self.config.budget.keep,
+        return self.writer.save(self.state, wait)
+
+    def _describe(self, state: TrainingState) -> Manifest:
+        return Manifest(
+            step=state.step,
+            written=now(),
+            processes=self.world.size,
+            zero_stage=self.config.parallel.zero_stage,
+            state=state,
+            positions={name: self.plan.position(name, state.step) for name in self.plan.names},
+            identity=self.identity,
+            config=self.config.model_dump(mode="json"),
+            code=self.code,
+            shapes=self.engine.shapes,
+            files={},
         )
 
     def _log(self, record: dict[str, float]) -> None:
         if self.world.is_main:
             self.folder.append_metrics(record)
-            self.accelerator.log({key: value for key, value in record.items() if key != "step"}, step=record["step"])
+            self.trackers.log({key: value for key, value in record.items() if key != "step"}, record["step"])
 
-    def _build_engine(self) -> Engine:
+    def _build_engine(self, pretrained: bool) -> Engine:
         """Model and optimizer, the same on every process; then random numbers of each process's own."""
         seed_everything(self.config.seed)
         model = build_model(self.config, self.folder)
-        if self.config.encoder.model != "tiny" and not checkpoint.checkpoints(self.folder.checkpoints):
+        if pretrained:
             missing = load_weights(model.bert, find_checkpoint(self.config.encoder.model))
             if missing and self.world.is_main:
                 log.warning("%s has no weights for %s: they start at random", self.config.encoder.model, missing)
@@ -205,17 +255,30 @@ class Training:
         engine.train()
         return engine
 
-    def _restore(self) -> TrainingState:
-        state = checkpoint.load(
-            self.folder.checkpoints, self.engine, self.training_step.aggregator, self.topology, self.world
-        )
-        if state is None:
-            return TrainingState(epochs=self.config.budget.epochs)
-        state.epochs = max(state.epochs, self.config.budget.epochs)
-        self._window.losses.update(state.window["losses"])
-        self._window.norms += state.window["norms"]
-        self._window.skipped = state.window["skipped"]
-        return state
+    def _identity(self, splits: Mapping[str, TokenisedSplit]) -> dict[str, Any]:
+        """What a checkpoint must agree with to be of this run."""
+        shape = asdict(read_config(self.folder.encoder))
+        heads = self.config.heads
+        return {
+            "model": {name: value for name, value in shape.items() if not name.endswith("_prob")}
+            | {"tasks": list(self.config.corpus.tasks), "pooling": self.config.encoder.pooling}
+            | {"features": heads.features, "head_layers": heads.hidden_layers, "head_size": heads.hidden_size},
+            "vocabulary": {
+                path.name: f"SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
+                for path in sorted(self.folder.encoder.iterdir())
+                if path.name in ("vocab.txt", "tokenizer.json")
+            },
+            "data": {name: split.fingerprint() for name, split in splits.items()},
+        }
+
+    def _restore(self, checkpoint: Path, manifest: Manifest) -> None:
+        restore(checkpoint, manifest, self.engine, self.training_step.aggregator, self.world, self.config.seed)
+        self.writer.loaded(manifest)
+        self.state = deepcopy(manifest.state)
+        self.state.epochs = max(self.state.epochs, self.config.budget.epochs)
+        self._window.losses.update(self.state.window["losses"])
+        self._window.norms += self.state.window["norms"]
+        self._window.skipped = self.state.window["skipped"]
 
     def _say(self, text: str) -> None:
         if self.world.is_main:
@@ -265,13 +328,3 @@ def _prints_to_log() -> Iterator[None]:
     finally:
         for line in filter(None, map(str.strip, printed.getvalue().splitlines())):
             log.info("%s", line)
-
-
-def seed_everything(seed: int) -> None:
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
-
-
-def _flat_strings(config: RunConfig) -> dict[str, str]:
-    return {name: str(value) for name, value in flatten(config).items()}

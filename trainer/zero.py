@@ -6,6 +6,8 @@ start afresh; handing a combination back and stepping the engine updates with it
 """
 
 import contextlib
+from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from minbert.trainer.engine import Engine, Gradient, Shard
 from minbert.trainer.optimizer import set_rate
+from minbert.trainer.shards import Part
 
 
 class DeepSpeedEngine(Engine):
@@ -34,9 +37,22 @@ class ZeroStage0Engine(DeepSpeedEngine):
 
 
 class ShardedEngine(DeepSpeedEngine):
-    """Stages 1 to 3, whose optimizer holds the gradient in shards."""
+    """Stages 1 to 3, whose optimizer holds gradient, fp32 weights and moments in shards."""
 
     is_sharded = True
+
+    @property
+    def torch_optimizer(self) -> torch.optim.Optimizer:
+        return self.zero.optimizer
+
+    def _cut(self, flat: Tensor, lengths: Sequence[tuple[Shard, int]]) -> list[Part]:
+        """The parts in a flat vector of the optimizer, where each shard takes up so many places, padding included."""
+        tensors, parts, position = self._flat(flat), [], 0
+        for shard, length in lengths:
+            own = {kind: tensor[position : position + shard.length] for kind, tensor in tensors.items()}
+            parts.append(Part(shard.name, shard.start, own, replicated=False))
+            position += length
+        return parts
 
     @property
     def zero(self) -> Any:
@@ -65,6 +81,19 @@ class ZeroEngine(ShardedEngine):
             padding = int(self.zero.partition_size[group]) - sum(part.numel() for part in own)
             self.zero.averaged_gradients[group] = [*own, torch.zeros(padding, device=self.accelerator.device)]
         self._step()
+
+    def parts(self) -> list[Part]:
+        frozen = {name: p for name, p in self.module.named_parameters() if name not in self.parameters}
+        parts = [Part(name, 0, self._flat(parameter), replicated=True) for name, parameter in frozen.items()]
+        shards = iter(self.shards)
+        for group, parameters in enumerate(self.zero.params_in_partition):
+            own = [(shard, shard.length) for shard in islice(shards, len(parameters))]
+            parts += self._cut(self.zero.single_partition_of_fp32_groups[group], own)
+        return parts
+
+    def settle(self, updates: int) -> None:
+        super().settle(updates)
+        self.zero.update_lp_params()
 
     def _shards(self) -> list[Shard]:
         names = {id(parameter): name for name, parameter in self.parameters.items()}
@@ -110,6 +139,34 @@ class Zero3Engine(ShardedEngine):
                 length = max(0, min(parameter.partition_numel(), parameter.ds_numel - start))
                 shards.append(Shard(names[id(parameter)], start, length))
         return shards
+
+    def parts(self) -> list[Part]:
+        rank, parts = self.accelerator.process_index, []
+        for name, parameter in self.module.named_parameters():
+            if name not in self.parameters:
+                size = parameter.partition_numel()
+                length = max(0, min(size, parameter.ds_numel - rank * size))
+                own = parameter.ds_tensor.detach().view(-1)[:length]
+                parts.append(Part(name, rank * size, {"weight": own}, replicated=False))
+        shards = iter(self.shards)
+        for group, parameters in enumerate(self.zero.fp16_groups):
+            own = [(next(shards), parameter.partition_numel()) for parameter in parameters]
+            parts += self._cut(self.zero.fp32_partitioned_groups_flat[group], own)
+        return parts
+
+    def settle(self, updates: int) -> None:
+        super().settle(updates)
+        kept_whole = self.zero.persistent_parameters
+        if kept_whole:
+            kept_whole[0].partition(kept_whole)
+        for group, master in enumerate(self.zero.fp32_partitioned_groups_flat):
+            shards = self.zero.fp16_partitioned_groups_flat[group]
+            shards.data.copy_(master.data)
+            partitions = self.zero.fp16_partitioned_groups[group]
+            for partition, values in zip(partitions, self.zero.unflatten(shards, partitions), strict=True):
+                partition.data = values.data
+        if kept_whole:
+            kept_whole[0].all_gather(kept_whole)
 
     def _gathered(self, parameter: nn.Parameter) -> contextlib.AbstractContextManager:
         import deepspeed

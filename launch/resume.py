@@ -1,0 +1,19 @@
+"""`minbert resume RUN`: go on with a run from its newest intact checkpoint, perhaps on other processes."""
+
+from pathlib import Path
+
+from minbert.data.errors import UserError
+from minbert.launch.options import parse_run_config
+from minbert.launch.train import start
+from minbert.trainer.run_folder import RunFolder
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help") or arguments[0].startswith("-"):
+        parse_run_config(["--help"], "resume RUN", "Go on with the run in the folder RUN; options override its own.")
+    folder, *options = arguments
+    RunFolder.existing(Path(folder))
+    config = parse_run_config([f"--run={folder}", *options], "resume")
+    if config.run != Path(folder):
+        raise UserError(f"which run: {folder} or {config.run}?")
+    return start(config, force="--force" in options)

@@ -1,0 +1,89 @@
+"""Small messages between the processes of a run, with waits that are bounded and say who is missing.
+
+They travel through the store at which the processes met, not through the collective operations: a background thread
+can send them while the training step communicates, and a wait that fails knows whose message it lacks.
+"""
+
+import json
+import socket
+import time
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import Store
+
+
+class LostProcess(RuntimeError):
+    """Another process of the run did not answer in time."""
+
+
+class Messages:
+    """What one process sends and receives. Every topic is used once; values are anything that JSON holds.
+
+    One object serves one thread: `clone` gives another thread a connection of its own. `timeout`: seconds that rank 0
+    waits for the others; they wait longer for it, so that it can tell them whom it missed.
+    """
+
+    def __init__(self, store: Store | None, rank: int, size: int, timeout: float):
+        self.store, self.rank, self.size, self.timeout = store, rank, size, timeout
+        if store is not None and size > 1:
+            store.set(f"minbert/host/{rank}", socket.gethostname())
+
+    def clone(self) -> "Messages":
+        copy = object.__new__(Messages)
+        copy.store = self.store.clone() if self.store is not None and self.size > 1 else None
+        copy.rank, copy.size, copy.timeout = self.rank, self.size, self.timeout
+        return copy
+
+    def gather(self, topic: str, value: Any) -> list[Any] | None:
+        """Every process's value in the order of ranks, on rank 0; None elsewhere. Raises LostProcess on rank 0."""
+        if self.size == 1:
+            return [value]
+        if self.rank:
+            self.store.set(f"minbert/{topic}/{self.rank}", json.dumps(value))
+            return None
+        deadline = time.monotonic() + self.timeout
+        others = {rank: self._receive(f"{topic}/{rank}", deadline) for rank in range(1, self.size)}
+        missing = [rank for rank, other in others.items() if other is None]
+        if missing:
+            names = ", ".join(f"rank {rank} on {self._host(rank)}" for rank in missing)
+            error = f"waited {self.timeout:g} s for {names} ({topic})"
+            self.store.set(f"minbert/{topic}/failed", json.dumps(error))
+            raise LostProcess(error)
+        return [value, *(json.loads(other) for other in others.values())]
+
+    def share(self, topic: str, value: Any = None) -> Any:
+        """Rank 0's value, on every process. Raises LostProcess if rank 0 sends nothing, or missed somebody before."""
+        if self.size == 1:
+            return value
+        if self.rank == 0:
+            self.store.set(f"minbert/{topic}/shared", json.dumps(value))
+            return value
+        deadline = time.monotonic() + 1.2 * self.timeout + 10
+        received = self._receive(f"{topic}/shared", deadline)
+        if received is None:
+            known = self.store.check([f"minbert/{topic}/failed"])
+            raise LostProcess(
+                json.loads(self.store.get(f"minbert/{topic}/failed")) if known else f"no word from rank 0 ({topic})"
+            )
+        return json.loads(received)
+
+    def exchange(self, topic: str, value: Any) -> list[Any]:
+        """Every process's value in the order of ranks, on every process."""
+        return self.share(topic, self.gather(topic, value))
+
+    def _receive(self, key: str, deadline: float) -> bytes | None:
+        """The message under `key`, or None if it does not come before the deadline or will never come."""
+        failed = f"minbert/{key.rpartition('/')[0]}/failed"
+        while (left := deadline - time.monotonic()) > -1:  # one look, even if an earlier wait took all the time
+            try:
+                self.store.wait([f"minbert/{key}"], timedelta(seconds=max(0.05, min(left, 5))))
+                return self.store.get(f"minbert/{key}")
+            except RuntimeError:  # DistStoreError, of which the time running out is the usual one
+                if left <= 0 or (self.rank and self.store.check([failed])):
+                    return None
+        return None
+
+    def _host(self, rank: int) -> str:
+        key = f"minbert/host/{rank}"
+        return self.store.get(key).decode() if self.store.check([key]) else "an unknown host"

@@ -1,0 +1,42 @@
+"""The states of all random generators of a process, as bytes that a checkpoint can hold without pickle."""
+
+import json
+import random
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def random_state() -> dict[str, Tensor]:
+    """Each generator's state as (n,) uint8."""
+    numpy_name, keys, *position = np.random.get_state()
+    states = {
+        "torch": torch.get_rng_state(),
+        "python": _bytes(random.getstate()),
+        "numpy": _bytes([numpy_name, keys.tolist(), *position]),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_random_state(states: dict[str, Tensor]) -> None:
+    """Put back what `random_state` gave."""
+    torch.set_rng_state(states["torch"])
+    version, internal, gauss = json.loads(bytes(states["python"].tolist()))
+    random.setstate((version, tuple(internal), gauss))
+    numpy_name, keys, *position = json.loads(bytes(states["numpy"].tolist()))
+    np.random.set_state((numpy_name, np.array(keys, dtype=np.uint32), *position))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _bytes(value: object) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
