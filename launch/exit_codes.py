@@ -4,7 +4,10 @@ They are what a launcher, a batch system's script and a search agree on: who may
 who has to look at it first.
 """
 
+import os
+import sys
 from enum import IntEnum
+from typing import NoReturn
 
 
 class ExitCode(IntEnum):
@@ -20,3 +23,13 @@ class ExitCode(IntEnum):
     """Stopped on request with everything saved (EX_TEMPFAIL): the same command, run again, goes on."""
     LEFT_AT_ONCE = 130
     """Left at once on a second request; what was not saved by then is lost."""
+
+
+def leave(code: int) -> NoReturn:
+    """End the process. When it was asked to stop and has saved, without the interpreter's long farewell, in which
+    another signal would replace the exit code that says so."""
+    if code == ExitCode.INTERRUPTED:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

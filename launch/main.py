@@ -6,9 +6,10 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from importlib.metadata import version
+from typing import NoReturn
 
-from minbert.data.errors import UserError
-from minbert.launch.exit_codes import ExitCode
+from minbert.data.errors import UserError, disk_trouble
+from minbert.launch.exit_codes import ExitCode, leave
 
 # command -> (module, what it does). Modules are imported when they are needed: PyTorch takes seconds.
 COMMANDS = {
@@ -50,6 +51,11 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # `minbert train --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more
         return ExitCode.FAILED
+    except OSError as error:
+        if not (trouble := disk_trouble(error)):
+            raise
+        print(f"minbert: {trouble}", file=sys.stderr)
+        return ExitCode.USER_MISTAKE
 
 
 def _usage() -> str:
@@ -58,5 +64,10 @@ def _usage() -> str:
     return "usage: minbert COMMAND [options]\n\n" + "\n".join(lines) + "\n\n`minbert COMMAND --help` tells its options."
 
 
+def entry() -> NoReturn:
+    """The installed command."""
+    leave(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

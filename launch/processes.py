@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from minbert.data.errors import UserError
+from minbert.data.errors import UserError, disk_trouble
 from minbert.launch.exit_codes import ExitCode
 
 ERROR_FILE = "MINBERT_ERROR_FILE"
@@ -44,13 +44,14 @@ def record_errors() -> Iterator[None]:
     """
     try:
         yield
-    except UserError as error:
-        _leave_error(ExitCode.USER_MISTAKE, str(error))
-        print(f"minbert: {error}", file=sys.stderr)
-        raise SystemExit(ExitCode.USER_MISTAKE) from None
     except KeyboardInterrupt:
         raise SystemExit(ExitCode.LEFT_AT_ONCE) from None
     except Exception as error:
+        mistake = disk_trouble(error) if isinstance(error, OSError) else error
+        if isinstance(mistake, UserError):
+            _leave_error(ExitCode.USER_MISTAKE, str(mistake))
+            print(f"minbert: {mistake}", file=sys.stderr)
+            raise SystemExit(ExitCode.USER_MISTAKE) from None
         text = traceback.format_exc()
         if not _leave_error(ExitCode.FAILED, text) or os.environ.get("RANK") != "0":
             print(text, end="", file=sys.stderr)
@@ -58,7 +59,8 @@ def record_errors() -> Iterator[None]:
 
 
 def _leave_error(code: ExitCode, text: str) -> bool:
-    """Writes the launcher's error file, stamped with this moment; returns False if no launcher asked for one.
+    """Writes the launcher's error file, stamped with this moment; returns False if no launcher asked for one or none
+    can be written.
 
     It holds the exit code, as the process may yet hang or abort on its way out: communication libraries do.
     """
@@ -66,9 +68,12 @@ def _leave_error(code: ExitCode, text: str) -> bool:
         return False
     now, path = time.time(), Path(os.environ[ERROR_FILE])
     unfinished = path.with_suffix(".error-tmp")
-    unfinished.write_text(f"{code:d}\n{text}")
-    os.utime(unfinished, (now, now))  # a file server's clock may differ from ours
-    unfinished.replace(path)
+    try:
+        unfinished.write_text(f"{code:d}\n{text}")
+        os.utime(unfinished, (now, now))  # a file server's clock may differ from ours
+        unfinished.replace(path)
+    except OSError:  # a full disk, which may be the very error
+        return False
     return True
 
 

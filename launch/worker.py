@@ -6,10 +6,11 @@ The run folder says everything else; rank and number of processes come from the 
 import logging
 import os
 import sys
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 
-from minbert.launch.exit_codes import ExitCode
+from minbert.launch.exit_codes import ExitCode, leave
 from minbert.launch.processes import record_errors
 from minbert.trainer.run_folder import RunFolder
 from minbert.trainer.stop import StopRequest
@@ -25,6 +26,7 @@ def work(run: RunFolder, force: bool = False) -> int:
 
         outcome = train(run, stop, force)
         if outcome is Outcome.INTERRUPTED:
+            stop.exit_code = ExitCode.INTERRUPTED
             return ExitCode.INTERRUPTED
         if rank == 0:
             from minbert.launch.results import is_reported, report
@@ -50,9 +52,16 @@ def _log_to(path: Path, rank: int) -> None:
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=logging.INFO, handlers=[file] if rank else [file, terminal], force=True)
     logging.captureWarnings(True)
+    threading.excepthook = _log_thread_error
     logging.raiseExceptions = False  # a log that cannot be written, as the disk is full, is no reason to print
+
+
+def _log_thread_error(failed: threading.ExceptHookArgs) -> None:
+    """Trackers write in threads of their own, which a full disk ends: that is nothing for the terminal."""
+    error = (failed.exc_type, failed.exc_value, failed.exc_traceback)
+    logging.getLogger(__name__).warning("a thread of %s ended with an error", failed.thread, exc_info=error)
 
 
 if __name__ == "__main__":
     with record_errors():
-        sys.exit(work(RunFolder.existing(Path(sys.argv[1])), force="--force" in sys.argv[2:]))
+        leave(work(RunFolder.existing(Path(sys.argv[1])), force="--force" in sys.argv[2:]))

@@ -40,3 +40,14 @@ def minilm() -> Path:
 def own_cache(tmp_path_factory, monkeypatch):
     """No test reads or writes the user's cache; those of one session share theirs."""
     monkeypatch.setenv("MINBERT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def own_signals():
+    """A run that was asked to stop keeps its handlers to the end of its process, which here is not the end."""
+    handlers = {
+        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    }
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

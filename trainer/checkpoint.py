@@ -54,7 +54,7 @@ class Manifest:
 
     step: int
     written: str  # when, ISO 8601
-    processes: int
+    processes: int  # that wrote it, and whose random numbers it holds
     zero_stage: int | None
     state: TrainingState
     positions: dict[str, int]
@@ -77,9 +77,12 @@ class Manifest:
         return sum(file["bytes"] for file in self.files.values())
 
     @property
-    def topology(self) -> str:
-        stage = "no ZeRO" if self.zero_stage is None else f"ZeRO stage {self.zero_stage}"
-        return f"{self.processes} process{'' if self.processes == 1 else 'es'}, {stage}"
+    def origin(self) -> str:
+        """What wrote it."""
+        if not self.processes:
+            return "conversion"
+        stage = "" if self.zero_stage is None else f", ZeRO {self.zero_stage}"
+        return f"{self.processes} process{'' if self.processes == 1 else 'es'}{stage}"
 
 
 class Damaged(Exception):
@@ -135,6 +138,11 @@ def verify(checkpoint: Path, manifest: Manifest, names: Iterable[str] | None = N
 def published(folder: Path) -> list[Path]:
     """The checkpoints in a run's `checkpoints` folder, oldest first, whether or not they are still intact."""
     return sorted(path for path in folder.glob("step-*") if not path.suffix and path.is_dir())
+
+
+def damaged(folder: Path) -> list[Path]:
+    """What was set aside in a run's `checkpoints` folder."""
+    return sorted(folder.glob(f"*{DAMAGED}"))
 
 
 def write_hashed(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import time
 from datetime import timedelta
 from typing import Any
 
-from torch.distributed import Store
+from torch.distributed import DistStoreError, Store
 
 
 class LostProcess(RuntimeError):
@@ -44,11 +44,10 @@ class Messages:
             return None
         deadline = time.monotonic() + self.timeout
         others = {rank: self._receive(f"{topic}/{rank}", deadline) for rank in range(1, self.size)}
-        missing = [rank for rank, other in others.items() if other is None]
-        if missing:
+        if missing := [rank for rank, other in others.items() if other is None]:
             names = ", ".join(f"rank {rank} on {self._host(rank)}" for rank in missing)
             error = f"waited {self.timeout:g} s for {names} ({topic})"
-            self.store.set(f"minbert/{topic}/failed", json.dumps(error))
+            self.store.set(f"minbert/{topic}/shared", json.dumps({"lost": error}))  # the others wait for this
             raise LostProcess(error)
         return [value, *(json.loads(other) for other in others.values())]
 
@@ -57,32 +56,28 @@ class Messages:
         if self.size == 1:
             return value
         if self.rank == 0:
-            self.store.set(f"minbert/{topic}/shared", json.dumps(value))
+            self.store.set(f"minbert/{topic}/shared", json.dumps({"value": value}))
             return value
-        deadline = time.monotonic() + 1.2 * self.timeout + 10
-        received = self._receive(f"{topic}/shared", deadline)
-        if received is None:
-            known = self.store.check([f"minbert/{topic}/failed"])
-            raise LostProcess(
-                json.loads(self.store.get(f"minbert/{topic}/failed")) if known else f"no word from rank 0 ({topic})"
-            )
-        return json.loads(received)
+        # Longer than rank 0 waits for the others, so that it can say whom it missed.
+        received = self._receive(f"{topic}/shared", time.monotonic() + 1.2 * self.timeout + 10)
+        message = {"lost": f"no word from rank 0 ({topic})"} if received is None else json.loads(received)
+        if "lost" in message:
+            raise LostProcess(message["lost"])
+        return message["value"]
 
     def exchange(self, topic: str, value: Any) -> list[Any]:
         """Every process's value in the order of ranks, on every process."""
         return self.share(topic, self.gather(topic, value))
 
     def _receive(self, key: str, deadline: float) -> bytes | None:
-        """The message under `key`, or None if it does not come before the deadline or will never come."""
-        failed = f"minbert/{key.rpartition('/')[0]}/failed"
-        while (left := deadline - time.monotonic()) > -1:  # one look, even if an earlier wait took all the time
-            try:
-                self.store.wait([f"minbert/{key}"], timedelta(seconds=max(0.05, min(left, 5))))
-                return self.store.get(f"minbert/{key}")
-            except RuntimeError:  # DistStoreError, of which the time running out is the usual one
-                if left <= 0 or (self.rank and self.store.check([failed])):
-                    return None
-        return None
+        """The message under `key`, or None if it does not come before the deadline."""
+        left = deadline - time.monotonic()
+        try:
+            if left > 0:
+                self.store.wait([f"minbert/{key}"], timedelta(seconds=left))
+            return self.store.get(f"minbert/{key}") if self.store.check([f"minbert/{key}"]) else None
+        except DistStoreError:
+            return None
 
     def _host(self, rank: int) -> str:
         key = f"minbert/host/{rank}"

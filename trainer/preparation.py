@@ -4,13 +4,16 @@ It happens once, in the process that starts the others, so that mistakes in opti
 """
 
 import difflib
+import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from datetime import datetime
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from minbert.data.batch import TokenisedSplit
 from minbert.data.errors import UserError
@@ -27,7 +30,7 @@ from minbert.data.tokens import (
     write_vocabulary,
 )
 from minbert.trainer.bert import BertConfig
-from minbert.trainer.checkpoint import published
+from minbert.trainer.checkpoint import damaged, published
 from minbert.trainer.config import MAY_CHANGE, RunConfig, flatten
 from minbert.trainer.run_folder import RunFolder
 from minbert.trainer.weights import TINY, find_checkpoint, read_config, write_shape
@@ -56,7 +59,7 @@ def prepare(config: RunConfig, force: bool = False) -> RunFolder:
     config = resolve(config)
     _require_trackers(config.trackers)
     _require_run_folder(run)
-    if run.config_file.exists() and published(run.checkpoints):
+    if run.config_file.exists() and _has_checkpoints(run):
         _refuse_other_settings(run, config, force)
     tokenizer = _prepare_encoder(run, config)
     for name in config.corpus.tasks:
@@ -115,6 +118,19 @@ def build_plan(config: RunConfig, splits: dict[str, TokenisedSplit]) -> BatchPla
     return BatchPlan(sizes, config.batch.batch_size, config.batch.task_schedule, config.seed, steps)
 
 
+def identity(config: RunConfig, run: RunFolder, splits: Mapping[str, TokenisedSplit]) -> dict[str, Any]:
+    """What a checkpoint must agree on to be of this run: its model, its vocabulary, its training data."""
+    shape = {name: value for name, value in asdict(read_config(run.encoder)).items() if not name.endswith("_prob")}
+    heads = {"features": config.heads.features, "head_layers": config.heads.hidden_layers}
+    heads |= {"head_size": config.heads.hidden_size, "pooling": config.encoder.pooling}
+    words = [path for path in sorted(run.encoder.iterdir()) if path.name in ("vocab.txt", "tokenizer.json")]
+    return {
+        "model": shape | heads | {"tasks": list(config.corpus.tasks)},
+        "vocabulary": {path.name: f"SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}" for path in words},
+        "data": {name: split.fingerprint() for name, split in splits.items()},
+    }
+
+
 def _require_trackers(names: Iterable[str]) -> None:
     """Raises UserError for a tracker that Accelerate does not know, or would leave out because of a missing package."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
@@ -146,6 +162,11 @@ def _require_run_folder(run: RunFolder) -> None:
         )
 
 
+def _has_checkpoints(run: RunFolder) -> bool:
+    """Whether the run has got somewhere, even if what is left of it is damaged."""
+    return bool(published(run.checkpoints) or damaged(run.checkpoints))
+
+
 def _refuse_other_settings(run: RunFolder, config: RunConfig, force: bool) -> None:
     saved, wanted = flatten(run.read_config()), flatten(config)
     fixed = set(wanted) - MAY_CHANGE - {"run"}
@@ -170,7 +191,7 @@ def _prepare_encoder(run: RunFolder, config: RunConfig) -> Tokenizer:
     missing = set(config.corpus.tasks) - set(available_tasks(config.corpus.data))
     if missing and config.corpus.data == "builtin":
         raise UserError(f"the built-in corpus has no task {', '.join(sorted(missing))}; use --data or other --tasks")
-    if not published(run.checkpoints):
+    if not _has_checkpoints(run):
         shutil.rmtree(run.encoder, ignore_errors=True)  # an earlier start may have had other data or another model
         if config.encoder.model == "tiny":
             texts = (

@@ -17,6 +17,7 @@ from minbert.trainer.checkpoint import (
     AGGREGATOR,
     Damaged,
     Manifest,
+    damaged,
     published,
     read_manifest,
     remove_leftovers,
@@ -38,10 +39,12 @@ def newest_intact(folder: Path, world: World) -> tuple[Path, Manifest] | None:
 
     Raises UserError if all are damaged, if a process does not see them, or may not read them.
     """
-    candidates = published(folder) if world.is_main else []
+    candidates, found = [], []
     if world.is_main:
         remove_leftovers(folder)
-    found: list[str] = []
+        candidates = published(folder)
+        found = [f"{path} was set aside before" for path in damaged(folder)] if not candidates else []
+    found = world.messages.share("resume/aside", found)
     for attempt in range(1_000_000):
         topic = f"resume/{attempt}"
         name = world.messages.share(topic, candidates.pop().name if candidates else None)
@@ -60,7 +63,7 @@ def newest_intact(folder: Path, world: World) -> tuple[Path, Manifest] | None:
     if found:
         raise UserError(
             f"no checkpoint in {folder} is intact:\n" + "\n".join(f"  {line}" for line in found) + "\n"
-            "Restore one from a copy, or start the run anew in another folder."
+            "Restore one from a copy. To start over, remove the folder, or give the run another one."
         )
     return None
 
@@ -137,8 +140,8 @@ def restore(
             seed_everything((seed + 1 + world.rank + 1_000_003 * manifest.step) % 2**63)
             if world.is_main:
                 log.warning(
-                    "the checkpoint is of %s, this run has %d: the random numbers of dropout do not carry over",
-                    manifest.topology,
+                    "the checkpoint was written by %s, and %d go on: dropout's random numbers do not carry over",
+                    manifest.origin,
                     world.size,
                 )
     if (checkpoint / AGGREGATOR).exists():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from minbert.data.errors import UserError
@@ -19,10 +19,11 @@ from minbert.trainer.weights import read_config, save_checkpoint
 
 
 def save_model(path: Path, state: dict[str, Tensor], step: int, scores: dict[str, float]) -> None:
-    """Write parameters with the step and the dev scores they had, replacing the file at once."""
+    """Write parameters with the step and the dev scores they had, replacing the file at once. Raises OSError."""
     with replacing(path) as temporary:
         metadata = {"step": str(step), "scores": json.dumps(scores)}
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, temporary, metadata=metadata)
+        # Not save_file: its errors do not say what the system said, such as that the disk is full.
+        temporary.write_bytes(save({name: tensor.contiguous() for name, tensor in state.items()}, metadata))
 
 
 def build_model(config: RunConfig, run: RunFolder) -> MultitaskModel:

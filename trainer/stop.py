@@ -13,22 +13,28 @@ LEFT_AT_ONCE = 130
 
 
 class StopRequest:
-    """Catches the signals while the block runs. A second one leaves at once, without saving."""
+    """Catches the signals while the block runs. A second one leaves at once, with `exit_code`.
+
+    Once there was a signal, that stays so after the block: a process that has saved and is about to end with the code
+    that says so must not be killed by another signal before it gets there.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.exit_code: int = LEFT_AT_ONCE
 
     def __enter__(self) -> "StopRequest":
         self.previous = {number: signal.signal(number, self._catch) for number in SIGNALS}
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+        if self.signal is None:
+            for number, handler in self.previous.items():
+                signal.signal(number, handler)
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None:
-            os._exit(LEFT_AT_ONCE)
+            os._exit(self.exit_code)
         self.signal = number
 
     def agreed(self, world: "World") -> bool:

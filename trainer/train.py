@@ -1,16 +1,13 @@
 """The training run: what every process executes, from the run folder to the last checkpoint."""
 
 import contextlib
-import hashlib
 import io
 import logging
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
-from dataclasses import asdict
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from minbert.data.batch import TokenisedSplit
 from minbert.data.errors import UserError
@@ -24,7 +21,7 @@ from minbert.trainer.engine import Engine, build_accelerator, build_engine
 from minbert.trainer.evaluation import evaluate
 from minbert.trainer.metrics import MetricsWindow
 from minbert.trainer.optimizer import build_optimizer, rate_factor
-from minbert.trainer.preparation import build_plan, load_split
+from minbert.trainer.preparation import build_plan, identity, load_split
 from minbert.trainer.progress import Progress
 from minbert.trainer.random_state import seed_everything
 from minbert.trainer.resuming import newest_intact, refuse_another, restore
@@ -34,7 +31,7 @@ from minbert.trainer.saving import CheckpointWriter, now
 from minbert.trainer.step import StepResult, TrainingStep
 from minbert.trainer.stop import StopRequest
 from minbert.trainer.trackers import Trackers
-from minbert.trainer.weights import find_checkpoint, load_weights, read_config
+from minbert.trainer.weights import find_checkpoint, load_weights
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +45,8 @@ class Outcome(Enum):
 def train(run: RunFolder, stop: StopRequest | None = None, force: bool = False) -> Outcome:
     """Train the prepared run in `run`, from its newest intact checkpoint if it has one. Every process calls this.
 
-    `stop` tells when to save and leave before the end. `force` goes on from a checkpoint though the data or the vocabulary are others now.
+    `stop` tells when to save and leave before the end. `force` goes on from a checkpoint though the data or the
+    vocabulary are others now.
     """
     config = run.read_config()
     world = distributed.start(config.parallel)
@@ -68,7 +66,7 @@ class Training:
         train_splits = {name: load(name, "train") for name in config.corpus.tasks}
         self.dev_splits: Mapping[str, TokenisedSplit] = {name: load(name, "dev") for name in config.corpus.tasks}
         self.plan = build_plan(config, train_splits)
-        self.identity = self._identity(train_splits)
+        self.identity = identity(config, run, train_splits)
         resumed = newest_intact(run.checkpoints, world)
         overridden = refuse_another(*resumed, self.identity, force) if resumed else []
         with _prints_to_log():
@@ -255,30 +253,15 @@ class Training:
         engine.train()
         return engine
 
-    def _identity(self, splits: Mapping[str, TokenisedSplit]) -> dict[str, Any]:
-        """What a checkpoint must agree with to be of this run."""
-        shape = asdict(read_config(self.folder.encoder))
-        heads = self.config.heads
-        return {
-            "model": {name: value for name, value in shape.items() if not name.endswith("_prob")}
-            | {"tasks": list(self.config.corpus.tasks), "pooling": self.config.encoder.pooling}
-            | {"features": heads.features, "head_layers": heads.hidden_layers, "head_size": heads.hidden_size},
-            "vocabulary": {
-                path.name: f"SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
-                for path in sorted(self.folder.encoder.iterdir())
-                if path.name in ("vocab.txt", "tokenizer.json")
-            },
-            "data": {name: split.fingerprint() for name, split in splits.items()},
-        }
-
     def _restore(self, checkpoint: Path, manifest: Manifest) -> None:
         restore(checkpoint, manifest, self.engine, self.training_step.aggregator, self.world, self.config.seed)
         self.writer.loaded(manifest)
         self.state = deepcopy(manifest.state)
         self.state.epochs = max(self.state.epochs, self.config.budget.epochs)
-        self._window.losses.update(self.state.window["losses"])
-        self._window.norms += self.state.window["norms"]
-        self._window.skipped = self.state.window["skipped"]
+        window = self.state.window
+        self._window.losses.update(window.get("losses", {}))
+        self._window.norms += window.get("norms", [])
+        self._window.skipped = window.get("skipped", 0)
 
     def _say(self, text: str) -> None:
         if self.world.is_main:

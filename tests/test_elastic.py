@@ -1,0 +1,240 @@
+"""Runs that go on elsewhere: on other numbers of processes, at other ZeRO stages, from DeepSpeed's own checkpoints; and
+runs whose processes are asked to stop, in whatever way."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minbert.launch.exit_codes import ExitCode
+from minbert.launch.main import main
+from minbert.launch.options import parse_run_config
+from minbert.launch.processes import launch
+from minbert.trainer.checkpoint import published, read_manifest, verify
+from minbert.trainer.preparation import prepare
+from minbert.trainer.run_folder import RunFolder
+
+WORKER = Path(__file__).with_name("deepspeed_worker.py")
+SMALL = ["--train-limit", 120, "--eval-limit", 40, "--batch-size", 8, "--log-every", 1, "--trackers"]
+
+
+def minbert(*arguments: object, expected: int = 0) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "minbert.launch.main", *map(str, arguments)], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == expected, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights and moments, whole, from the pieces in a folder's files."""
+    pieces: dict[str, list[tuple[int, torch.Tensor]]] = {}
+    for file in folder.glob("*.safetensors"):
+        for key, tensor in load_file(file).items():
+            name, _, place = key.partition("[")
+            if not name.startswith("random/"):
+                pieces.setdefault(name, []).append((int(place.partition(":")[0]), tensor))
+    return {
+        name: torch.cat([piece for _, piece in sorted(parts, key=lambda p: p[0])]) for name, parts in pieces.items()
+    }
+
+
+def logged(run: Path) -> list[dict]:
+    records = RunFolder(run).read_metrics()
+    return [{key: value for key, value in record.items() if key != "tokens_per_second"} for record in records]
+
+
+# Elastic resume
+
+
+def test_one_two_four_processes_and_every_kind_of_engine_within_one_run(tmp_path):
+    """1 process -> 2 at stage 0 -> 4 at stage 3 -> 1 at stage 1 -> 2 at stage 2 -> 2 without DeepSpeed: no example is
+    trained twice or left out, the learning rate does not shift, moments and PCGrad's order carry over. Float tolerance,
+    as sums are made of other parts."""
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    still = ["--encoder-dropout", 0, "--head-dropout", 0, "--freeze", "embeddings", "--aggregator", "pcgrad"]
+    arguments = [*SMALL, *still, "--steps", 18, "--eval-every", 9, "--save-every", 3]
+    assert main(["train", "--run", str(whole), *map(str, arguments)]) == 0
+    assert main(["train", "--run", str(moved), *map(str, arguments), "--keep", "9"]) == 0
+    said = []
+    for turn, (processes, stage) in enumerate([(2, 0), (4, 3), (1, 1), (2, 2), (2, None)]):
+        stop_before(moved, 3 + 3 * turn)
+        said.append(minbert("resume", moved, "--processes", processes, "--zero-stage", stage))
+        assert f"from step {3 + 3 * turn} of 18" in said[-1]
+        written = read_manifest(published(moved / "checkpoints")[-1])
+        assert (written.processes, written.zero_stage) == (processes, stage)
+    assert all(text.count("dropout's random numbers do not carry over") == 1 for text in said[:4])
+    assert "do not carry over" not in said[4]
+    for expected, found in zip(logged(whole), logged(moved), strict=True):
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    expected, found = (tensors_of(published(run / "checkpoints")[-1]) for run in (whole, moved))
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=2e-5, msg=name)
+
+
+def stop_before(run: Path, step: int) -> None:
+    """Take the run back to the checkpoint of `step`, as if it had been killed after it."""
+    for path in published(run / "checkpoints"):
+        if int(path.name.partition("-")[2]) > step:
+            shutil.rmtree(path)
+
+
+# DeepSpeed's checkpoints
+
+
+@pytest.fixture(scope="module")
+def deepspeed(tmp_path_factory) -> Path:
+    """What DeepSpeed saved at stages 0 to 3 with two processes, and beside it what the engines held."""
+    folder = tmp_path_factory.mktemp("deepspeed")
+    run = prepare(parse_run_config([*map(str, SMALL), "--freeze", "1", "--run", str(folder / "run")]))
+    assert launch([sys.executable, str(WORKER), str(run.path), "3", str(folder)], 2, run.logs) == 0
+    return folder
+
+
+@pytest.mark.parametrize("source", ["stage-0", "stage-1", "stage-2", "stage-3", "universal-2", "universal-3"])
+def test_what_deepspeed_saved_becomes_a_checkpoint(deepspeed, tmp_path, capsys, source):
+    """Bit by bit, and training goes on from it."""
+    kind, _, stage = source.partition("-")
+    folder = deepspeed / f"stage-{stage}" / "deepspeed"
+    if kind == "universal":
+        convert = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+        workers = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+        folders = ["--input_folder", str(folder / "global_step3"), "--output_folder", str(tmp_path / "universal")]
+        subprocess.run([*convert, *workers, *folders], check=True, capture_output=True, timeout=100)
+        folder = tmp_path / "universal"
+    run = tmp_path / "run"
+    assert main(["checkpoint", "convert", str(folder), str(run), *map(str, SMALL), "--freeze", "1"]) == 0
+    checkpoint = published(run / "checkpoints")[0]
+    manifest = read_manifest(checkpoint)
+    assert verify(checkpoint, manifest) == [] and (manifest.step, manifest.state.updates) == (3, 3)
+    expected, found = tensors_of(deepspeed / f"stage-{stage}"), tensors_of(checkpoint)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    if source == "stage-3":
+        assert main(["resume", str(run), "--steps", "5"]) == 0
+        assert "from step 3 of 5" in capsys.readouterr().out
+        assert main(["checkpoint", "convert", str(run), str(tmp_path / "model.safetensors")]) == 0
+        weights = load_file(tmp_path / "model.safetensors")
+        last = tensors_of(published(run / "checkpoints")[-1])
+        assert all(torch.equal(tensor.flatten(), last[f"weight/{name}"]) for name, tensor in weights.items())
+        assert main(["checkpoint", "convert", str(folder), str(run)]) == ExitCode.USER_MISTAKE  # it has some already
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("echo run",)
+
+
+def test_a_pickle_that_could_run_code_is_not_read(deepspeed, tmp_path, capfd):
+    source = tmp_path / "source"
+    source.mkdir()
+    states = deepspeed / "stage-1" / "deepspeed" / "global_step3" / "mp_rank_00_model_states.pt"
+    torch.save(torch.load(states, weights_only=True) | {"extra": Evil()}, source / states.name)
+    arguments = ["checkpoint", "convert", str(source), str(tmp_path / "run"), *map(str, SMALL)]
+    assert main(arguments) == ExitCode.USER_MISTAKE
+    said = capfd.readouterr()
+    assert "posix.system that could run code when loaded; it is not read" in said.err and said.out.count("run\n") == 0
+
+
+def test_a_checkpoint_of_another_model_is_refused(deepspeed, tmp_path, capsys):
+    arguments = [str(tmp_path / "run"), *map(str, SMALL), "--features", "baseline"]
+    assert main(["checkpoint", "convert", str(deepspeed / "stage-2" / "deepspeed"), *arguments]) == 2
+    said = capsys.readouterr().err
+    assert "is not a checkpoint of this run's model" in said and "values of weight in the checkpoint" in said
+
+
+# Signals
+
+
+def launched(run: Path, *arguments: object) -> subprocess.Popen:
+    command = [sys.executable, "-m", "minbert.launch.main", "train", "--run", run, *SMALL, *arguments]
+    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def one_process_per_task(run: Path, size: int) -> list[subprocess.Popen]:
+    """The workers alone, as `srun` starts them."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    shared = dict(WORLD_SIZE=size, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, GLOO_SOCKET_IFNAME="lo")
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "minbert.launch.worker", str(run)],
+            env=os.environ | {key: str(value) for key, value in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()},
+            stdout=subprocess.DEVNULL,
+        )
+        for rank in range(size)
+    ]
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
+    while not any(record["step"] >= step for record in RunFolder(run).read_metrics()):
+        assert process.poll() is None, "it ended before it was stopped"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_the_launcher_saves_on_all_processes(tmp_path, number):
+    run = tmp_path / "run"
+    process = launched(run, "--processes", 2, "--steps", 5000, "--eval-every", 5000)
+    wait_for_step(run, 2, process)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=100)
+    assert process.returncode == ExitCode.INTERRUPTED, said
+    last = RunFolder(run).read_metrics()[-1]["step"]
+    assert read_manifest(published(run / "checkpoints")[-1]).step == last  # not one step is lost
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_with_one_process_per_task_a_signal_to_any_stops_all(tmp_path, rank):
+    """The others learn of it at the next step, and all leave with the code that asks to be started again."""
+    run = prepare(parse_run_config([*map(str, SMALL), "--steps", "5000", "--run", str(tmp_path / "run")]))
+    workers = one_process_per_task(run.path, 2)
+    wait_for_step(run.path, 2, workers[0])
+    workers[rank].send_signal(signal.SIGUSR2)
+    assert [worker.wait(timeout=100) for worker in workers] == [ExitCode.INTERRUPTED] * 2
+    assert read_manifest(published(run.checkpoints)[-1]).step == run.read_metrics()[-1]["step"]
+
+
+def test_a_second_signal_leaves_at_once_and_what_was_saved_stays(tmp_path):
+    run = tmp_path / "run"
+    process = launched(run, "--steps", 5000, "--save-every", 5, "--eval-every", 6, "--eval-limit", 5000)
+    wait_for_step(run, 5, process)
+    for _ in range(2):
+        time.sleep(0.3)
+        process.send_signal(signal.SIGTERM)
+    process.wait(timeout=100)
+    assert process.returncode in (ExitCode.LEFT_AT_ONCE, ExitCode.INTERRUPTED)  # the first may have been enough
+    newest = published(run / "checkpoints")[-1]
+    assert verify(newest, read_manifest(newest)) == []
+
+
+def test_a_stop_in_an_evaluation_does_not_wait_for_its_end(tmp_path, monkeypatch):
+    """What it had scored is scored again, and the run ends as it would have."""
+    from minbert.trainer import train as training
+
+    arguments = [*map(str, SMALL), "--steps", "4", "--eval-every", "2"]
+    assert main(["train", "--run", str(tmp_path / "whole"), *arguments]) == 0
+    original = training.evaluate
+
+    def evaluate(*given, stop):
+        monkeypatch.setattr(training, "evaluate", original)
+        os.kill(os.getpid(), signal.SIGTERM)
+        result = original(*given, stop=stop)
+        assert result is None
+        return result
+
+    monkeypatch.setattr(training, "evaluate", evaluate)
+    run = tmp_path / "run"
+    assert main(["train", "--run", str(run), *arguments]) == ExitCode.INTERRUPTED
+    assert read_manifest(published(run / "checkpoints")[-1]).state.evaluated_at == 0
+    assert main(["resume", str(run)]) == 0
+    assert logged(run) == logged(tmp_path / "whole")
