@@ -98,13 +98,6 @@ def test_prediction_files_have_the_course_format(trained):
                 assert all(0 <= float(value) <= 5 for value in values)
 
 
-def test_one_sentence_classifier_alone_writes_the_first_parts_files(tmp_path):
-    minbert("train", "--run", tmp_path / "r", *SMALL, "--steps", 2, "--tasks", "sst", "--freeze", "encoder")
-    assert {path.name for path in (tmp_path / "r" / "predictions").iterdir()} == {
-        "pretrain-sst-dev-out.csv", "pretrain-sst-test-out.csv",
-    }  # fmt: skip
-
-
 def test_export_loads_in_transformers(trained, tmp_path, capsys):
     assert main(["export", str(trained.path), str(tmp_path / "encoder")]) == 0
     model = AutoModel.from_pretrained(tmp_path / "encoder").eval()
@@ -149,88 +142,6 @@ def test_plot_is_a_picture(trained, tmp_path, capsys):
     assert (tmp_path / "p.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-# --- mistakes ----------------------------------------------------------------------------------------------------
-
-MISTAKES = [
-    ("trian", "did you mean 'train'?"),
-    ("train --lrr 1", "--lr"),
-    ("train --lr -1", "greater than 0"),
-    ("train --lr fast", "fast"),
-    ("train --tasks sst foo", "foo"),
-    ("train --aggregator pcgrda", "did you mean 'pcgrad'?"),
-    ("train --aggregator cagrad:d=1", "has no option 'd'; its options: c"),
-    ("train --aggregator nowhere:function", "cannot be imported"),
-    ("train --aggregator pcgrad --task-schedule round_robin", "needs task_schedule=all"),
-    ("train --accumulation 9 --batch-size 8", "would be empty"),
-    ("train --epochs 2 --extend-to 4", "needs lr_schedule=constant"),
-    ("train --tasks cfimdb", "no task cfimdb"),
-    ("train --data {tmp}/nowhere", "nowhere"),
-    ("train --model {tmp}/nowhere", "nowhere"),
-    ("train --max-length 4000", "512 positions"),
-    ("train --config {tmp}/nowhere.yaml", "cannot read configuration"),
-    ("train --config {tmp}/wrong.yaml", "unknown key 'batch_sizze'; did you mean 'batch_size'?"),
-    ("train --config {tmp}/broken.yaml", "not valid YAML"),
-    ("train --config", "--config needs a value"),
-    ("train --device cuda", "no CUDA device"),
-    ("evaluate {tmp}", "is not a run folder"),
-    ("predict {run} --text hello", "say which task"),
-    ("predict {run} --task cfimdb --text hello", "not trained on cfimdb"),
-    ("predict {run} --task sts --text hello", "takes 2 sentence"),
-    ("predict {run} --task sst --csv {tmp}/wrong.csv", "has no column sentence"),
-    ("evaluate {run} --split test", "no labels"),
-    ("train --run {run} --lr 0.5", "lr: 0.001 in the folder, 0.5 asked for"),
-]
-
-
-@pytest.mark.parametrize(("command", "message"), MISTAKES, ids=[command for command, _ in MISTAKES])
-def test_mistakes_are_explained(trained, tmp_path, monkeypatch, capsys, command, message):
-    (tmp_path / "wrong.yaml").write_text("batch_sizze: 3\n")
-    (tmp_path / "broken.yaml").write_text("lr: [1\n")
-    (tmp_path / "wrong.csv").write_text("text\nhello\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    try:
-        code = main([part.format(tmp=tmp_path, run=trained.path) for part in command.split()])
-    except SystemExit as exit:
-        code = exit.code
-    shown = capsys.readouterr()
-    assert code == 2
-    assert message in " ".join((shown.err + shown.out).split())
-    assert "Traceback" not in shown.err
-    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").rglob("checkpoints"))
-
-
-def test_bad_rows_stop_or_are_skipped(tmp_path):
-    folder = tmp_path / "data"
-    folder.mkdir()
-    rows = [f"{n}\tid{n}\tsentence number {n}\t{n % 5}" for n in range(30)]
-    for name in ("train", "dev"):
-        (folder / f"ids-sst-{name}.csv").write_text("\n".join(["\tid\tsentence\tsentiment", *rows]) + "\n")
-    (folder / "ids-sst-test-student.csv").write_text("\tid\tsentence\n0\tid0\tsome words\n")
-    with (folder / "ids-sst-train.csv").open("a") as file:
-        file.write("30\tid30\tgreat\tnine\n")
-    arguments = ["train", "--data", folder, "--tasks", "sst", "--run", tmp_path / "run", "--steps", 2]
-    refused = minbert(*arguments, check=2)
-    assert "ids-sst-train.csv:32" in refused.stderr and "--bad-rows skip" in refused.stderr
-    minbert(*arguments, "--bad-rows", "skip")
-
-
-def test_later_sources_of_options_win(tmp_path):
-    from minbert.launch.options import parse_run_config
-
-    (tmp_path / "c.yaml").write_text("lr: 0.25\nbatch: {batch_size: 7}\n")
-    config = parse_run_config(["--config", str(tmp_path / "c.yaml"), "--batch-size", "9"])
-    assert (config.optimizer.lr, config.batch.batch_size, config.heads.hidden_layers) == (0.25, 9, 1)
-
-
-def test_help_is_readable(capsys):
-    for command in ("train", "evaluate", "predict", "export", "plot", "doctor"):
-        with pytest.raises(SystemExit) as exit:
-            main([command, "--help"])
-        assert exit.value.code == 0
-        assert f"minbert {command}" in capsys.readouterr().out
-
-
 # --- going on ----------------------------------------------------------------------------------------------------
 
 
@@ -269,45 +180,13 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tmp_path, arguments):
     minbert("train", "--run", tmp_path / "whole", *budget)
     process = stopped_after(4, tmp_path / "parts", budget)
     assert process.returncode == 75, process.stdout_text + process.stderr_text
-    assert f"minbert train --run {tmp_path / 'parts'}" in process.stdout_text
+    assert f"minbert resume {tmp_path / 'parts'}" in process.stdout_text
     at = sorted((tmp_path / "parts" / "checkpoints").iterdir())[-1]
     done = minbert("train", "--run", tmp_path / "parts")
     assert f"from step {int(at.name.removeprefix('step-'))}" in done.stdout
     assert comparable(tmp_path / "parts") == comparable(tmp_path / "whole")
     expected, found = (load_file(tmp_path / name / "best.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-
-
-def test_a_finished_run_says_so_and_can_be_extended(tmp_path):
-    run = tmp_path / "run"
-    minbert("train", "--run", run, *SMALL, "--steps", 4)
-    before = comparable(run)
-    assert "finished before" in minbert("train", "--run", run).stdout
-    assert comparable(run) == before
-    assert "from step 4" in minbert("train", "--run", run, "--steps", 6).stdout
-    assert comparable(run)[-1]["step"] == 6
-
-
-def test_patience_and_extension(tmp_path):
-    run = tmp_path / "patience"
-    minbert("train", "--run", run, *SMALL, "--steps", 40, "--eval-every", 1, "--patience", 2, "--lr", "1e-9")
-    assert comparable(run)[-1]["step"] < 40
-    run = tmp_path / "extension"
-    rule = ["--epochs", "0.2", "--extend-to", "1.0", "--lr-schedule", "constant", "--lr", "0.003"]
-    done = minbert("train", "--run", run, *SMALL, *rule)
-    assert "going on to step" in done.stdout
-
-
-def test_a_frozen_encoder_does_not_move(tmp_path):
-    states = {}
-    for steps in (1, 6):
-        run = tmp_path / f"{steps}"
-        minbert("train", "--run", run, *SMALL, "--steps", steps, "--freeze", "1", "--warmup", 0)
-        states[steps] = load_file(run / "best.safetensors")
-    moved = {name for name in states[1] if not torch.equal(states[1][name], states[6][name])}
-    assert any(name.startswith("heads.") for name in moved)
-    assert any(name.startswith("bert.layers.1.") for name in moved)
-    assert not any(name.startswith(("bert.embeddings.", "bert.layers.0.", "bert.pooler.")) for name in moved)
 
 
 def test_a_dying_process_is_named_and_nothing_is_left(tmp_path):

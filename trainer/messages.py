@@ -4,6 +4,7 @@ They travel through the store at which the processes met, not through the collec
 can send them while the training step communicates, and a wait that fails knows whose message it lacks.
 """
 
+import contextlib
 import json
 import socket
 import time
@@ -11,6 +12,8 @@ from datetime import timedelta
 from typing import Any
 
 from torch.distributed import DistStoreError, Store
+
+FAREWELL = 60.0  # seconds
 
 
 class LostProcess(RuntimeError):
@@ -68,6 +71,13 @@ class Messages:
     def exchange(self, topic: str, value: Any) -> list[Any]:
         """Every process's value in the order of ranks, on every process."""
         return self.share(topic, self.gather(topic, value))
+
+    def farewell(self) -> None:
+        """The last word of a process that ends well. Rank 0, which may host the store, stays until it has heard all."""
+        if self.size > 1:
+            self.timeout = min(self.timeout, FAREWELL)
+            with contextlib.suppress(LostProcess, DistStoreError):
+                self.gather("farewell", None)
 
     def _receive(self, key: str, deadline: float) -> bytes | None:
         """The message under `key`, or None if it does not come before the deadline."""

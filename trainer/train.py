@@ -51,9 +51,11 @@ def train(run: RunFolder, stop: StopRequest | None = None, force: bool = False) 
     config = run.read_config()
     world = distributed.start(config.parallel)
     try:
-        return Training(config, run, world, stop or StopRequest(), force).run()
+        outcome = Training(config, run, world, stop or StopRequest(), force).run()
     finally:
         distributed.stop()
+    world.messages.farewell()
+    return outcome
 
 
 class Training:
