@@ -228,7 +228,6 @@ MISTAKES = [
     ("train --aggregator nowhere:function", "cannot be imported"),
     ("train --aggregator pcgrad --task-schedule round_robin", "needs task_schedule=all"),
     ("train --config {tmp}/nowhere.yaml", "cannot read configuration"),
-    ("train --device cuda", "no CUDA device"),
     ("predict {run} --task sts --text hello", "takes 2 sentence"),
     ("predict {run} --task cfimdb --text hello", "not trained on cfimdb"),
     ("evaluate {run} --split test", "no labels"),
