@@ -7,6 +7,8 @@ from uuid import uuid4
 
 from accelerate import Accelerator
 
+from minbert.data.errors import UserError
+
 log = logging.getLogger(__name__)
 
 
@@ -19,7 +21,7 @@ class Trackers:
 
     def start(self, config: Mapping[str, Any], step: int, identities: dict[str, str]) -> None:
         """Begin, or go on after `step` with what `identities` (tracker -> its name for this run) remembers; the names
-        of new trackers are added there. On rank 0."""
+        of new trackers are added there. On rank 0. Raises UserError."""
         # TensorBoard forgets what an earlier start logged beyond the step from which this one goes on.
         arguments: dict[str, dict[str, Any]] = {"tensorboard": {"purge_step": step + 1}}
         names = [getattr(kind, "value", kind) for kind in self.accelerator.log_with]
@@ -28,7 +30,13 @@ class Trackers:
             arguments["wandb"] = {"id": identities.setdefault("wandb", uuid4().hex), "resume": "allow"}
         if "mlflow" in names and "mlflow" in identities:
             arguments["mlflow"] = {"run_id": identities["mlflow"]}
-        self.accelerator.init_trackers("metrics", {name: str(value) for name, value in config.items()}, arguments)
+        # A run that goes on has told its configuration before, and MLflow allows it once.
+        described = None if step else {name: str(value) for name, value in config.items()}
+        try:
+            self.accelerator.init_trackers("metrics", described, arguments)
+        except Exception as error:  # each tracker fails in its own way
+            text = f"of {', '.join(names)} could not be started: {type(error).__name__}: {error}"
+            raise UserError(f"a tracker {text}\nSet it up, or leave it out (--trackers).") from error
         if "mlflow" in names:
             run = self.accelerator.get_tracker("mlflow", unwrap=True)
             identities.setdefault("mlflow", run.info.run_id)
