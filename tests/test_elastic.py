@@ -18,6 +18,7 @@ from minbert.launch.exit_codes import ExitCode
 from minbert.launch.main import main
 from minbert.launch.options import parse_run_config
 from minbert.launch.processes import launch
+from minbert.trainer import train as training
 from minbert.trainer.checkpoint import published, read_manifest, verify
 from minbert.trainer.preparation import prepare
 from minbert.trainer.run_folder import RunFolder
@@ -86,6 +87,29 @@ def stop_before(run: Path, step: int) -> None:
     for path in published(run / "checkpoints"):
         if int(path.name.partition("-")[2]) > step:
             shutil.rmtree(path)
+
+
+def test_an_evaluation_elsewhere_leaves_a_checkpoint_what_it_was(tmp_path, monkeypatch):
+    """Stopped after a step and before its evaluation, which two other processes make up for: the tensors of the
+    checkpoint, and the random numbers in it, are still those of one process."""
+    run = tmp_path / "run"
+    original = training.Training._train_one_step
+
+    def one_step(self) -> None:
+        original(self)
+        if self.state.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Training, "_train_one_step", one_step)
+        arguments = [*map(str, SMALL), "--steps", "3", "--eval-every", "3"]
+        assert main(["train", "--run", str(run), *arguments]) == ExitCode.INTERRUPTED
+    before = read_manifest(published(run / "checkpoints")[-1])
+    minbert("resume", run, "--processes", 2)
+    after = read_manifest(published(run / "checkpoints")[-1])
+    assert (before.step, before.state.evaluated_at, before.processes) == (3, 0, 1)
+    assert (after.step, after.state.evaluated_at, after.processes, after.files) == (3, 3, 1, before.files)
+    assert "from step 3 of 4" in minbert("resume", run, "--steps", 4)
 
 
 # DeepSpeed's checkpoints
@@ -219,8 +243,6 @@ def test_a_second_signal_leaves_at_once_and_what_was_saved_stays(tmp_path):
 
 def test_a_stop_in_an_evaluation_does_not_wait_for_its_end(tmp_path, monkeypatch):
     """What it had scored is scored again, and the run ends as it would have."""
-    from minbert.trainer import train as training
-
     arguments = [*map(str, SMALL), "--steps", "4", "--eval-every", "2"]
     assert main(["train", "--run", str(tmp_path / "whole"), *arguments]) == 0
     original = training.evaluate

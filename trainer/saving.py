@@ -76,8 +76,8 @@ class CheckpointWriter:
     def save(self, state: TrainingState, wait: bool = False) -> bool:
         """Save `state` with what engine and aggregator hold; with `wait`, return when it is published.
 
-        Returns False if this or the one before could not be written. Collective. Raises UserError after
-        `failed_saves` failures in a row, and LostProcess if a process does not report.
+        Returns False if it could not be written, or, without `wait`, the one before. Collective. Raises UserError
+        after `failed_saves` failures in a row, and LostProcess if a process does not report.
         """
         succeeded = self.finish()
         manifest = replace(self.describe(state), state=deepcopy(state))
@@ -93,7 +93,7 @@ class CheckpointWriter:
             if self.world.is_main:
                 torch.save(self.aggregator.state_dict(), extra)  # the same on all processes
             self._start(self._write, manifest, topic, extra.getbuffer())
-        return self.finish() and succeeded if wait or self.budget.save_in_step else succeeded
+        return self.finish() if wait or self.budget.save_in_step else succeeded
 
     def finish(self) -> bool:
         """Wait for the checkpoint being written, if there is one; whether it was published. Collective."""
@@ -182,7 +182,9 @@ class CheckpointWriter:
         error = None
         if self.world.is_main:
             try:
-                manifest = replace(manifest, files=self._newest.files)
+                # Its files stay, and so does what they hold: other processes may have written them.
+                same = ("files", "processes", "zero_stage")
+                manifest = replace(manifest, **{name: getattr(self._newest, name) for name in same})
                 manifest.write(self.folder / folder_name(manifest.step))
             except OSError as problem:
                 error = self._explain(manifest, problem)
