@@ -13,10 +13,12 @@ LEFT_AT_ONCE = 130
 
 
 class StopRequest:
-    """Catches the signals while the block runs. A second one leaves at once, without saving."""
+    """Catches the signals while the block runs. A second one leaves at once, without saving, unless `patient`: a batch
+    system repeats itself, and kills what has taken too long."""
 
-    def __init__(self) -> None:
+    def __init__(self, patient: bool = False) -> None:
         self.signal: int | None = None
+        self.patient = patient
 
     def __enter__(self) -> "StopRequest":
         self.previous = {number: signal.signal(number, self._catch) for number in SIGNALS}
@@ -27,9 +29,9 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
+        if self.signal is not None and not self.patient:
             os._exit(LEFT_AT_ONCE)
-        self.signal = number
+        self.signal = self.signal or number
 
     def agreed(self, world: "World") -> bool:
         """Whether any process was asked to stop; the same answer on all. Collective.
