@@ -31,7 +31,6 @@ from minbert.slurm.status import is_active, look
 from minbert.slurm.submission import batch_script, submit
 from minbert.trainer.config import RunConfig
 from minbert.trainer.preparation import new_run_path, prepare, resolve, total_steps
-from minbert.trainer.run_folder import RunFolder
 
 DESCRIPTION = (
     "Train as a job on a SLURM cluster, or go on with the run in --run: `minbert train` with a queue before it."

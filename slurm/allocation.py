@@ -1,4 +1,4 @@
-"""The nodes that a job was given, as seen from inside: who is the head, who are the workers, who am I, which ports are free.
+"""The nodes that a job was given, seen from inside: who is the head, who are the workers, which ports are free.
 
 It works in the batch script and in every task. A training run needs it to meet; so does anything else that spans the
 nodes, such as a Ray cluster, whose head and workers are started on `head` and `workers`.

@@ -1,7 +1,7 @@
 """A copy of the code that a job will run, made when it is submitted: what waits in the queue doesn't change under it.
 
-The copy lies at `FOLDER/HASH/minbert/...` and comes first on the job's PYTHONPATH, before any installed `minbert`. It is
-named by its content, so equal code is stored once, and a snapshot is never changed.
+The copy lies at `FOLDER/HASH/minbert/...` and comes first on the job's PYTHONPATH, before any installed `minbert`. It
+is named by its content, so equal code is stored once, and a snapshot is never changed.
 """
 
 import hashlib

@@ -44,9 +44,8 @@ class Report:
 
     @property
     def summary(self) -> str:
-        return (
-            f"{self.state}{f' ({self.detail})' if self.detail else ''}{f', job {self.job_id}' if self.job_id else ''}"
-        )
+        detail = f" ({self.detail})" if self.detail else ""
+        return f"{self.state}{detail}{f', job {self.job_id}' if self.job_id else ''}"
 
 
 def look(runs: Sequence[Path]) -> list[Report]:
@@ -101,6 +100,7 @@ def _report(
     life = lives[-1] if lives else None
     state, detail, nodes, active = _state(submission, lives, queued, accounted)
     step, score, when = _progress(run)
+    earlier = submission.earlier_lives if submission else 0
     total = submission.total_steps if submission else None
     left = None
     if state == "running" and life and step is not None and total and when > life.started and step > life.first_step:
@@ -119,9 +119,7 @@ def _report(
         total=total,
         score=score,
         seconds_left=left,
-        requeues=max(
-            0, len(lives) - (submission.earlier_lives if submission else 0) - (0 if state == "pending" else 1)
-        ),
+        requeues=max(0, len(lives) - earlier - (state != "pending")),
         active=active,
         exit_code=code,
     )

@@ -1,4 +1,5 @@
-"""What the batch script runs before and after the processes: `python -m minbert.slurm.supervisor begin|end RUNS [STATUS]`.
+"""What the batch script runs before and after the processes: `python -m minbert.slurm.supervisor begin RUNS` and
+`... end RUNS STATUS`.
 
 `begin` checks the allocation and opens the record of this life; `end` finds out why the processes ended, closes the
 record, and lets the job go on where it should. RUNS is a file with a run folder per line, one for each array element.
@@ -114,7 +115,7 @@ def go_on(run: Path, records: Records, life: Life, verdict: Verdict) -> int:
     records.end(life, verdict.ending, verdict.detail, exit_code, then)
     if verdict.next is Next.GO_ON and not records.submission().cancelled:
         try:
-            say(f"{verdict.ending}: requeued")
+            say("requeueing the job")
             controller.requeue(os.environ["SLURM_JOB_ID"])
             return exit_code
         except UserError as error:
