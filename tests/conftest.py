@@ -36,6 +36,20 @@ def minilm() -> Path:
     return find_checkpoint("minilm")
 
 
+@pytest.fixture(scope="session")
+def devcluster():
+    """A real SLURM cluster of two nodes with four CPUs each.
+
+    Mark its tests with `xdist_group("slurm")`: then one process runs them, and one cluster serves them all.
+    """
+    from minbert.slurm.devcluster.cluster import DevCluster, missing_programs
+
+    if missing := missing_programs():
+        pytest.skip(f"SLURM's programs are not installed: {', '.join(missing)}")
+    with DevCluster.start() as cluster:
+        yield cluster
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     """No test reads or writes the user's cache; those of one session share theirs."""
