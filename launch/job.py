@@ -13,6 +13,7 @@ from minbert.launch.exit_codes import ExitCode
 from minbert.launch.processes import ERROR_FILE, record_errors
 from minbert.slurm.allocation import Allocation
 from minbert.slurm.records import EXIT_CODES, Ending, Records
+from minbert.slurm.verdict import Error
 from minbert.trainer.stop import StopRequest
 
 LOCAL_REQUEUE = 144  # submitit's local executor starts the processes again if one ends with it
@@ -72,11 +73,10 @@ class RunJob:
         try:
             code = self._train(allocation, stop)
         except SystemExit as left:
-            error = self.run / "logs" / "rank-0.error"
-            text = error.read_text().partition("\n")[2].strip() if error.exists() else ""
-            if left.code != ExitCode.USER_MISTAKE:  # which was printed
-                print(text, file=sys.stderr)
-            records.end(life, Ending.FAILED, f"rank 0: {text.splitlines()[-1]}" if text else "", left.code)
+            error = Error.read(self.run / "logs" / "rank-0.error")
+            if error and error.code != ExitCode.USER_MISTAKE:  # which was printed
+                print(error.text, file=sys.stderr)
+            records.end(life, Ending.FAILED, error.summary if error else "", left.code)
             raise
         if code == ExitCode.FINISHED:
             ending = Ending.FINISHED

@@ -63,7 +63,8 @@ def call(*command: str, timeout: float = 60.0) -> str:
 
 
 def show(job_id: str) -> Job:
-    """Raises UserError if SLURM has forgotten the job."""
+    """Raises UserError if SLURM has forgotten the job. An array's element is ARRAY_INDEX: its last one has the plain id
+    of the whole array, by which all are shown."""
     text = call("scontrol", "--oneliner", "show", "job", job_id)
     fields = dict(word.split("=", 1) for word in text.split() if "=" in word)
     return Job(

@@ -28,16 +28,15 @@ def join(folder: Path, allocation: Allocation, interface: str | None, timeout: f
 
     Raises UserError naming who did not come, or where this process looked in vain.
     """
-    size = allocation.tasks
+    if allocation.tasks == 1:
+        return  # the libraries take a lone process for one of several if it has a rank
     environment = {
         "RANK": str(allocation.rank),
-        "WORLD_SIZE": str(size),
+        "WORLD_SIZE": str(allocation.tasks),
         "LOCAL_RANK": str(_device_index(allocation)),
         "LOCAL_WORLD_SIZE": str(allocation.tasks_per_host[allocation.host_index]),
     }
     os.environ.update(environment)
-    if size == 1:
-        return
     if interface:
         os.environ.update(GLOO_SOCKET_IFNAME=interface, NCCL_SOCKET_IFNAME=interface)
     elif "GLOO_SOCKET_IFNAME" not in os.environ and (found := _interface(allocation)):

@@ -18,8 +18,11 @@ from minbert.data.errors import UserError
 Count = Annotated[int, Field(ge=1)]
 UNLIMITED = 60 * 24 * 365  # minutes that a job without a time limit has on this machine
 OWN_PARAMETERS = frozenset(  # of submitit's: there is a field for each, or nobody's business
-    "job_name time nodes ntasks_per_node gpus_per_node cpus_per_task mem partition account qos constraint setup "
-    "teardown srun_args signal_delay_s use_srun stderr_to_stdout array_parallelism num_gpus".split()
+    (
+        *("job_name", "time", "nodes", "ntasks_per_node", "gpus_per_node", "cpus_per_task", "mem", "partition"),
+        *("account", "qos", "constraint", "setup", "teardown", "srun_args", "signal_delay_s", "use_srun"),
+        *("stderr_to_stdout", "array_parallelism", "num_gpus"),
+    )
 )
 
 

@@ -72,7 +72,7 @@ def end(run: Path, allocation: Allocation, status: int) -> int:
     submission = records.submission()
     settings = submission.job_settings()
     try:
-        job = controller.show(os.environ["SLURM_JOB_ID"])
+        job = controller.show(allocation.job_id)
     except UserError:
         job = None
     errors = read_errors(run)
@@ -116,7 +116,7 @@ def go_on(run: Path, records: Records, life: Life, verdict: Verdict) -> int:
     if verdict.next is Next.GO_ON and not records.submission().cancelled:
         try:
             say("requeueing the job")
-            controller.requeue(os.environ["SLURM_JOB_ID"])
+            controller.requeue(life.job_id)
             return exit_code
         except UserError as error:
             say(f"cannot be requeued: {error}")
@@ -143,11 +143,8 @@ def report(verdict: Verdict, errors: list[Error], allocation: Allocation) -> Non
 
 def read_errors(run: Path) -> list[Error]:
     """What the ranks left, the earliest first."""
-    found = []
-    for path in (run / "logs").glob("rank-*.error"):
-        code, _, text = path.read_text().partition("\n")
-        found.append((path.stat().st_mtime, Error(int(path.stem.removeprefix("rank-")), int(code), text)))
-    return [error for _, error in sorted(found, key=lambda pair: pair[0])]
+    paths = sorted((run / "logs").glob("rank-*.error"), key=lambda path: path.stat().st_mtime)
+    return [error for path in paths if (error := Error.read(path))]
 
 
 def close_lost(records: Records, life: Life) -> None:

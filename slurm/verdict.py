@@ -13,6 +13,7 @@ import signal
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import Enum
+from pathlib import Path
 
 from minbert.slurm.controller import Job
 from minbert.slurm.records import Ending
@@ -43,6 +44,21 @@ class Error:
     rank: int
     code: int
     text: str
+
+    @classmethod
+    def read(cls, path: Path) -> "Error | None":
+        """None if there is no such file."""
+        try:
+            code, _, text = path.read_text().partition("\n")
+        except FileNotFoundError:
+            return None
+        return cls(int(path.stem.removeprefix("rank-")), int(code), text)
+
+    @property
+    def summary(self) -> str:
+        """The line that says most: of a message the first, of a traceback the last."""
+        lines = self.text.strip().splitlines() or [f"exit code {self.code}"]
+        return lines[0] if self.code == USER_MISTAKE else f"rank {self.rank}: {lines[-1]}"
 
     @property
     def lost_peer(self) -> bool:
@@ -118,8 +134,7 @@ def _failed(evidence: Evidence) -> Verdict:
     causes = [error for error in evidence.errors if not error.lost_peer]
     if causes:
         first = causes[0]
-        last_line = first.text.strip().splitlines()[-1] if first.text.strip() else f"exit code {first.code}"
-        return Verdict(Ending.FAILED, Next.NOTHING, f"rank {first.rank}: {last_line}", first.code)
+        return Verdict(Ending.FAILED, Next.NOTHING, first.summary, first.code)
     if evidence.down:
         return Verdict(Ending.NODE_FAILURE, Next.GO_ON, ", ".join(evidence.down))
     if evidence.killed or evidence.errors:
