@@ -27,7 +27,7 @@ class RunJob:
         self.run = run
 
     def __call__(self) -> int:
-        with StopRequest(patient=True) as stop:  # in place of submitit's handlers
+        with StopRequest(patient=not _debugging()) as stop:  # in place of submitit's handlers
             allocation = Allocation.current()
             if allocation.rank == 0 and os.environ.get("SUBMITIT_EXECUTOR") != "slurm":
                 return self._supervised(allocation, stop)
@@ -40,7 +40,7 @@ class RunJob:
         logs = self.run / "logs"
         logs.mkdir(exist_ok=True)
         environment = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
-        if "SUBMITIT_DEBUG_JOB_ID" not in os.environ:
+        if not _debugging():
             environment[ERROR_FILE] = str(logs / f"rank-{allocation.rank}.error")
         os.environ.update(environment)
         os.environ.setdefault("OMP_NUM_THREADS", str(_cores(allocation)))
@@ -77,6 +77,8 @@ class RunJob:
             if error and error.code != ExitCode.USER_MISTAKE:  # which was printed
                 print(error.text, file=sys.stderr)
             records.end(life, Ending.FAILED, error.summary if error else "", left.code)
+            if _debugging():
+                return left.code
             raise
         if code == ExitCode.FINISHED:
             ending = Ending.FINISHED
@@ -89,6 +91,11 @@ class RunJob:
         if goes_on:
             sys.exit(LOCAL_REQUEUE)
         return code
+
+
+def _debugging() -> bool:
+    """Whether this is the process of `minbert submit` itself."""
+    return "SUBMITIT_DEBUG_JOB_ID" in os.environ
 
 
 def _cores(allocation: Allocation) -> int:

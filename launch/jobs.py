@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from minbert.data.errors import UserError
@@ -53,13 +54,17 @@ def table(reports: Sequence[Report]) -> Table:
     shown = Table(box=None, header_style="dim", pad_edge=False)
     for heading in ("run", "state", "node", "step", "score", "left", "requeues", "job"):
         right = heading in ("step", "score", "left", "requeues")
-        shown.add_column(heading, justify="right" if right else "left", no_wrap=heading != "state")
+        folds = heading in ("run", "state")
+        width = 12 if heading == "state" else None
+        shown.add_column(
+            heading, justify="right" if right else "left", no_wrap=not folds, overflow="fold", min_width=width
+        )
     for report in reports:
         state = f"{report.state}: {report.detail}" if report.detail else report.state
         steps = "" if report.step is None else f"{report.step}/{report.total or '?'}"
         shown.add_row(
-            str(report.run),
-            f"[{STYLES.get(report.state, 'magenta')}]{state.replace('[', chr(92) + '[')}[/]",
+            escape(shortened(report.run)),
+            f"[{STYLES.get(report.state, 'magenta')}]{escape(state)}[/]",
             report.nodes,
             steps,
             "" if report.score is None else f"{report.score:.3f}",
@@ -68,6 +73,12 @@ def table(reports: Sequence[Report]) -> Table:
             report.job_id,
         )
     return shown
+
+
+def shortened(run: Path) -> str:
+    """The path as seen from here, if it lies below."""
+    run, here = run.absolute(), Path.cwd()
+    return str(run.relative_to(here)) if run.is_relative_to(here) and run != here else str(run)
 
 
 def duration(seconds: float) -> str:

@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> int:
     if is_active(config.run):
         raise UserError(f"{config.run} has a job already: {look([config.run])[0].summary}")
     _submit([config], settings, config.run, force=bool(request.run.get("force")))
-    return ExitCode.FINISHED
+    return look([config.run])[0].exit_code if settings.executor == "debug" else ExitCode.FINISHED
 
 
 def read_request(arguments: list[str]) -> Request:

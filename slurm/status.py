@@ -108,7 +108,8 @@ def _report(
     if active or state == "not submitted":
         code = GOING_ON
     else:
-        code = life.exit_code if life and life.exit_code is not None else EXIT_CODES.get(state, 1)
+        told = life is not None and life.ending == state and life.exit_code is not None
+        code = life.exit_code if told else EXIT_CODES.get(state, 1)
     return Report(
         run=run,
         state=state,

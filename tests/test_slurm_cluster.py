@@ -29,7 +29,7 @@ from minbert.trainer.run_folder import RunFolder
 pytestmark = pytest.mark.xdist_group("slurm")
 
 SMALL = ["--train-limit", 120, "--eval-limit", 40, "--batch-size", 8, "--log-every", 5]
-LONG = [*SMALL, "--steps", 240, "--eval-every", 60, "--save-every", 10]
+LONG = [*SMALL, "--steps", 120, "--eval-every", 40, "--save-every", 10]
 PATIENCE = 150.0
 
 
