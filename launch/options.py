@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from itertools import takewhile
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 from pydantic import BaseModel, TypeAdapter, ValidationError, create_model
@@ -24,7 +24,7 @@ T = TypeVar("T")
 def parse(kind: type[T], arguments: list[str], command: str) -> T:
     """`arguments` as a dataclass `kind`. Raises UserError for a wrong option or value; help, and a positional argument
     that is missing, end the program."""
-    if not _asks_for_help(arguments):
+    if not asks_for_help(arguments):
         read_options(get_type_hints(kind, include_extras=True), arguments, command)
     return _tyro(kind, arguments, command)
 
@@ -43,16 +43,32 @@ def parse_run_config(
 
     `--force` is allowed among the options and left to the caller: it is no part of a run.
     """
-    if _asks_for_help(arguments):
-        _tyro(_for_help(description), arguments, command)
+    if asks_for_help(arguments):
+        show_help(description, command)
+    options, rest = read_options(run_option_types(), arguments, command)
+    refuse_words(rest)
+    return build_run_config(options)
+
+
+def refuse_words(words: list[str]) -> None:
+    """Raises UserError for words that belong to no option."""
+    if words:
+        raise UserError(f"what is {words[0]!r}? Options start with --, and the run folder is given by --run")
+
+
+def run_option_types() -> dict[str, Any]:
+    """The type of every option of a run, by its name."""
     types = {
         name: (RunConfig if section is None else SECTIONS[section]).model_fields[name].rebuild_annotation()
         for name, section in OPTIONS.items()
     }
-    options, rest = read_options(types | {"config": Path, "force": bool}, arguments, command)
-    if rest:
-        raise UserError(f"what is {rest[0]!r}? Options start with --, and the run folder is given by --run")
-    file, _ = options.pop("config", None), options.pop("force", None)
+    return types | {"config": Path, "force": bool}
+
+
+def build_run_config(options: Mapping[str, Any]) -> RunConfig:
+    """A run's configuration: defaults < the run folder's own < the file `config` < `options`. Raises UserError."""
+    file = options.get("config")
+    options = {name: value for name, value in options.items() if name not in ("config", "force")}
     layers = [options] if file is None else [read_yaml(file), options]
     run = next((layer["run"] for layer in reversed(layers) if layer.get("run")), None)
     if run is not None and (folder := RunFolder(Path(run))).config_file.exists():
@@ -138,7 +154,7 @@ def _unknown(option: str, types: Mapping[str, Any], command: str) -> str:
     return f"there is no option {option}; {hint}"
 
 
-def _asks_for_help(arguments: list[str]) -> bool:
+def asks_for_help(arguments: list[str]) -> bool:
     return "-h" in arguments or "--help" in arguments
 
 
@@ -162,23 +178,19 @@ def _tyro(kind: type[T], arguments: list[str], command: str) -> T:
     return tyro.cli(kind, args=arguments, prog=f"minbert {command}", config=settings)
 
 
-def _for_help(description: str) -> type[BaseModel]:
+def show_help(description: str, command: str, more: Mapping[str, Any] | None = None) -> NoReturn:
+    """Print the help of a command that takes a run's options, and `more`: name -> (type, default); end the program."""
+    _tyro(_for_help(description, more or {}), ["--help"], command)
+    raise SystemExit
+
+
+def _for_help(description: str, more: Mapping[str, Any]) -> type[BaseModel]:
     """RunConfig as its help shows it: with --config and --force, and without a word on options that are open by
     default."""
 
-    def quiet(model: type[BaseModel]) -> dict[str, Any]:
-        return {
-            name: (Annotated[field.rebuild_annotation(), _help_of(field.annotation)], None)
-            for name, field in model.model_fields.items()
-            if field.default is None
-        }
-
-    sections = {
-        name: create_model(section.__name__, __base__=section, __doc__=section.__doc__, **quiet(section))
-        for name, section in SECTIONS.items()
-    }
+    sections = {name: quiet(section) for name, section in SECTIONS.items()}
     file = open_option("FILE", help="A YAML file with options, alone or under the headings below.")
-    fields = quiet(RunConfig) | {name: (section, section()) for name, section in sections.items()}
+    fields = _open_fields(RunConfig) | {name: (section, section()) for name, section in sections.items()}
     force = tyro.conf.arg(help="Resume although settings, data or vocabulary are others now; each is named.")
     return create_model(
         "Options",
@@ -187,7 +199,21 @@ def _for_help(description: str) -> type[BaseModel]:
         config=(Annotated[Path | None, file], None),
         force=(Annotated[bool, force], False),
         **fields,
+        **more,
     )
+
+
+def quiet(section: type[BaseModel]) -> type[BaseModel]:
+    """A group of options as the help shows it, without a word on those that are open by default."""
+    return create_model(section.__name__, __base__=section, __doc__=section.__doc__, **_open_fields(section))
+
+
+def _open_fields(model: type[BaseModel]) -> dict[str, Any]:
+    return {
+        name: (Annotated[field.rebuild_annotation(), _help_of(field.annotation)], None)
+        for name, field in model.model_fields.items()
+        if field.default is None
+    }
 
 
 def _help_of(kind: Any) -> Any:

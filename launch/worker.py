@@ -16,11 +16,11 @@ from minbert.trainer.run_folder import RunFolder
 from minbert.trainer.stop import StopRequest
 
 
-def work(run: RunFolder, force: bool = False) -> int:
+def work(run: RunFolder, force: bool = False, stop: StopRequest | None = None) -> int:
     """Train; then rank 0 scores the best model and writes its predictions. `force` resumes from a checkpoint of other
-    data or another vocabulary."""
+    data or another vocabulary. `stop` catches signals already."""
     rank = int(os.environ.get("RANK", 0))
-    with StopRequest() as stop, nullcontext() if rank else run.locked():
+    with nullcontext(stop) if stop else StopRequest() as stop, nullcontext() if rank else run.locked():
         _log_to(run.logs / f"rank-{rank}.log", rank)
         from minbert.trainer.train import Outcome, train
 

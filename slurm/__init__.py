@@ -1,1 +1,1 @@
-"""SLURM: what it takes to run there, and a private cluster to try it on."""
+"""Starting a run on a SLURM cluster, and keeping it alive there; knows nothing of how a run trains."""

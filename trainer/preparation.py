@@ -131,6 +131,16 @@ def identity(config: RunConfig, run: RunFolder, splits: Mapping[str, TokenisedSp
     }
 
 
+def total_steps(config: RunConfig) -> int:
+    """Optimizer steps of a prepared run's configured budget."""
+    config = resolve(config)
+    if config.budget.steps is not None:
+        return config.budget.steps
+    tokenizer = load_tokenizer(RunFolder(config.run).encoder)
+    splits = {name: load_split(config, name, "train", tokenizer) for name in config.corpus.tasks}
+    return max(1, round(config.budget.epochs * build_plan(config, splits).steps_per_epoch))
+
+
 def _require_trackers(names: Iterable[str]) -> None:
     """Raises UserError for a tracker that Accelerate does not know, or would leave out because of a missing package."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers

@@ -13,15 +13,17 @@ LEFT_AT_ONCE = 130
 
 
 class StopRequest:
-    """Catches the signals while the block runs. A second one leaves at once, with `exit_code`.
+    """Catches the signals while the block runs. A second one leaves at once, with `exit_code`, unless `patient`: a
+    batch system repeats itself, and kills what has taken too long.
 
     Once there was a signal, that stays so after the block: a process that has saved and is about to end with the code
     that says so must not be killed by another signal before it gets there.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, patient: bool = False) -> None:
         self.signal: int | None = None
         self.exit_code: int = LEFT_AT_ONCE
+        self.patient = patient
 
     def __enter__(self) -> "StopRequest":
         self.previous = {number: signal.signal(number, self._catch) for number in SIGNALS}
@@ -33,9 +35,9 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None:
+        if self.signal is not None and not self.patient:
             os._exit(self.exit_code)
-        self.signal = number
+        self.signal = self.signal or number
 
     def agreed(self, world: "World") -> bool:
         """Whether any process was asked to stop; the same answer on all. Collective.

@@ -1,0 +1,114 @@
+"""What every process of a submitted job executes: meet the others, train, and tell the record how it ended.
+
+`RunJob` is what is pickled. It holds the run folder's path and nothing else, so that a job that starts again, perhaps
+days later, takes everything from the folder. This module imports little: a signal may come at any moment.
+"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from minbert.launch.exit_codes import ExitCode
+from minbert.launch.processes import ERROR_FILE, record_errors
+from minbert.slurm.allocation import Allocation
+from minbert.slurm.records import EXIT_CODES, Ending, Records
+from minbert.slurm.verdict import Error
+from minbert.trainer.stop import StopRequest
+
+LOCAL_REQUEUE = 144  # submitit's local executor starts the processes again if one ends with it
+
+
+class RunJob:
+    """One process of the job that trains the run in `run`. Returns 0 (finished) or 75 (stopped, saved); anything else
+    ends the process with its exit code."""
+
+    def __init__(self, run: Path):
+        self.run = run
+
+    def __call__(self) -> int:
+        with StopRequest(patient=not _debugging()) as stop:  # in place of submitit's handlers
+            allocation = Allocation.current()
+            if allocation.rank == 0 and os.environ.get("SUBMITIT_EXECUTOR") != "slurm":
+                return self._supervised(allocation, stop)
+            code = self._train(allocation, stop)
+            if allocation.rank == 0:
+                self._tell(allocation, code, stop)
+            return code
+
+    def _train(self, allocation: Allocation, stop: StopRequest) -> int:
+        logs = self.run / "logs"
+        logs.mkdir(exist_ok=True)
+        environment = {"PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+        if not _debugging():
+            environment[ERROR_FILE] = str(logs / f"rank-{allocation.rank}.error")
+        os.environ.update(environment)
+        os.environ.setdefault("OMP_NUM_THREADS", str(_cores(allocation)))
+        if allocation.rank:
+            _write_to(logs / f"rank-{allocation.rank}.log")
+        with record_errors():
+            from minbert.launch.worker import work
+            from minbert.slurm.meeting import join
+            from minbert.trainer.run_folder import RunFolder
+
+            folder = RunFolder.existing(self.run)
+            records = Records(self.run)
+            seconds = 60 * folder.read_config().parallel.timeout
+            join(records.folder, allocation, records.submission().job_settings().interface, seconds)
+            return work(folder, stop=stop)
+
+    def _tell(self, allocation: Allocation, code: int, stop: StopRequest) -> None:
+        """For the supervisor, which sees the exit codes of all processes only as one."""
+        records = Records(self.run)
+        if life := records.life(allocation.job_id, allocation.restart):
+            life.code, life.signal = code, stop.signal
+            records.write_life(life)
+
+    def _supervised(self, allocation: Allocation, stop: StopRequest) -> int:
+        """Without a batch script, rank 0 keeps the record itself; a local job goes on after its time limit."""
+        records = Records(self.run)
+        settings = records.submission().job_settings()
+        before = [life for life in records.lives() if life.job_id == allocation.job_id]
+        life = records.begin(allocation.job_id, len(before), allocation.host)
+        try:
+            code = self._train(allocation, stop)
+        except SystemExit as left:
+            error = Error.read(self.run / "logs" / "rank-0.error")
+            if error and error.code != ExitCode.USER_MISTAKE:  # which was printed
+                print(error.text, file=sys.stderr)
+            records.end(life, Ending.FAILED, error.summary if error else "", left.code)
+            if _debugging():
+                return left.code
+            raise
+        if code == ExitCode.FINISHED:
+            ending = Ending.FINISHED
+        elif records.submission().cancelled:
+            ending = Ending.CANCELLED
+        else:
+            ending = Ending.TIME_LIMIT if stop.signal == signal.SIGUSR2 else Ending.STOPPED
+        goes_on = ending is Ending.TIME_LIMIT and len(before) < settings.max_requeues
+        records.end(life, ending, exit_code=EXIT_CODES[ending], then="requeued" if goes_on else "")
+        if goes_on:
+            sys.exit(LOCAL_REQUEUE)
+        return code
+
+
+def _debugging() -> bool:
+    """Whether this is the process of `minbert submit` itself."""
+    return "SUBMITIT_DEBUG_JOB_ID" in os.environ
+
+
+def _cores(allocation: Allocation) -> int:
+    """This process's share of the cores."""
+    if given := os.environ.get("SLURM_CPUS_PER_TASK"):
+        return int(given)
+    on_node = int(os.environ.get("SLURM_CPUS_ON_NODE") or len(os.sched_getaffinity(0)))
+    return max(1, on_node // allocation.tasks_per_host[allocation.host_index])
+
+
+def _write_to(path: Path) -> None:
+    """Let all output of this process, also that of libraries in C, go to the end of `path`."""
+    with path.open("ab") as file:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+            os.dup2(file.fileno(), stream.fileno())

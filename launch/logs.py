@@ -1,0 +1,82 @@
+"""`minbert logs RUN`: what the run printed, over all its jobs, and what it prints now."""
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from minbert.data.errors import UserError
+from minbert.launch.exit_codes import ExitCode
+from minbert.launch.options import parse
+from minbert.slurm.records import Records
+from minbert.slurm.status import is_active
+
+POLL = 0.5  # seconds between two looks at the files
+PATIENCE = 5.0  # seconds between two looks at the job
+
+
+@dataclass(frozen=True)
+class LogsOptions:
+    """Print what a run has printed: rank 0's output and the batch script's, or another rank's log."""
+
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """Run folder."""
+    rank: int = 0
+    """Rank of the process."""
+    follow: bool = False
+    """Go on until the run has ended, across requeues."""
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(LogsOptions, arguments, "logs")
+    if not (options.run / "config.yaml").exists():
+        raise UserError(f"{options.run} is not a run folder: it has no config.yaml")
+    shown = show(options.run, options.rank, {})
+    if not options.follow and not shown:
+        raise UserError(f"{options.run} has printed nothing as rank {options.rank} yet")
+    if options.follow:
+        follow(options.run, options.rank, shown)
+    return ExitCode.FINISHED
+
+
+def follow(run: Path, rank: int, shown: dict[Path, int]) -> None:
+    """Print what comes until the run's job neither waits nor runs."""
+    asked = 0.0
+    while True:
+        active = True
+        if time.monotonic() - asked > PATIENCE:
+            active, asked = is_active(run), time.monotonic()
+        shown = show(run, rank, shown)
+        if not active:
+            return
+        time.sleep(POLL)
+
+
+def show(run: Path, rank: int, shown: dict[Path, int]) -> dict[Path, int]:
+    """Print what the files hold beyond `shown`: file -> bytes printed; returns what is printed then."""
+    now = dict(shown)
+    for path in files(run, rank):
+        with path.open("rb") as file:
+            file.seek(now.get(path, 0))
+            text = file.read()
+        if text:
+            sys.stdout.write(text.decode(errors="replace"))
+            now[path] = now.get(path, 0) + len(text)
+    sys.stdout.flush()
+    return now
+
+
+def files(run: Path, rank: int) -> list[Path]:
+    """Rank 0's output is a file for each job; the other ranks have one log."""
+    if rank:
+        return [path for path in [run / "logs" / f"rank-{rank}.log"] if path.exists()]
+    records = Records(run)
+    submission = records.submission()
+    if submission is None:
+        return [path for path in [run / "logs" / "rank-0.log"] if path.exists()]
+    jobs = dict.fromkeys([*(life.job_id for life in records.lives()), submission.job_id])
+    paths = [Path(submission.folder) / f"{job}_0_log.out" for job in jobs if job]
+    return [path for path in paths if path.exists()]

@@ -1,0 +1,153 @@
+"""Questions to SLURM and requests of it: `scontrol` and `squeue` know what waits and runs, `sacct` what has ended.
+
+`sacct` needs the site's accounting; where it is missing, its answers are empty and nothing else is lost.
+"""
+
+import getpass
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+
+from minbert.data.errors import UserError
+
+ACTIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "SIGNALING")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What `scontrol show job` tells of a job."""
+
+    state: str
+    restarts: int
+    preempted: bool  # SLURM has decided to
+    started: datetime | None
+    ends: datetime | None  # when it has ended, or will at the latest
+    minutes: float | None  # its time limit
+
+    @property
+    def overtime(self) -> bool:
+        """Whether it was ended at its time limit."""
+        if self.started is None or self.ends is None or self.minutes is None:
+            return False
+        return (self.ends - self.started).total_seconds() >= 60 * self.minutes - 1
+
+
+@dataclass(frozen=True)
+class Queued:
+    """A job's line in the queue, or in the accounts."""
+
+    state: str
+    reason: str = ""
+    nodes: str = ""
+
+
+def available() -> bool:
+    return shutil.which("squeue") is not None
+
+
+def call(*command: str, timeout: float = 60.0) -> str:
+    """What the command prints. Raises UserError with its complaint if it fails or does not answer."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+    except FileNotFoundError:
+        raise UserError(f"there is no SLURM here: the command {command[0]} is missing") from None
+    except subprocess.TimeoutExpired:
+        raise UserError(f"SLURM does not answer: `{' '.join(command)}` took {timeout:.0f} s") from None
+    if done.returncode:
+        raise UserError(f"`{' '.join(command)}` failed: {done.stderr.strip() or done.stdout.strip()}")
+    return done.stdout
+
+
+def show(job_id: str) -> Job:
+    """Raises UserError if SLURM has forgotten the job. An array's element is ARRAY_INDEX: its last one has the plain id
+    of the whole array, by which all are shown."""
+    text = call("scontrol", "--oneliner", "show", "job", job_id)
+    fields = dict(word.split("=", 1) for word in text.split() if "=" in word)
+    return Job(
+        state=fields["JobState"],
+        restarts=int(fields.get("Restarts", 0)),
+        preempted=fields.get("PreemptTime", "None") not in ("None", "Unknown"),
+        started=_moment(fields.get("StartTime", "")),
+        ends=_moment(fields.get("EndTime", "")),
+        minutes=_minutes(fields.get("TimeLimit", "")),
+    )
+
+
+def queue() -> dict[str, Queued]:
+    """Every job of this user that SLURM still remembers; array elements by ARRAY_INDEX, one by one."""
+    lines = call("squeue", "-h", "-r", "-t", "all", "-u", getpass.getuser(), "-o", "%i|%T|%r|%N").splitlines()
+    found = {}
+    for line in lines:
+        job_id, state, reason, nodes = line.split("|")
+        found[job_id] = Queued(state, "" if reason == "None" else reason, nodes)
+    return found
+
+
+def accounts(job_ids: Iterable[str]) -> dict[str, list[Queued]]:
+    """What the accounts tell of every life of the jobs, the oldest first; nothing where there are no accounts."""
+    wanted = ",".join(sorted(set(job_ids)))
+    if not wanted or not shutil.which("sacct"):
+        return {}
+    try:
+        text = call("sacct", "-X", "-n", "-P", "--duplicates", "-j", wanted, "-o", "JobID,State,NodeList")
+    except UserError:  # "Slurm accounting storage is disabled"
+        return {}
+    found: dict[str, list[Queued]] = {}
+    for line in text.splitlines():
+        job_id, state, nodes = line.split("|")
+        found.setdefault(job_id, []).append(Queued(state.split()[0], nodes=nodes))  # "CANCELLED by 1000"
+    return found
+
+
+def requeue(job_id: str) -> None:
+    """Raises UserError if the site does not allow it."""
+    call("scontrol", "requeue", job_id)
+
+
+def cancel(job_ids: Iterable[str]) -> None:
+    call("scancel", *job_ids)
+
+
+def down_nodes(nodes: str) -> list[str]:
+    """Those of `nodes` (SLURM's expression) that do not answer or are down."""
+    if not nodes:
+        return []
+    try:
+        lines = call("sinfo", "-h", "-N", "-n", nodes, "-o", "%N %T").splitlines()
+    except UserError:
+        return []
+    states = dict(line.split() for line in lines)
+    return sorted(name for name, state in states.items() if state.startswith("down") or state.endswith("*"))
+
+
+def largest_array() -> int:
+    """How many elements an array may have here."""
+    found = re.search(r"MaxArraySize\s*=\s*(\d+)", call("scontrol", "show", "config"))
+    return int(found[1]) if found else 1000
+
+
+def without_job(environment: dict[str, str] | None = None) -> dict[str, str]:
+    """The environment without the variables of the job we run in: sbatch would take them for options."""
+    environment = dict(os.environ if environment is None else environment)
+    foreign = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SUBMITIT_")
+    return {name: value for name, value in environment.items() if not name.startswith(foreign) or name == "SLURM_CONF"}
+
+
+def _moment(text: str) -> datetime | None:
+    try:
+        return datetime.fromisoformat(text)
+    except ValueError:
+        return None
+
+
+def _minutes(text: str) -> float | None:
+    """`[days-]hours:minutes:seconds`; None for UNLIMITED and the like."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
+    if not found:
+        return None
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return (days * 24 + hours) * 60 + minutes + seconds / 60

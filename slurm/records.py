@@ -1,0 +1,151 @@
+"""What `RUN/slurm` remembers: how the run was submitted, and one record for each life of its job.
+
+A life is the time from a job's start to its end, its requeueing, or its loss. The records say why each of them ended,
+with and without the site's accounts.
+"""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from minbert.data.files import replacing
+from minbert.slurm.settings import JobSettings
+from minbert.trainer.checkpoint import published
+
+
+class Ending(StrEnum):
+    """Why a life ended."""
+
+    FINISHED = "finished"
+    TIME_LIMIT = "time limit"
+    PREEMPTED = "preempted"
+    REQUEUED = "requeued"  # by somebody's `scontrol requeue`, or by SLURM for a reason that it keeps
+    STOPPED = "stopped"  # by a signal that nobody announced
+    NODE_FAILURE = "node failure"
+    KILLED = "process killed"  # one of ours, as by the system when memory runs out
+    LOST = "lost"  # it never said why
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+# The batch script's exit code, and that of `minbert jobs RUN`. A failure has its own: 1, or 2 for a user's mistake.
+EXIT_CODES = {
+    Ending.FINISHED: 0,
+    Ending.STOPPED: 75,
+    Ending.REQUEUED: 75,
+    Ending.TIME_LIMIT: 81,
+    Ending.PREEMPTED: 82,
+    Ending.NODE_FAILURE: 83,
+    Ending.KILLED: 84,
+    Ending.LOST: 85,
+    Ending.CANCELLED: 86,
+    Ending.FAILED: 1,
+}
+UNANNOUNCED = (Ending.NODE_FAILURE, Ending.KILLED, Ending.LOST)
+
+
+@dataclass
+class Life:
+    """One life of a run's job."""
+
+    job_id: str
+    restart: int
+    nodes: str
+    started: float  # seconds since the epoch
+    first_step: int  # of the checkpoint it goes on from
+    ended: float | None = None
+    ending: Ending | None = None
+    detail: str = ""
+    exit_code: int | None = None
+    then: str = ""  # "requeued", "job 17", or nothing
+    last_step: int | None = None
+    code: int | None = None  # what rank 0 returned, and which signal it had received
+    signal: int | None = None
+
+
+@dataclass(frozen=True)
+class Submission:
+    """How a run was submitted last."""
+
+    job_id: str
+    folder: str  # submitit's
+    code: str  # the snapshot that the job runs
+    settings: Mapping[str, Any]
+    host: str  # where `minbert submit` ran
+    submitted: float
+    total_steps: int | None = None
+    earlier_lives: int = 0  # of jobs that were submitted before by hand
+    cancelled: bool = False
+
+    def job_settings(self) -> JobSettings:
+        return JobSettings(**self.settings)
+
+
+class Records:
+    """The records of one run."""
+
+    def __init__(self, run: Path):
+        self.run = run
+        self.folder = run / "slurm"
+        self.file = self.folder / "submission.json"
+        self.lives_folder = self.folder / "lives"
+
+    def submission(self) -> Submission | None:
+        """None if the run was never submitted."""
+        try:
+            return Submission(**json.loads(self.file.read_text()))
+        except FileNotFoundError:
+            return None
+
+    def write_submission(self, submission: Submission | None) -> None:
+        """None takes an earlier record back."""
+        if submission is None:
+            self.file.unlink(missing_ok=True)
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with replacing(self.file) as temporary:
+            temporary.write_text(json.dumps(asdict(submission), indent=2) + "\n")
+
+    def lives(self) -> list[Life]:
+        """The oldest first."""
+        lives = [self._read(path) for path in self.lives_folder.glob("*.json") if not path.name.startswith(".")]
+        return sorted(lives, key=lambda life: life.started)
+
+    def life(self, job_id: str, restart: int) -> Life | None:
+        path = self._path(job_id, restart)
+        return self._read(path) if path.exists() else None
+
+    def begin(self, job_id: str, restart: int, nodes: str) -> Life:
+        """Record that a life begins."""
+        life = Life(job_id, restart, nodes, time.time(), self.newest_step())
+        self.write_life(life)
+        return life
+
+    def end(self, life: Life, ending: Ending, detail: str = "", exit_code: int | None = None, then: str = "") -> None:
+        """Record how it ended; `exit_code` is the ending's own unless given."""
+        life.ended, life.ending, life.detail, life.then = time.time(), ending, detail, then
+        life.exit_code = EXIT_CODES[ending] if exit_code is None else exit_code
+        life.last_step = self.newest_step()
+        self.write_life(life)
+
+    def write_life(self, life: Life) -> None:
+        self.lives_folder.mkdir(parents=True, exist_ok=True)
+        with replacing(self._path(life.job_id, life.restart)) as temporary:
+            temporary.write_text(json.dumps(asdict(life), indent=2) + "\n")
+
+    def newest_step(self) -> int:
+        """The step of the newest checkpoint; 0 if there is none."""
+        found = published(self.run / "checkpoints")
+        return int(found[-1].name.removeprefix("step-")) if found else 0
+
+    def _path(self, job_id: str, restart: int) -> Path:
+        return self.lives_folder / f"{job_id}-{restart}.json"
+
+    def _read(self, path: Path) -> Life:
+        life = Life(**json.loads(path.read_text()))
+        life.ending = Ending(life.ending) if life.ending else None
+        return life

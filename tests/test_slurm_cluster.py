@@ -1,0 +1,317 @@
+"""Jobs on a real SLURM: they train what a local run trains, and whatever ends them, they go on and lose nothing saved.
+
+Several runs are on the cluster at a time, as each has to start twice. The runs share seed and size, so that all must
+end like one undisturbed run.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from minbert.launch.main import main
+from minbert.slurm.records import Ending, Life, Records
+from minbert.slurm.status import Report, look
+from minbert.trainer.run_folder import RunFolder
+
+pytestmark = pytest.mark.xdist_group("slurm")
+
+SMALL = ["--train-limit", 120, "--eval-limit", 40, "--batch-size", 8, "--log-every", 5]
+LONG = [*SMALL, "--steps", 120, "--eval-every", 40, "--save-every", 10]
+PATIENCE = 150.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster(devcluster, tmp_path_factory):
+    """Everything here talks to the development cluster."""
+    patch = pytest.MonkeyPatch()
+    for name, value in devcluster.environment.items():
+        patch.setenv(name, value)
+    for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME"):  # the cluster gives its own
+        patch.delenv(name, raising=False)
+    patch.setenv("MINBERT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    patch.setenv("MINBERT_SITE", "")
+    yield devcluster
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def whole(runs) -> Path:
+    """A local run that nothing disturbs, of two processes."""
+    assert main(["train", "--run", str(runs / "whole"), "--processes", "2", *map(str, LONG)]) == 0
+    return runs / "whole"
+
+
+def submit(run: Path, *arguments: object) -> Path:
+    assert main(["submit", "--run", str(run), *map(str, arguments)]) == 0
+    return run
+
+
+def report(run: Path) -> Report:
+    return look([run])[0]
+
+
+def eventually(condition: Callable[[], object], what: str, run: Path) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        if time.monotonic() > end:
+            raise AssertionError(f"waited too long for {what}\n{report(run)}\n{output(run)}")
+        time.sleep(0.3)
+
+
+def at_step(run: Path, step: int) -> None:
+    """Wait until the run has logged this step."""
+    folder = RunFolder(run)
+
+    def arrived() -> bool:
+        assert report(run).active, output(run)
+        return any(record["step"] >= step for record in folder.read_metrics())
+
+    eventually(arrived, f"step {step}", run)
+
+
+def output(run: Path) -> str:
+    submission = Records(run).submission()
+    return Path(submission.folder, f"{submission.job_id}_0_log.out").read_text()
+
+
+def ended(run: Path) -> Report:
+    """Wait until the run's job has ended for good."""
+    eventually(lambda: not report(run).active, "the job's end", run)
+    return report(run)
+
+
+def job_id(run: Path) -> str:
+    return Records(run).submission().job_id
+
+
+def lives(run: Path) -> list[Life]:
+    return Records(run).lives()
+
+
+def logged(run: Path) -> list[dict]:
+    records = RunFolder(run).read_metrics()
+    return [{key: value for key, value in record.items() if key != "tokens_per_second"} for record in records]
+
+
+def assert_finished_like(run: Path, whole: Path) -> None:
+    """What was logged and the best model are equal to the bit."""
+    assert ended(run).state == "finished", output(run)
+    assert report(run).exit_code == 0
+    assert logged(run) == logged(whole)
+    found, expected = (load_file(path / "best.safetensors") for path in (run, whole))
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    predictions = "predictions/sst-dev-output.csv"
+    assert (run / predictions).read_bytes() == (whole / predictions).read_bytes()
+
+
+def assert_nothing_lost(run: Path) -> None:
+    """Every life goes on where the one before it stopped."""
+    past = lives(run)
+    assert [life.first_step for life in past[1:]] == [life.last_step for life in past[:-1]]
+
+
+def processes(run: Path) -> list[psutil.Process]:
+    """The tasks of the run's job on this machine, which is all of its nodes."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        line = process.info["cmdline"] or []
+        if "submitit.core._submit" in line and line[-1] == str(run / "slurm") and "srun" not in line[0]:
+            found.append(process)
+    return found
+
+
+@contextmanager
+def drained(cluster) -> Iterator[None]:
+    """No job starts meanwhile."""
+    cluster.run("scontrol", "update", "nodename=n1,n2", "state=drain", "reason=test")
+    try:
+        yield
+    finally:
+        cluster.run("scontrol", "update", "nodename=n1,n2", "state=resume")
+
+
+def test_two_nodes_train_as_one_machine_does(runs):
+    arguments = [*SMALL, "--steps", 8, "--eval-every", 4, "--zero-stage", 2]
+    run = submit(runs / "cluster", *arguments, "--nodes", 2, "--tasks-per-node", 2, "--time", "1h")
+    local = runs / "local"
+    ended(run)
+    assert main(["train", "--run", str(local), "--processes", "4", *map(str, arguments)]) == 0
+    assert_finished_like(run, local)
+    assert RunFolder(run).read_config().parallel.processes == 4
+    (life,) = lives(run)
+    assert life.nodes == "n[1-2]" and life.ending is Ending.FINISHED
+
+
+@pytest.fixture(scope="module")
+def disturbed(cluster, runs, whole) -> dict[str, Path]:
+    """Four runs at once, two on each node, each ended in its own way at a step of its own."""
+    job = ["--tasks-per-node", 2, "--signal-before", 20]
+    found = {name: runs / name for name in ("signal", "requeue", "time", "killed")}
+    for name, run in found.items():
+        submit(run, *LONG, *job, *(["--time", "1"] if name == "time" else []))
+    at_step(found["signal"], 20)
+    cluster.run("scancel", "--signal=TERM", job_id(found["signal"]))
+    at_step(found["requeue"], 20)
+    cluster.run("scontrol", "requeue", job_id(found["requeue"]))
+    at_step(found["killed"], 20)
+    processes(found["killed"])[-1].send_signal(signal.SIGKILL)
+    return found
+
+
+def test_a_signal_is_a_request_to_save_and_go_on(disturbed, whole):
+    assert_finished_like(disturbed["signal"], whole)
+    assert [life.ending for life in lives(disturbed["signal"])] == [Ending.STOPPED, Ending.FINISHED]
+    assert_nothing_lost(disturbed["signal"])
+    assert lives(disturbed["signal"])[0].last_step >= 20 and report(disturbed["signal"]).requeues == 1
+
+
+def test_an_operators_requeue_loses_nothing(disturbed, whole):
+    assert_finished_like(disturbed["requeue"], whole)
+    assert [life.ending for life in lives(disturbed["requeue"])] == [Ending.REQUEUED, Ending.FINISHED]
+    assert_nothing_lost(disturbed["requeue"])
+
+
+def test_the_time_limit_is_no_end(disturbed, whole):
+    """SLURM may send its warning up to a minute early."""
+    assert_finished_like(disturbed["time"], whole)
+    *before, last = [life.ending for life in lives(disturbed["time"])]
+    assert last is Ending.FINISHED and set(before) <= {Ending.TIME_LIMIT}
+    assert_nothing_lost(disturbed["time"])
+
+
+def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(disturbed, whole):
+    assert_finished_like(disturbed["killed"], whole)
+    first, last = lives(disturbed["killed"])
+    assert first.ending is Ending.KILLED and "task" in first.detail and last.ending is Ending.FINISHED
+    assert last.first_step >= 10
+
+
+def test_preempted_runs_go_on_where_the_site_requeues_and_where_it_cancels(cluster, runs, whole):
+    first, second = runs / "preempted", runs / "cancelled-by-site"
+    submit(first, *LONG, "--tasks-per-node", 2, "--slurm-parameters", "nodelist=n1")
+    submit(second, *LONG, "--tasks-per-node", 2, "--partition", "cancel", "--slurm-parameters", "nodelist=n2")
+    cluster.run("scontrol", "update", f"jobid={job_id(second)}", "requeue=0")
+    at_step(first, 20)
+    at_step(second, 20)
+    old = job_id(second)
+    cluster.run("sbatch", "-p", "urgent", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 3")
+    for run in (first, second):
+        assert_finished_like(run, whole)
+        assert [life.ending for life in lives(run)] == [Ending.PREEMPTED, Ending.FINISHED]
+        assert_nothing_lost(run)
+    assert job_id(first) == lives(first)[0].job_id and lives(first)[0].then == "requeued"
+    assert job_id(second) != old and lives(second)[0].then == f"job {job_id(second)}"
+
+
+def test_a_lost_node_costs_the_steps_since_the_last_checkpoint(cluster, runs, whole):
+    run = submit(runs / "lost-node", *LONG, "--nodes", 2)
+    at_step(run, 25)
+    cluster.kill_node("n2")
+    try:
+        eventually(lambda: lives(run)[0].ended or report(run).state == "pending", "the loss to be noticed", run)
+    finally:
+        cluster.start_node("n2")
+    assert_finished_like(run, whole)
+    assert [life.ending for life in lives(run)] == [Ending.NODE_FAILURE, Ending.FINISHED]
+    assert lives(run)[-1].first_step >= 20
+
+
+def test_an_array_with_failures(cluster, runs, capsys):
+    """Six runs, two of which fail: table, log, a second submission of those two, cancelling."""
+    folder = runs / "sweep"
+    sweep = ["--sweep", "seed=1,2", "lr=0.001,0.002,1e30"]
+    arguments = ["submit", "--run", str(folder), *map(str, SMALL), "--steps", "8", "--max-skipped", "2", *sweep]
+    assert main([*arguments, "--array-parallelism", "4"]) == 0
+    found = sorted(path.parent for path in folder.glob("*/config.yaml"))
+    assert len(found) == 6 and (folder / "seed=1,lr=1e30").is_dir()
+    array = {job_id(run).partition("_")[0] for run in found}
+    assert len(array) == 1
+    states = {run.name: ended(run).state for run in found}
+    bad = [run for run in found if run.name.endswith("lr=1e30")]
+    assert states == {run.name: "failed" if run in bad else "finished" for run in found}
+
+    capsys.readouterr()
+    assert main(["jobs", str(folder), "--json"]) == 0
+    rows = {Path(row["run"]).name: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["seed=1,lr=0.001"]["step"] == 8 and rows["seed=1,lr=0.001"]["total"] == 8
+    assert "were skipped" in rows["seed=2,lr=1e30"]["detail"]
+    assert main(["jobs", str(bad[0])]) == 2
+    assert main(["logs", str(bad[0])]) == 0
+    said = capsys.readouterr().out
+    assert "were skipped" in said and "Traceback" not in said
+    accounted = cluster.run("sacct", "-X", "-n", "-P", "-j", job_id(bad[0]), "-o", "State,ExitCode")
+    assert accounted == "FAILED|2:0"
+
+    with drained(cluster):
+        assert main(arguments) == 0
+        said = capsys.readouterr().out
+        assert said.count("finished") == 4 and said.count("Run folder:") == 2
+        assert array.isdisjoint(job_id(run).partition("_")[0] for run in bad)
+        assert {report(run).state for run in bad} == {"pending"}
+        assert main(["submit", "--run", str(bad[0])]) == 2
+        assert "has a job already: pending" in capsys.readouterr().err
+        assert main(["cancel", str(folder)]) == 0
+    assert {ended(run).state for run in bad} == {"cancelled"}
+    assert main(["jobs", str(bad[0])]) == 86
+
+
+def test_a_cancelled_job_saves_and_stays_cancelled(cluster, runs):
+    """By `minbert cancel` and by a bare `scancel`, which sends the same signal as a preemption."""
+    ours, bare = runs / "cancelled", runs / "scancelled"
+    for run in (ours, bare):
+        submit(run, *LONG, "--steps", 2000)
+    for run in (ours, bare):
+        at_step(run, 10)
+    assert main(["cancel", str(ours)]) == 0
+    cluster.run("scancel", job_id(bare))
+    for run in (ours, bare):
+        assert ended(run).state == "cancelled"
+        (life,) = lives(run)
+        assert life.code == 75 and life.last_step >= 10 and life.exit_code == 86
+    assert ended(ours).requeues == 0
+
+
+def test_a_mismatch_explains_itself(cluster, runs, capsys):
+    """SLURM gives something else than the job was meant to have."""
+    with drained(cluster):
+        run = submit(runs / "mismatch", *SMALL)
+        records = Records(run)
+        records.write_submission(replace(records.submission(), settings={"nodes": 2, "gpus_per_node": 2}))
+    assert ended(run).state == "failed" and report(run).exit_code == 2
+    assert main(["logs", str(run)]) == 0
+    said = capsys.readouterr().out
+    for problem in ("asked for nodes=2, SLURM gave 1", "SLURM starts 1: 1 on n", "has 0 GPU(s) for 1 processes"):
+        assert problem in said
+
+
+def test_a_waiting_job_keeps_its_code(cluster, runs, tmp_path, capsys):
+    """The code may be edited, or be gone, before the job starts."""
+    source = tmp_path / "checkout"
+    for package in ("data", "trainer", "launch", "slurm"):
+        shutil.copytree(Path(__file__).parents[1] / package, source / "minbert" / package)
+    environment = os.environ | {"PYTHONPATH": str(source)}
+    run = runs / "snapshot"
+    command = ["-m", "minbert.launch.main", "submit", "--run", str(run), *map(str, SMALL), "--steps", "2"]
+    with drained(cluster):
+        subprocess.run([sys.executable, *command], env=environment, check=True, timeout=100)
+        for file in source.rglob("*.py"):
+            file.write_text("raise SystemExit('edited')\n")
+    assert ended(run).state == "finished", output(run)
