@@ -6,6 +6,7 @@ code.diff         uncommitted changes of the code     tensorboard/     the same 
 encoder/          the encoder's shape and tokenizer   checkpoints/     what resuming needs
 best.safetensors  the model with the best score       predictions/     the course's prediction files
 gramians.jsonl    inner products of the tasks' gradients, layer by layer
+slurm/, code/     of a submitted run: its jobs' files and records, and the code that they run
 """
 
 import hashlib
