@@ -20,8 +20,11 @@ LOCAL_REQUEUE = 144  # submitit's local executor starts the processes again if o
 
 
 class RunJob:
-    """One process of the job that trains the run in `run`. Returns 0 (finished) or 75 (stopped, saved); anything else
-    ends the process with its exit code."""
+    """One process of the job that trains the run in `run`.
+
+    Its exit code is 0 if the run was finished or has stopped and saved, of which rank 0 tells the records: srun kills
+    the other processes, which may still have to do something, when one has another code.
+    """
 
     def __init__(self, run: Path):
         self.run = run
@@ -34,6 +37,10 @@ class RunJob:
             code = self._train(allocation, stop)
             if allocation.rank == 0:
                 self._tell(allocation, code, stop)
+            if code == ExitCode.INTERRUPTED:  # time is short, and the interpreter's farewell takes seconds
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(0)
             return code
 
     def _train(self, allocation: Allocation, stop: StopRequest) -> int:

@@ -29,7 +29,8 @@ from minbert.trainer.run_folder import RunFolder
 pytestmark = pytest.mark.xdist_group("slurm")
 
 SMALL = ["--train-limit", 120, "--eval-limit", 40, "--batch-size", 8, "--log-every", 5]
-LONG = [*SMALL, "--steps", 120, "--eval-every", 40, "--save-every", 10]
+LONG = [*SMALL, "--steps", 120, "--eval-every", 40, "--save-every", 10]  # for two processes
+LONGER = [*SMALL, "--steps", 600, "--eval-every", 200, "--save-every", 20]  # for one, which is faster
 PATIENCE = 150.0
 
 
@@ -59,6 +60,13 @@ def whole(runs) -> Path:
     return runs / "whole"
 
 
+@pytest.fixture(scope="module")
+def alone(runs) -> Path:
+    """The same of one process."""
+    assert main(["train", "--run", str(runs / "alone"), *map(str, LONGER)]) == 0
+    return runs / "alone"
+
+
 def submit(run: Path, *arguments: object) -> Path:
     assert main(["submit", "--run", str(run), *map(str, arguments)]) == 0
     return run
@@ -73,18 +81,17 @@ def eventually(condition: Callable[[], object], what: str, run: Path) -> None:
     while not condition():
         if time.monotonic() > end:
             raise AssertionError(f"waited too long for {what}\n{report(run)}\n{output(run)}")
-        time.sleep(0.3)
+        time.sleep(0.5)
+
+
+def has_reached(run: Path, step: int) -> bool:
+    """Whether the run has logged this step."""
+    assert report(run).active, output(run)
+    return any(record["step"] >= step for record in RunFolder(run).read_metrics())
 
 
 def at_step(run: Path, step: int) -> None:
-    """Wait until the run has logged this step."""
-    folder = RunFolder(run)
-
-    def arrived() -> bool:
-        assert report(run).active, output(run)
-        return any(record["step"] >= step for record in folder.read_metrics())
-
-    eventually(arrived, f"step {step}", run)
+    eventually(lambda: has_reached(run, step), f"step {step}", run)
 
 
 def output(run: Path) -> str:
@@ -161,18 +168,35 @@ def test_two_nodes_train_as_one_machine_does(runs):
 
 
 @pytest.fixture(scope="module")
-def disturbed(cluster, runs, whole) -> dict[str, Path]:
-    """Four runs at once, two on each node, each ended in its own way at a step of its own."""
-    job = ["--tasks-per-node", 2, "--signal-before", 20]
-    found = {name: runs / name for name in ("signal", "requeue", "time", "killed")}
+def disturbed(cluster, runs, whole, alone) -> dict[str, Path]:
+    """Four runs at once, two on each node, each ended in its own way."""
+    found = {name: runs / name for name in ("time", "requeue", "signal", "killed")}
+
+    def disturb(name: str) -> None:
+        job = job_id(found[name])
+        if name == "time":
+            cluster.run("scontrol", "update", f"jobid={job}", "timelimit=1")  # most of it is over
+        elif name == "requeue":
+            cluster.run("scontrol", "requeue", job)
+        elif name == "signal":
+            cluster.run("scancel", "--signal=TERM", job)
+        else:
+            processes(found[name])[-1].send_signal(signal.SIGKILL)
+
     for name, run in found.items():
-        submit(run, *LONG, *job, *(["--time", "1"] if name == "time" else []))
-    at_step(found["signal"], 20)
-    cluster.run("scancel", "--signal=TERM", job_id(found["signal"]))
-    at_step(found["requeue"], 20)
-    cluster.run("scontrol", "requeue", job_id(found["requeue"]))
-    at_step(found["killed"], 20)
-    processes(found["killed"])[-1].send_signal(signal.SIGKILL)
+        size = [*LONG, "--tasks-per-node", 2] if name in ("signal", "killed") else LONGER
+        submit(run, *size, "--time", "30m", "--signal-before", 20)
+    waiting = set(found)
+
+    def all_disturbed() -> bool:
+        for name in [name for name in waiting if has_reached(found[name], 20)]:
+            disturb(name)
+            waiting.remove(name)
+        return not waiting
+
+    eventually(all_disturbed, "step 20 of all", found["killed"])
+    eventually(lambda: lives(found["time"])[0].ended, "the warning", found["time"])
+    cluster.run("scontrol", "update", f"jobid={job_id(found['time'])}", "timelimit=30")
     return found
 
 
@@ -183,17 +207,17 @@ def test_a_signal_is_a_request_to_save_and_go_on(disturbed, whole):
     assert lives(disturbed["signal"])[0].last_step >= 20 and report(disturbed["signal"]).requeues == 1
 
 
-def test_an_operators_requeue_loses_nothing(disturbed, whole):
-    assert_finished_like(disturbed["requeue"], whole)
+def test_an_operators_requeue_loses_nothing(disturbed, alone):
+    assert_finished_like(disturbed["requeue"], alone)
     assert [life.ending for life in lives(disturbed["requeue"])] == [Ending.REQUEUED, Ending.FINISHED]
     assert_nothing_lost(disturbed["requeue"])
 
 
-def test_the_time_limit_is_no_end(disturbed, whole):
-    """SLURM may send its warning up to a minute early."""
-    assert_finished_like(disturbed["time"], whole)
-    *before, last = [life.ending for life in lives(disturbed["time"])]
-    assert last is Ending.FINISHED and set(before) <= {Ending.TIME_LIMIT}
+def test_the_time_limit_is_no_end(disturbed, alone):
+    """SLURM warns, perhaps up to a minute early."""
+    assert_finished_like(disturbed["time"], alone)
+    assert [life.ending for life in lives(disturbed["time"])] == [Ending.TIME_LIMIT, Ending.FINISHED]
+    assert lives(disturbed["time"])[0].signal == signal.SIGUSR2
     assert_nothing_lost(disturbed["time"])
 
 
@@ -277,7 +301,7 @@ def test_a_cancelled_job_saves_and_stays_cancelled(cluster, runs):
     """By `minbert cancel` and by a bare `scancel`, which sends the same signal as a preemption."""
     ours, bare = runs / "cancelled", runs / "scancelled"
     for run in (ours, bare):
-        submit(run, *LONG, "--steps", 2000)
+        submit(run, *LONGER, "--steps", 20000)
     for run in (ours, bare):
         at_step(run, 10)
     assert main(["cancel", str(ours)]) == 0
@@ -285,7 +309,7 @@ def test_a_cancelled_job_saves_and_stays_cancelled(cluster, runs):
     for run in (ours, bare):
         assert ended(run).state == "cancelled"
         (life,) = lives(run)
-        assert life.code == 75 and life.last_step >= 10 and life.exit_code == 86
+        assert life.code == 75 and Records(run).newest_step() >= 10 and report(run).exit_code == 86
     assert ended(ours).requeues == 0
 
 
