@@ -16,7 +16,8 @@ from minbert.slurm.records import EXIT_CODES, Ending, Records
 from minbert.slurm.verdict import Error
 from minbert.trainer.stop import StopRequest
 
-LOCAL_REQUEUE = 144  # submitit's local executor starts the processes again if one ends with it
+LOCAL_REQUEUE = 144  # submitit's local executor starts the processes again if one ends with it,
+LOCAL_STARTS = 6  # up to this often
 
 
 class RunJob:
@@ -93,7 +94,7 @@ class RunJob:
             ending = Ending.CANCELLED
         else:
             ending = Ending.TIME_LIMIT if stop.signal == signal.SIGUSR2 else Ending.STOPPED
-        goes_on = ending is Ending.TIME_LIMIT and len(before) < settings.max_requeues
+        goes_on = ending is Ending.TIME_LIMIT and len(before) < min(settings.max_requeues, LOCAL_STARTS - 1)
         records.end(life, ending, exit_code=EXIT_CODES[ending], then="requeued" if goes_on else "")
         if goes_on:
             sys.exit(LOCAL_REQUEUE)

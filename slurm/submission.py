@@ -5,6 +5,7 @@ records each life, and lets the job go on. What is pickled holds the run folder'
 folder says.
 """
 
+import io
 import os
 import shlex
 import socket
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def _submit_part(
     ]
     _record(runs, submissions)  # a job may start before its id is known here
     executor = _executor(settings, folder, code, runs_file, name)
-    with _submission_environment(code):
+    with _submission_environment(code), redirect_stderr(io.StringIO()):  # submitit prints what it raises
         try:
             jobs = [executor.submit(tasks[0])] if len(runs) == 1 else executor.submit_array(tasks)
         except (subprocess.SubprocessError, RuntimeError) as error:

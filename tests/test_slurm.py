@@ -25,6 +25,7 @@ from minbert.slurm.records import EXIT_CODES, Ending, Records, Submission
 from minbert.slurm.settings import JobSettings, parse_time, resolve_settings
 from minbert.slurm.snapshot import take_snapshot
 from minbert.slurm.status import look
+from minbert.slurm.submission import submit as submit_runs
 from minbert.slurm.supervisor import KILLED, bounded
 from minbert.slurm.verdict import Error, Evidence, Next, Verdict, judge
 from minbert.trainer.run_folder import RunFolder
@@ -192,6 +193,15 @@ def test_every_element_has_a_folder_of_its_own(values):
         assert "two elements" in str(error)
     else:
         assert len(found) == len(values) and all("/" not in name for name in found)
+
+
+def test_a_sweep_is_split_at_the_sites_array_limit(monkeypatch):
+    parts = []
+    monkeypatch.setattr("minbert.slurm.controller.largest_array", lambda: 4)
+    monkeypatch.setattr("minbert.slurm.submission._submit_part", lambda runs, *rest: parts.append(len(runs)) or runs)
+    runs = [Path(f"/run{index}") for index in range(10)]
+    assert submit_runs(runs, [None] * 10, JobSettings(), Path(), Path(), [None] * 10, "x") == runs
+    assert parts == [4, 4, 2]
 
 
 # Verdicts
