@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from minbert.trainer.checkpoint import published
 
+pytestmark = pytest.mark.xdist_group("chaos")  # one process of the suite makes the runs for all
+
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "chaos.py"
 
 

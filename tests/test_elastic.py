@@ -124,6 +124,7 @@ def deepspeed(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.xdist_group("deepspeed")
 @pytest.mark.parametrize("source", ["stage-0", "stage-1", "stage-2", "stage-3", "universal-2", "universal-3"])
 def test_what_deepspeed_saved_becomes_a_checkpoint(deepspeed, tmp_path, capsys, source):
     """Bit by bit, and training goes on from it."""
@@ -158,6 +159,7 @@ class Evil:
         return os.system, ("echo run",)
 
 
+@pytest.mark.xdist_group("deepspeed")
 def test_a_pickle_that_could_run_code_is_not_read(deepspeed, tmp_path, capfd):
     source = tmp_path / "source"
     source.mkdir()
@@ -169,6 +171,7 @@ def test_a_pickle_that_could_run_code_is_not_read(deepspeed, tmp_path, capfd):
     assert "posix.system that could run code when loaded; it is not read" in said.err and said.out.count("run\n") == 0
 
 
+@pytest.mark.xdist_group("deepspeed")
 def test_a_checkpoint_of_another_model_is_refused(deepspeed, tmp_path, capsys):
     arguments = [str(tmp_path / "run"), *map(str, SMALL), "--features", "baseline"]
     assert main(["checkpoint", "convert", str(deepspeed / "stage-2" / "deepspeed"), *arguments]) == 2
