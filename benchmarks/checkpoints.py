@@ -1,9 +1,10 @@
-"""What a checkpoint costs: how long the step is held, how long until it is safe on the disk, its bytes, loading it.
+"""What a checkpoint costs the run that writes it, beside DeepSpeed's `save_checkpoint` and Accelerate's `save_state`.
 
-The same engine in the same state is saved in turn by this project (in the background, hashed, flushed), by Accelerate's
-`save_state`, and where DeepSpeed runs by its own `save_checkpoint`. The peers flush nothing, so their time until the
-checkpoint is safe includes flushing their files afterwards. While ours is written the training goes on, slower where no
-core is free: the time that steps lose to it is measured too, and is the true cost.
+All ways save the same engine and take turns within one run. Stall is the time that the training loop waits for the
+call; total lasts until the data are on the disk, for which the others' files are flushed after the call, as they do
+not do so themselves. Ours are written in the background, which takes something from the steps that run meanwhile, and
+the others' by the kernel after the call: so steps are timed before and after each save; the difference plus the stall
+is what the save cost. Every checkpoint is loaded again, ours verified, and compared with the state that was saved.
 
     python benchmarks/checkpoints.py --model minilm --processes 2 --zero-stage 2
 """
@@ -16,33 +17,31 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
 import tyro
 
+FIGURES = ("stall", "call", "total", "bytes", "before", "after", "load")
+
 
 @dataclass(frozen=True)
 class Options:
-    """Benchmark of saving and loading."""
+    """Benchmark of checkpoints."""
 
-    data: str = "builtin"
-    """Data, as for `minbert train`."""
-    model: str = "tiny"
+    model: str = "minilm"
     """Model, as for `minbert train`."""
-    batch_size: int = 8
-    """Examples per task and step, over all processes."""
-    rounds: int = 7
-    """Turns that each way takes."""
-    steps: int = 6
-    """Steps timed with and without a checkpoint being written."""
     processes: int = 2
     zero_stage: int | None = None
+    rounds: int = 7
+    """Turns that each way takes, after a first one that is reported apart."""
+    steps: int = 3
+    """Training steps timed before and after each save."""
+    batch_size: int = 8
     folder: Path | None = None
-    """Where to write; the default is among the temporary files."""
+    """Where to write: a folder on the disk to be measured; the default is the temporary folder."""
+    seed: int = 0
 
 
 def main() -> None:
@@ -51,172 +50,232 @@ def main() -> None:
     from minbert.launch.processes import launch
     from minbert.trainer.preparation import prepare
 
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["PYTHONWARNINGS"] = "ignore"
-    arguments = f"--data {options.data} --model {options.model} --batch-size {options.batch_size} --trackers"
-    stage = [] if options.zero_stage is None else ["--zero-stage", str(options.zero_stage)]
+    arguments = ["--model", options.model, "--batch-size", str(options.batch_size), "--seed", str(options.seed)]
+    arguments += ["--processes", str(options.processes), "--trackers"]
+    arguments += [] if options.zero_stage is None else ["--zero-stage", str(options.zero_stage)]
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
-        folder = Path(name)
-        run = prepare(parse_run_config([*arguments.split(), *stage, "--run", f"{folder}/run"]))
-        task = {"run": str(run.path), "out": str(folder / "out.json"), "rounds": options.rounds, "steps": options.steps}
-        (folder / "task.json").write_text(json.dumps(task))
-        command = [sys.executable, __file__, str(folder / "task.json")]
-        # One process runs without a process group, as `minbert train` has it.
-        code = subprocess.call(command) if options.processes == 1 else launch(command, options.processes, folder)
+        run = prepare(parse_run_config([*arguments, "--run", f"{name}/run"]))
+        task = Path(name) / "task.json"
+        task.write_text(json.dumps({"run": str(run.path), "rounds": options.rounds, "steps": options.steps}))
+        command = [sys.executable, __file__, str(task)]
+        if options.processes == 1:  # as `minbert train` does it
+            code = subprocess.call(command)
+        else:
+            code = launch(command, options.processes, Path(name))
         if code:
             sys.exit(code)
-        _print(options, json.loads((folder / "out.json").read_text()))
+        _print(options, json.loads((Path(name) / "out.json").read_text()))
 
 
-def worker(task: dict) -> None:
-    """One process: take turns, and report from rank 0."""
+def worker(folder: Path, task: dict) -> None:
+    """One process: every way in turn, in another order each round; rank 0 reports."""
     import torch
+    from torch.distributed import ReduceOp
 
-    from minbert.data.tokens import load_tokenizer
     from minbert.trainer import distributed
-    from minbert.trainer.checkpoint import Manifest, TrainingState
-    from minbert.trainer.engine import build_accelerator, build_engine
-    from minbert.trainer.optimizer import build_optimizer
-    from minbert.trainer.preparation import build_plan, load_split
-    from minbert.trainer.resuming import newest_intact, restore
     from minbert.trainer.run_folder import RunFolder
-    from minbert.trainer.saved_model import build_model
-    from minbert.trainer.saving import CheckpointWriter, now
-    from minbert.trainer.step import TrainingStep
 
     run = RunFolder(Path(task["run"]))
     config = run.read_config()
     world = distributed.start(config.parallel)
-    tokenizer = load_tokenizer(run.encoder)
-    splits = {name: load_split(config, name, "train", tokenizer) for name in config.corpus.tasks}
-    model = build_model(config, run)
-    engine = build_engine(build_accelerator(config, world), model, build_optimizer(model, config.optimizer))
-    engine.train()
-    step = TrainingStep(engine, build_plan(config, splits), splits, world)
-    budget = config.budget.model_copy(update={"keep": 1})
+    engine, step = _build(run, config, world)
+    ways = {"minbert": Ours(engine, step.aggregator, config, world, folder), "accelerate": Accelerate(engine, folder)}
+    if config.parallel.zero_stage is not None:
+        ways["deepspeed"] = DeepSpeed(engine, folder)
+    measured = {way: {figure: [] for figure in FIGURES} for way in ways}
 
-    def describe(state: TrainingState) -> Manifest:
-        return Manifest(
-            step=state.step,
-            written=now(),
-            processes=world.size,
-            zero_stage=config.parallel.zero_stage,
-            state=state,
-            positions={},
-            identity={},
-            config={},
-            code={},
-            shapes=engine.shapes,
-            files={},
-        )
+    def timed(work, *arguments) -> float:
+        world.barrier()
+        started = perf_counter()
+        work(*arguments)
+        return perf_counter() - started
 
-    writer = CheckpointWriter(run.checkpoints, engine, step.aggregator, world, budget, describe)
     number = 0
 
-    def train(count: int) -> None:
+    def train() -> None:
         nonlocal number
-        for _ in range(count):
+        for _ in range(task["steps"]):
             step(number, 1.0)
             number += 1
 
-    def slowest(seconds: float) -> float:
-        """Of all processes."""
-        if world.size == 1:
-            return seconds
-        value = torch.tensor(seconds)
-        torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX)
-        return float(value)
-
-    def timed(work: Callable[[], object]) -> float:
-        world.barrier()
-        start = perf_counter()
-        work()
-        return slowest(perf_counter() - start)
-
-    def ours() -> dict[str, float]:
-        stall = timed(lambda: writer.save(TrainingState(step=number, updates=number)))
-        return {"stall": stall, "safe": stall + timed(writer.finish), "bytes": _size(run.checkpoints)}
-
-    def peer(save: Callable[[Path], object]) -> dict[str, float]:
-        folder = run.path / "peer"
-        stall = timed(lambda: save(folder))
-        flush = timed(lambda: _flush(folder) if world.is_main else None)
-        return {"stall": stall, "safe": stall + flush, "bytes": _size(folder)}
-
-    ways = {"minbert": ours, "Accelerate": lambda: peer(lambda folder: engine.accelerator.save_state(str(folder)))}
-    loads = {"Accelerate": lambda folder: engine.accelerator.load_state(str(folder))}
-    if config.parallel.zero_stage is not None:
-        ways["DeepSpeed"] = lambda: peer(lambda folder: engine.model.save_checkpoint(str(folder)))
-        loads["DeepSpeed"] = lambda folder: engine.model.load_checkpoint(str(folder))
-    results: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    train(2)  # moments come into being with the first step
-    for turn in range(task["rounds"] + 1):
-        order = list(ways)
-        for way in order[turn % len(order) :] + order[: turn % len(order)]:
-            train(1)
-            measured = ways[way]()
-            if way == "minbert":
-                measured["load"] = timed(
-                    lambda: restore(*newest_intact(run.checkpoints, world), engine, step.aggregator, world, 0)
-                )
-            else:
-                measured["load"] = timed(lambda way=way: loads[way](run.path / "peer"))
-                if world.is_main:
-                    shutil.rmtree(run.path / "peer")
-            if turn:  # the first round warms up
-                for name, value in measured.items():
-                    results[way][name].append(value)
-        for saving in (False, True) if turn % 2 else (True, False):
+    train()
+    for turn in range(1 + task["rounds"]):
+        order = list(ways)[turn % len(ways) :] + list(ways)[: turn % len(ways)]
+        for name in order:
+            way, into = ways[name], measured[name]
+            into["before"].append(timed(train))
+            # Once for how long a save takes by itself, and once with steps that follow at once.
+            into["call"].append(timed(way.save, number))
+            into["total"].append(into["call"][-1] + timed(way.complete))
             world.barrier()
-            if saving:
-                writer.save(TrainingState(step=number, updates=number))
-            seconds = timed(lambda: train(task["steps"]))
-            writer.finish()
-            if turn:
-                results["steps"]["with" if saving else "without"].append(seconds)
+            way.remove()
+            saved = [tensor.clone() for part in engine.parts() for tensor in part.tensors.values()]
+            number += 1  # a checkpoint of another step, with the same content
+            into["stall"].append(timed(way.save, number))
+            into["after"].append(timed(train))
+            way.complete()
+            world.barrier()
+            into["bytes"].append(float(sum(path.stat().st_size for path in way.path.rglob("*") if path.is_file())))
+            into["load"].append(timed(way.load, f"{turn}/{name}"))
+            found = [tensor for part in engine.parts() for tensor in part.tensors.values()]
+            assert all(map(torch.equal, found, saved)), f"{name} loads another state than it saved"
+            world.barrier()
+            way.remove()
+    for figures in measured.values():
+        for figure, values in figures.items():
+            slowest = torch.tensor(values, dtype=torch.float64)
+            if world.size > 1:
+                torch.distributed.all_reduce(slowest, op=ReduceOp.MAX)
+            figures[figure] = slowest.tolist()
     if world.is_main:
-        Path(task["out"]).write_text(json.dumps(results))
+        (folder / "out.json").write_text(json.dumps(measured))
     world.barrier()
     distributed.stop()
-    world.messages.farewell()
 
 
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+def _build(run, config, world):
+    from minbert.data.tokens import load_tokenizer
+    from minbert.trainer.engine import build_accelerator, build_engine
+    from minbert.trainer.optimizer import build_optimizer
+    from minbert.trainer.preparation import build_plan, load_split
+    from minbert.trainer.random_state import seed_everything
+    from minbert.trainer.saved_model import build_model
+    from minbert.trainer.step import TrainingStep
+    from minbert.trainer.weights import find_checkpoint, load_weights
+
+    splits = {name: load_split(config, name, "train", load_tokenizer(run.encoder)) for name in config.corpus.tasks}
+    seed_everything(config.seed)
+    model = build_model(config, run)
+    if config.encoder.model != "tiny":
+        load_weights(model.bert, find_checkpoint(config.encoder.model))
+    model.to(world.device)
+    engine = build_engine(build_accelerator(config, world), model, build_optimizer(model, config.optimizer))
+    engine.train()
+    return engine, TrainingStep(engine, build_plan(config, splits), splits, world)
 
 
-def _flush(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+class Ours:
+    """A copy in memory, then a thread that writes, hashes, flushes and publishes. Loading verifies every byte."""
+
+    def __init__(self, engine, aggregator, config, world, folder: Path):
+        from minbert.trainer.checkpoint import Manifest
+        from minbert.trainer.saving import CheckpointWriter, now
+
+        self.engine, self.aggregator, self.world, self.path = engine, aggregator, world, folder / "minbert"
+
+        def describe(state) -> Manifest:
+            parallel = {"processes": world.size, "zero_stage": config.parallel.zero_stage}
+            nothing = {"positions": {}, "identity": {}, "config": {}, "code": {}, "files": {}}
+            return Manifest(state.step, now(), **parallel, state=state, shapes=engine.shapes, **nothing)
+
+        self.writer = CheckpointWriter(self.path, engine, aggregator, world, config.budget, describe)
+
+    def save(self, number: int) -> None:
+        from minbert.trainer.checkpoint import TrainingState
+
+        self.writer.save(TrainingState(step=number, updates=number))
+
+    def complete(self) -> None:
+        assert self.writer.finish()
+
+    def load(self, topic: str) -> None:
+        from torch.distributed import PrefixStore
+
+        from minbert.trainer.distributed import World
+        from minbert.trainer.messages import Messages
+        from minbert.trainer.resuming import newest_intact, restore
+
+        world = self.world
+        if world.size > 1:  # a run resumes once: each time has messages of its own
+            messages = world.messages
+            messages = Messages(PrefixStore(topic, messages.store), world.rank, world.size, messages.timeout)
+            world = World(world.rank, world.size, world.device, messages)
+        found = newest_intact(self.path, world)
+        restore(*found, self.engine, self.aggregator, world, seed=0)
+
+    def remove(self) -> None:
+        if self.world.is_main:
+            shutil.rmtree(self.path)
 
 
-def _print(options: Options, results: dict[str, dict[str, list[float]]]) -> None:
-    stage = "data parallel" if options.zero_stage is None else f"ZeRO {options.zero_stage}"
-    print(f"{platform.machine()}, {os.cpu_count()} cores, {options.processes} process(es), {stage}, ", end="")
-    print(f"model {options.model}, {options.rounds} rounds; seconds, and ratios of each round (least to greatest)\n")
-    print("| | held | ratio | safe on disk | ratio | loaded | ratio | MB |")
-    print("|---|---|---|---|---|---|---|---|")
-    own = results["minbert"]
-    for way in ("minbert", "Accelerate", "DeepSpeed"):
-        if found := results.get(way):
-            cells = []
-            for name in ("stall", "safe", "load"):
-                ratios = sorted(theirs / ours for theirs, ours in zip(found[name], own[name]))
-                cells.append(f"{statistics.median(found[name]):.3f}")
-                cells.append(f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})")
-            print(f"| {way} | {' | '.join(cells)} | {statistics.median(found['bytes']) / 1e6:.1f} |")
-    steps = results["steps"]
-    lost = sorted(busy - idle for busy, idle in zip(steps["with"], steps["without"]))
-    print(
-        f"\n{options.steps} steps take {statistics.median(steps['without']):.2f} s; while a checkpoint is written, "
-        f"{statistics.median(lost):+.2f} s ({lost[0]:+.2f} to {lost[-1]:+.2f})"
-    )
+class Accelerate:
+    """`Accelerator.save_state`; under DeepSpeed that calls DeepSpeed, and adds random states."""
+
+    name = "accelerate"
+
+    def __init__(self, engine, folder: Path):
+        self.engine, self.path = engine, folder / self.name
+
+    def save(self, number: int) -> None:
+        self.engine.accelerator.save_state(str(self.path))
+
+    def complete(self) -> None:
+        """Flush every file and folder; one process can do it for all on its machine."""
+        for path in [self.path, *self.path.rglob("*")] if self.engine.accelerator.is_main_process else []:
+            descriptor = os.open(path, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+
+    def load(self, topic: str) -> None:
+        self.engine.accelerator.load_state(str(self.path))
+
+    def remove(self) -> None:
+        if self.engine.accelerator.is_main_process:
+            shutil.rmtree(self.path)
+
+
+class DeepSpeed(Accelerate):
+    name = "deepspeed"
+
+    def save(self, number: int) -> None:
+        self.engine.model.save_checkpoint(str(self.path), tag="benchmark")
+
+    def load(self, topic: str) -> None:
+        self.engine.model.load_checkpoint(str(self.path), tag="benchmark")
+
+
+def _print(options: Options, measured: dict[str, dict[str, list[float]]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    for figures in measured.values():
+        pairs = zip(figures["stall"], figures["before"], figures["after"])
+        figures["cost"] = [stall + after - before for stall, before, after in pairs]
+        figures["slower"] = [after / before for before, after in zip(figures["before"], figures["after"])]
+    rows = {
+        "stall, s": ("stall", 1),
+        "total until on the disk, s": ("total", 1),
+        "following steps, time / before": ("slower", 1),
+        "training time lost, s": ("cost", 1),
+        "on the disk, MB": ("bytes", 1e6),
+        "loading, s": ("load", 1),
+    }
+    table = Table("median (from, to)", *measured)
+    for title, (figure, unit) in rows.items():
+        table.add_row(title, *(_spread([value / unit for value in one[figure][1:]]) for one in measured.values()))
+    table.add_row("first stall, s", *(f"{one['stall'][0]:.3f}" for one in measured.values()))
+    table.add_row("steps before a save, s", *(_spread(one["before"][1:]) for one in measured.values()))
+    ours = measured["minbert"]
+    for figure in ("stall", "total", "load"):
+        ratios = [[a / b for a, b in zip(one[figure][1:], ours[figure][1:])] for one in measured.values()]
+        table.add_row(f"{figure}, time / minbert's", *map(_spread, ratios))
+    console = Console(width=120)
+    console.print(f"{platform.machine()}, {os.cpu_count()} cores, {options}", highlight=False)
+    console.print(table)
+
+
+def _spread(values: list[float]) -> str:
+    digits = 0 if max(values) >= 100 else 2 if max(values) >= 1 else 3
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}, {max(values):.{digits}f})"
 
 
 if __name__ == "__main__":
     if len(sys.argv) == 2 and sys.argv[1].endswith("task.json"):
-        worker(json.loads(Path(sys.argv[1]).read_text()))
+        from minbert.launch.processes import record_errors
+
+        with record_errors():
+            path = Path(sys.argv[1])
+            worker(path.parent, json.loads(path.read_text()))
     else:
         main()
