@@ -20,6 +20,8 @@ COMMANDS = {
     "jobs": ("minbert.launch.jobs", "show every run: state, node, step, score"),
     "logs": ("minbert.launch.logs", "print or follow what a run prints"),
     "cancel": ("minbert.launch.cancel", "end the jobs of runs"),
+    "tune": ("minbert.launch.tune", "search hyperparameters, or start the full run from the best"),
+    "ablate": ("minbert.launch.ablate", "measure extensions alone, added up, left out, and combined"),
     "evaluate": ("minbert.launch.evaluate", "score the best model of a run"),
     "predict": ("minbert.launch.predict", "predict course files, a csv, or free text"),
     "export": ("minbert.launch.export", "write the encoder as a folder for transformers"),

@@ -1,4 +1,4 @@
-"""One process of a run: `python -m minbert.launch.worker RUN [--force]`, whoever starts it.
+"""One process of a run: `python -m minbert.launch.worker RUN [--force] [--no-predictions]`, whoever starts it.
 
 The run folder says everything else; rank and number of processes come from the environment.
 """
@@ -16,9 +16,9 @@ from minbert.trainer.run_folder import RunFolder
 from minbert.trainer.stop import StopRequest
 
 
-def work(run: RunFolder, force: bool = False, stop: StopRequest | None = None) -> int:
-    """Train; then rank 0 scores the best model and writes its predictions. `force` resumes from a checkpoint of other
-    data or another vocabulary. `stop` catches signals already."""
+def work(run: RunFolder, force: bool = False, stop: StopRequest | None = None, predictions: bool = True) -> int:
+    """Train; then rank 0 scores the best model and writes its predictions, unless that is off. `force` resumes from a
+    checkpoint of other data or another vocabulary. `stop` catches signals already."""
     rank = int(os.environ.get("RANK", 0))
     with nullcontext(stop) if stop else StopRequest() as stop, nullcontext() if rank else run.locked():
         _log_to(run.logs / f"rank-{rank}.log", rank)
@@ -28,7 +28,7 @@ def work(run: RunFolder, force: bool = False, stop: StopRequest | None = None) -
         if outcome is Outcome.INTERRUPTED:
             stop.exit_code = ExitCode.INTERRUPTED
             return ExitCode.INTERRUPTED
-        if rank == 0:
+        if rank == 0 and predictions:
             from minbert.launch.results import is_reported, report
 
             if outcome is Outcome.FINISHED or not is_reported(run):
@@ -64,4 +64,5 @@ def _log_thread_error(failed: threading.ExceptHookArgs) -> None:
 
 if __name__ == "__main__":
     with record_errors():
-        leave(work(RunFolder.existing(Path(sys.argv[1])), force="--force" in sys.argv[2:]))
+        folder, *flags = sys.argv[1:]
+        leave(work(RunFolder.existing(Path(folder)), "--force" in flags, predictions="--no-predictions" not in flags))

@@ -1,0 +1,122 @@
+"""Training one trial of a search or an ablation for whoever watches it; also `python -m minbert.launch.trial RUN`.
+
+A trial of one process is trained in the process that asks, which stays warm for the next one: PyTorch and its friends
+are imported once. One of several processes, or under DeepSpeed, which leaves its marks on a process, has a process of
+its own that starts the others.
+"""
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from minbert.data.errors import UserError
+from minbert.launch.exit_codes import ExitCode, leave
+from minbert.trainer.config import RunConfig
+from minbert.trainer.run_folder import RunFolder
+from minbert.trainer.stop import StopRequest
+
+POLL = 0.1  # seconds
+LOCK_PATIENCE = 60.0  # seconds in which the processes of an earlier life may still save and leave
+OUTPUT = "trial.log"  # what several processes print, in the run's logs
+
+_sizes: dict[str, dict[str, range]] = {}  # of training splits, which the trials of a search share
+
+
+def train_trial(config: RunConfig, stop: StopRequest, begin: Callable[[int], None]) -> tuple[int, str]:
+    """Train the run that `config` describes, from where it stands, until it ends or `stop` has a signal.
+
+    `begin` is told the steps of the budget before the first of them. No prediction files are written: what a search
+    wants is the score. Returns the exit code, and the error if it failed.
+    """
+    from minbert.trainer.preparation import prepare
+
+    try:
+        run = prepare(config)
+        begin(count_steps(run.read_config()))
+        _wait_until_free(run)
+        if config.parallel.processes > 1 or config.parallel.zero_stage is not None:
+            return _train_elsewhere(run, stop)
+        from minbert.launch.worker import work
+
+        return work(run, stop=stop, predictions=False), ""
+    except UserError as error:
+        return ExitCode.USER_MISTAKE, str(error)
+    except Exception:
+        return ExitCode.FAILED, traceback.format_exc()
+
+
+def count_steps(config: RunConfig) -> int:
+    """Optimizer steps of a resolved configuration's budget; reads data only where the budget is in epochs, and once."""
+    from minbert.trainer.preparation import build_plan, load_examples_of
+
+    if config.budget.steps is not None:
+        return config.budget.steps
+    key = config.corpus.model_dump_json()
+    if key not in _sizes:
+        _sizes[key] = {name: range(len(load_examples_of(config, name, "train"))) for name in config.corpus.tasks}
+    return max(1, round(config.budget.epochs * build_plan(config, _sizes[key]).steps_per_epoch))
+
+
+def _wait_until_free(run: RunFolder) -> None:
+    """The processes of a life that was lost may need a moment to leave."""
+    deadline = time.monotonic() + LOCK_PATIENCE
+    while True:
+        try:
+            with run.locked():
+                return
+        except UserError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(POLL)
+
+
+def _train_elsewhere(run: RunFolder, stop: StopRequest) -> tuple[int, str]:
+    """In processes of its own, which are asked to save and leave when this one dies."""
+    run.logs.mkdir(exist_ok=True)
+    parent, libc = os.getpid(), ctypes.CDLL(None)
+
+    def leave_with_parent() -> None:
+        libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(ExitCode.FAILED)
+
+    environment = dict(os.environ)
+    if threads := environment.get("OMP_NUM_THREADS"):  # Ray's, for the whole trial
+        environment["OMP_NUM_THREADS"] = str(max(1, int(threads) // run.read_config().parallel.processes))
+    with (run.logs / OUTPUT).open("ab") as output:
+        start = output.tell()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "minbert.launch.trial", str(run.path)],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            preexec_fn=leave_with_parent,
+        )
+    asked = False
+    while process.poll() is None:
+        if stop.signal is not None and not asked:
+            process.send_signal(signal.SIGTERM)
+            asked = True
+        time.sleep(POLL)
+    said = (run.logs / OUTPUT).read_bytes()[start:].decode(errors="replace").strip()
+    return process.returncode, said if process.returncode not in (ExitCode.FINISHED, ExitCode.INTERRUPTED) else ""
+
+
+def main(folder: Path) -> int:
+    from minbert.launch.processes import launch
+
+    run = RunFolder.existing(folder)
+    command = [sys.executable, "-m", "minbert.launch.worker", str(run.path), "--no-predictions"]
+    return launch(command, run.read_config().parallel.processes, run.logs)
+
+
+if __name__ == "__main__":
+    leave(main(Path(sys.argv[1])))

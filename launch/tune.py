@@ -1,0 +1,326 @@
+"""`minbert tune`: search hyperparameters with Ray Tune, here, on a Ray cluster, or inside a SLURM allocation."""
+
+import shlex
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from filelock import FileLock, Timeout
+from pydantic import Field, create_model
+from rich.console import Console
+from rich.table import Table
+
+from minbert.data.errors import UserError
+from minbert.launch.exit_codes import ExitCode
+from minbert.launch.options import (
+    asks_for_help,
+    build_run_config,
+    open_option,
+    quiet,
+    read_options,
+    refuse_words,
+    run_option_types,
+    show_help,
+)
+from minbert.slurm.settings import JobSettings, parse_parameters, resolve_settings
+from minbert.trainer.config import parse_config
+from minbert.trainer.run_folder import read_yaml
+from minbert.trainer.stop import StopRequest
+from minbert.tuning.search import SEARCH_FILE, Resources, Search, base_options, refuse_other, write_best
+from minbert.tuning.space import Space, check_space, grid, paper_space, parse_space, read_space
+from minbert.tuning.trial import Trial, best
+
+DESCRIPTION = (
+    "Search hyperparameters, or go on with the search in --search. Options of a run hold for every trial. "
+    "`minbert tune --best SEARCH [--run NEW] [options]` starts the full run from the best trial."
+)
+SAMPLES = 20
+SHOWN = 5  # trials in the table at the end
+
+# name -> (type, default, help)
+OWN: dict[str, tuple[Any, Any, str]] = {
+    "search": (Path, None, "Folder of the search; one that exists goes on. The default is a new one under runs/."),
+    "space": (
+        tuple[str, ...],
+        (),
+        "What to search: a YAML file, or words such as lr=loguniform(1e-5,1e-4) batch_size=16,32. The default is what "
+        "the paper wanted to search.",
+    ),
+    "samples": (Annotated[int, Field(ge=1)], SAMPLES, "Trials; a grid has as many as it has combinations."),
+    "algorithm": (Literal["random", "grid", "tpe"], "random", "How trials are chosen; tpe needs Optuna."),
+    "scheduler": (Literal["asha", "none"], "asha", "Whether trials that fall behind are stopped early."),
+    "reduction": (Annotated[float, Field(gt=1)], 3.0, "ASHA lets one in this many go on."),
+    "grace": (Annotated[float, Field(gt=0, lt=1)], 0.1, "Share of its budget that every trial may spend."),
+    "retry_failed": (bool, False, "Try the trials again that failed for good."),
+    "address": (str, None, "An existing Ray cluster to use, as host:port or `auto`."),
+    "slurm": (bool, False, "Run inside an allocation of SLURM, with Ray on all its nodes."),
+    "best": (Path, None, "Start the full run from the best trial of this search."),
+}
+
+
+def main(arguments: list[str]) -> int:
+    if asks_for_help(arguments):
+        show_help(DESCRIPTION, "tune", _help())
+    job_types = {name: field.rebuild_annotation() for name, field in JobSettings.model_fields.items()}
+    own_types = {name: kind for name, (kind, _, _) in OWN.items()} | _types_of(Resources)
+    types = run_option_types() | job_types | {"slurm_parameters": tuple[str, ...]} | own_types
+    options, rest = read_options(types, arguments, "tune")
+    refuse_words(rest)
+    own = {name: value for name, value in options.items() if name in own_types}
+    job = {name: value for name, value in options.items() if name in job_types and name not in own_types}
+    run = {name: value for name, value in options.items() if name not in own_types and name not in job_types}
+    if "best" in own:
+        return _start_best(own, job, run)
+    if "run" in run:
+        raise UserError("each trial has a run folder of its own; --search names the folder of the search")
+    if job and not own.get("slurm"):
+        raise UserError(f"--{next(iter(job)).replace('_', '-')} is about a job; add --slurm")
+    if "address" in own and own.get("slurm"):
+        raise UserError("--address and --slurm are two places to run; choose one")
+    folder = own.get("search") or _new_folder()
+    search = _resolve(folder, own, run)
+    if own.get("retry_failed"):
+        _retry_failed(folder, search)
+    if own.get("slurm"):
+        return _submit(folder, search, job)
+    with only_driver(folder):
+        search.write(folder)
+        print(f"Search: {folder}", flush=True)
+        from minbert.tuning.cluster import existing_cluster, own_cluster
+
+        start = partial(existing_cluster, own["address"]) if "address" in own else partial(own_cluster, folder)
+        with StopRequest() as stop:
+            code = run_search(folder, search, stop, start)
+            stop.exit_code = code
+    if code == ExitCode.INTERRUPTED:
+        print(f"Stopped, and saved. To go on: minbert tune --search {shlex.quote(str(folder))}")
+    return code
+
+
+def run_search(folder: Path, search: Search, stop: StopRequest, start: Any) -> int:
+    """Run what is left of a search on the Ray that the context manager `start()` provides; returns the exit code."""
+    trials = search.trials(folder)
+    over = [trial for trial in trials if trial.over]
+    further = max(0, search.samples - len(trials))
+    if over:
+        going_on = sum(1 for trial in trials if not trial.over and trial.step)
+        print(f"{len(over)} of {search.samples} trials are over; {going_on} others go on from their checkpoints.")
+    if len(over) < len(trials) or further:
+        with start():
+            _run(folder, search, trials, further, stop)
+    trials = search.trials(folder)
+    winner = write_best(folder, trials)
+    if any(not trial.over for trial in trials) or len(trials) < search.samples:
+        return ExitCode.INTERRUPTED
+    return _conclude(folder, search, trials, winner)
+
+
+def _run(folder: Path, search: Search, trials: list[Trial], further: int, stop: StopRequest) -> None:
+    from minbert.launch.trial import train_trial
+    from minbert.tuning.driver import run_trials
+    from minbert.tuning.proposals import Proposals, TpeProposals
+    from minbert.tuning.scheduler import RememberingASHA
+
+    scheduler = None
+    if search.scheduler == "asha":
+        scheduler = RememberingASHA(search.grace, search.reduction, trials)
+    proposals = Proposals
+    if search.algorithm == "tpe":
+        create = partial(search.new_trial, folder)
+        proposals = lambda waiting, describe: TpeProposals(search, trials, waiting, describe, create)  # noqa: E731
+    known = {trial.number: trial for trial in trials}
+
+    def tell(trial: Trial) -> None:
+        known[trial.number] = trial
+        if trial.over:
+            write_best(folder, list(known.values()))
+        print(_line(trial, sum(t.over for t in known.values()), search.samples), flush=True)
+
+    config = parse_config(search.base, SEARCH_FILE)
+    run_trials(
+        folder,
+        trials,
+        lambda trial: search.options(trial.parameters),
+        train_trial,
+        search.resources,
+        config.parallel.processes,
+        stop,
+        tell,
+        scheduler,
+        proposals,
+        further,
+    )
+
+
+def _line(trial: Trial, over: int, samples: int) -> str:
+    parameters = " ".join(f"{name}={value}" for name, value in trial.parameters.items())
+    if trial.status == "running":
+        state = f"goes on from step {trial.step}" if trial.step else "starts"
+        return f"{trial.name} {state}" + (f" after: {trial.error}" if trial.error else f"  {parameters}")
+    score = "" if trial.score is None else f" {trial.score:.3f}"
+    place = f" at {trial.step}/{trial.steps}" if trial.step else ""
+    error = f": {trial.error}" if trial.error else ""
+    return f"[{over}/{samples}] {trial.name} {trial.status}{score}{place}{error}"
+
+
+def _conclude(folder: Path, search: Search, trials: list[Trial], winner: Trial | None) -> int:
+    failed = [trial for trial in trials if trial.status == "failed"]
+    for trial in failed:
+        print(f"{trial.name} failed: {trial.error}")
+    if winner is None:
+        raise UserError(f"no trial of {folder} has a score; the first failed with: {failed[0].error}")
+    table = Table(title=f"The best of {len(trials)} trials", title_justify="left", box=None, header_style="dim")
+    names = list(search.space)
+    for heading in ("trial", "score", "step", *names):
+        table.add_column(heading)
+    scored = [trial for trial in trials if trial.score is not None and trial.status != "failed"]
+    for trial in sorted(scored, key=lambda trial: (-trial.score, trial.number))[:SHOWN]:
+        values = [str(trial.parameters[name]) for name in names]
+        table.add_row(trial.name, f"{trial.score:.3f}", f"{trial.step}/{trial.steps}", *values)
+    Console(width=max(Console().width, 60 + 14 * len(names))).print(table)
+    print(f"Configuration: {folder / 'best.yaml'}   The full run: minbert tune --best {shlex.quote(str(folder))}")
+    return ExitCode.FINISHED
+
+
+@contextmanager
+def only_driver(folder: Path) -> Iterator[None]:
+    """Keep others from running the same search meanwhile. Raises UserError if somebody does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(f"{folder} is being run by another process; wait for it, or stop it first") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _resolve(folder: Path, own: Mapping[str, Any], run: Mapping[str, Any]) -> Search:
+    """The search that the options, and what the folder holds already, describe. Raises UserError."""
+    saved = Search.read(folder) if (folder / SEARCH_FILE).exists() else None
+    if saved is None and folder.exists() and any(entry.name != ".lock" for entry in folder.iterdir()):
+        raise UserError(f"{folder} is not empty and no search: it has no {SEARCH_FILE}. Give another --search.")
+    inherited = dict(saved.base) if saved is not None and "config" not in run else {}
+    config = build_run_config(inherited | dict(run))
+    base = base_options(config)
+    resources = (saved.resources if saved else Resources()).model_dump()
+    resources |= {name: value for name, value in own.items() if name in Resources.model_fields}
+    fields = {name: value for name, value in own.items() if name in Search.model_fields and name != "space"}
+    if "seed" in run or "config" in run:
+        fields["seed"] = config.seed
+    before = saved.model_dump() if saved else {"samples": SAMPLES}
+    search = Search(
+        **(before | fields | {"space": _space(own, saved, config, base), "base": base, "resources": resources})
+    )
+    if search.algorithm == "grid":
+        search = search.model_copy(update={"samples": sum(1 for _ in grid(search.space))})
+    if search.algorithm == "tpe":
+        from minbert.tuning.proposals import require_optuna
+
+        require_optuna()
+    if saved is not None:
+        refuse_other(folder, saved, search)
+    search.check()
+    return search
+
+
+def _space(own: Mapping[str, Any], saved: Search | None, config: Any, base: Mapping[str, Any]) -> Space:
+    words = own.get("space", ())
+    if not words:
+        return saved.space if saved is not None else paper_space(config)
+    if len(words) == 1 and "=" not in words[0]:
+        return check_space(read_space(read_yaml(Path(words[0])), words[0]), base, words[0])
+    return check_space(parse_space(words), base, "--space")
+
+
+def _retry_failed(folder: Path, search: Search) -> None:
+    for trial in search.trials(folder):
+        if trial.status == "failed":
+            trial.status, trial.ended, trial.error = "pending", None, None
+            trial.write()
+
+
+def _start_best(own: Mapping[str, Any], job: Mapping[str, Any], run: dict[str, Any]) -> int:
+    """The full run from the best trial; options of the run override its configuration."""
+    from minbert.launch.train import start
+    from minbert.trainer.preparation import new_run_path
+
+    if others := [name for name in (*own, *job) if name != "best"]:
+        raise UserError(f"--best starts a run, to which --{others[0].replace('_', '-')} means nothing")
+    folder = own["best"]
+    search = Search.read(folder)
+    winner = best(search.trials(folder))
+    if winner is None or not (folder / "best.yaml").exists():
+        raise UserError(f"no trial of {folder} has a score yet: minbert tune --search {folder}")
+    if "config" in run:
+        raise UserError("--best takes the configuration of the best trial; give single options to change it")
+    config = build_run_config(run | {"config": folder / "best.yaml"})
+    if config.run is None:
+        config = config.model_copy(update={"run": new_run_path(config)})
+    print(f"From {winner.name} of {folder}, {search.metric} {winner.score:.3f} in the search.")
+    return start(config, force=bool(run.get("force")))
+
+
+def _submit(folder: Path, search: Search, job: dict[str, Any]) -> int:
+    """Queue the search as one job with a task on each node."""
+    from minbert.launch.search_job import SearchJob
+    from minbert.slurm.records import Records
+    from minbert.slurm.snapshot import take_snapshot
+    from minbert.slurm.status import is_active, look
+    from minbert.slurm.submission import submit
+
+    if "slurm_parameters" in job:
+        job["slurm_parameters"] = parse_parameters(job["slurm_parameters"])
+    earlier = Records(folder).submission()
+    settings = resolve_settings(job, earlier.settings if earlier else None)
+    if settings.executor != "slurm":
+        raise UserError("--slurm is for the cluster; leave it out to search on this machine")
+    if job.get("tasks_per_node", 1) != 1:
+        raise UserError("a search has one task on each node, which starts Ray there; leave --tasks-per-node out")
+    settings = settings.model_copy(update={"tasks_per_node": 1})
+    if is_active(folder):
+        raise UserError(f"{folder} has a job already: {look([folder])[0].summary}")
+    search.write(folder)
+    folder = folder.absolute()
+    code = take_snapshot(folder / "code")
+    (job_id,) = submit([folder], [SearchJob(folder)], settings, folder / "slurm", code, [None], folder.name)
+    print(f"Search: {folder}   job {job_id}")
+    print(f"Its output: {folder / 'slurm' / f'{job_id}_0_log.out'}")
+    return ExitCode.FINISHED
+
+
+def _new_folder() -> Path:
+    return Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-search"
+
+
+def _types_of(model: Any) -> dict[str, Any]:
+    return {name: field.rebuild_annotation() for name, field in model.model_fields.items()}
+
+
+def _help() -> dict[str, Any]:
+    shown: dict[str, Any] = {}
+    for name, (kind, default, text) in OWN.items():
+        if default is None:
+            shown[name] = (
+                Annotated[kind | None, open_option("FOLDER" if kind is Path else "ADDRESS", help=text)],
+                None,
+            )
+        elif kind == tuple[str, ...]:
+            shown[name] = (Annotated[kind, open_option("FILE|OPTION=VALUES ...", help=text)], default)
+        else:
+            shown[name] = (Annotated[kind, tyro.conf.arg(help=text)], default)
+    resources, job = quiet(Resources), quiet(JobSettings)
+    parameters = open_option("NAME=VALUE ...", help=JobSettings.model_fields["slurm_parameters"].description)
+    job = create_model(
+        "JobSettings",
+        __base__=job,
+        __doc__=JobSettings.__doc__,
+        slurm_parameters=(Annotated[tuple[str, ...], parameters], ()),
+    )
+    return shown | {"resources": (resources, resources()), "job": (job, job())}

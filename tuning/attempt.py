@@ -1,0 +1,84 @@
+"""One attempt at a trial: the training in a thread of its own, and what its run folder says meanwhile.
+
+The evaluations are read from the run's metrics, whoever writes them, so a trial of one process and one of many look
+the same from here.
+"""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from minbert.trainer.config import RunConfig, parse_config
+from minbert.trainer.run_folder import RunFolder
+from minbert.trainer.stop import StopRequest
+from minbert.tuning.trial import METRIC
+
+FINISHED, USER_MISTAKE, INTERRUPTED = 0, 2, 75
+POLL = 0.03  # seconds between two looks at the metrics
+
+# (configuration, request to stop, what is told the steps of the budget) -> (exit code, error)
+Train = Callable[[RunConfig, StopRequest, Callable[[int], None]], tuple[int, str]]
+
+
+class Attempt:
+    """Training under way. `options` without the run folder; evaluations up to step `known` are not told again."""
+
+    def __init__(self, train: Train, folder: Path, options: Mapping[str, Any], known: int = 0):
+        self.run = RunFolder(folder)
+        self.known = known
+        self.steps: int | None = None
+        self.ending: tuple[int, str] | None = None
+        self._size = -1
+        self._waiting: list[dict[str, Any]] = []
+        self._stop = StopRequest()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._work, args=(train, dict(options)), daemon=True)
+        self._thread.start()
+
+    def _work(self, train: Train, options: dict[str, Any]) -> None:
+        try:
+            config = parse_config(options | {"run": self.run.path}, str(self.run.path))
+            self.ending = train(config, self._stop, self._begin)
+        except BaseException as error:  # a UserError from the configuration, or what `train` lets through
+            self.ending = (1, f"{type(error).__name__}: {error}")
+        finally:
+            self._over.set()
+
+    def _begin(self, steps: int) -> None:
+        self.steps = steps
+
+    def next(self, patience: float) -> dict[str, Any] | None:
+        """The next evaluation that was not told yet; None after the last one, or after `patience` seconds."""
+        deadline = time.monotonic() + patience
+        while True:
+            over = self._over.is_set()  # before the look at the metrics: nothing comes after it
+            self._look()
+            if self._waiting:
+                evaluation = self._waiting.pop(0)
+                self.known = evaluation["step"]
+                return evaluation
+            if over or time.monotonic() >= deadline:
+                return None
+            self._over.wait(POLL)
+
+    @property
+    def over(self) -> bool:
+        """Whether it has ended, and all evaluations were told."""
+        return self._over.is_set() and not self._waiting
+
+    def end(self) -> None:
+        """Ask the training to save and leave, and wait until it has."""
+        self._stop.signal = self._stop.signal or signal.SIGTERM
+        self._thread.join()
+
+    def _look(self) -> None:
+        file = self.run.metrics_file
+        size = file.stat().st_size if file.exists() else -1
+        if size == self._size or self.steps is None:  # before it begins, the file is of an earlier life
+            return
+        self._size = size
+        last = self._waiting[-1]["step"] if self._waiting else self.known
+        self._waiting += [r for r in self.run.read_metrics() if METRIC in r and r["step"] > last]

@@ -1,0 +1,101 @@
+"""Ray, as a search needs it: a cluster of its own on this machine or allocation, or one that exists.
+
+A cluster of its own belongs to nobody else: a token that only its processes know, free ports, a short temporary folder
+named by user and search, no dashboard, no usage statistics. It dies with the process that started it.
+"""
+
+import getpass
+import hashlib
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from minbert.data.errors import UserError
+
+# Ray replaces 127.0.0.1 by an address that other machines reach; another one of the loopback interface it leaves.
+LOOPBACK = "127.0.0.2"
+OBJECT_STORE = 100 * 2**20  # bytes: what passes through it are a few numbers
+
+SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the run folder logs everything
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # signals are the search's
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # heartbeats have no score
+    "TUNE_GLOBAL_CHECKPOINT_S": "600",  # Ray's own record of the search is not used
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+
+
+@contextmanager
+def own_cluster(folder: Path, cpus: int | None = None, gpus: int | None = None, node: str = LOOPBACK) -> Iterator[str]:
+    """Start Ray for the search in `folder`, with this process as its driver; yields the address for further nodes.
+
+    `node`: this node's IP address, as the others reach it. Raises UserError if Ray does not start.
+    """
+    os.environ.update(SETTINGS)
+    os.environ["RAY_AUTH_MODE"] = "token"
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    import ray
+
+    temporary = temporary_folder(folder)
+    shutil.rmtree(temporary, ignore_errors=True)  # of a start that was killed
+    try:
+        ray.init(
+            num_cpus=cpus,
+            num_gpus=gpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="error",
+            object_store_memory=OBJECT_STORE,
+            _temp_dir=str(temporary),
+            _node_ip_address=node,
+        )
+    except (RuntimeError, OSError, ValueError) as error:
+        raise UserError(f"Ray did not start: {error}. Its logs are in {temporary}") from None
+    try:
+        yield ray.get_runtime_context().gcs_address
+    finally:
+        ray.shutdown()
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def existing_cluster(address: str) -> Iterator[str]:
+    """Join a Ray cluster as a driver. Raises UserError if it does not answer."""
+    os.environ.update(SETTINGS)
+    os.environ.setdefault("RAY_AUTH_MODE", "token" if _has_token() else "disabled")
+    import ray
+
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="error")
+    except Exception as error:  # Ray raises whatever its layers raise
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"there is no Ray cluster to join at {address}: {reason}\n"
+            "Start one by `ray start --head`, or leave --address out. One with authentication needs RAY_AUTH_TOKEN."
+        ) from None
+    try:
+        yield ray.get_runtime_context().gcs_address
+    finally:
+        ray.shutdown()
+
+
+def temporary_folder(folder: Path) -> Path:
+    """The same for every start of a search on this machine; short, because Ray puts sockets into it."""
+    digest = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:8]
+    base = tempfile.gettempdir() if len(tempfile.gettempdir()) < 20 else "/tmp"
+    return Path(base) / f"mb-{getpass.getuser()[:8]}-{digest}"
+
+
+def _has_token() -> bool:
+    return bool(
+        os.environ.get("RAY_AUTH_TOKEN")
+        or os.environ.get("RAY_AUTH_TOKEN_PATH")
+        or (Path.home() / ".ray" / "auth_token").exists()
+    )

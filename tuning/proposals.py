@@ -1,0 +1,116 @@
+"""Which trial comes next: first those that are waiting, then what the algorithm proposes.
+
+Random and grid searches know all their trials from the start. TPE (Bergstra et al. 2011, through Optuna) proposes each
+from the results so far, those of an earlier start of the search included.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from ray.tune.search import Searcher
+
+from minbert.data.errors import UserError
+from minbert.tuning.search import Search
+from minbert.tuning.space import Choice, Integer, LogUniform, Parameters
+from minbert.tuning.trial import METRIC, Trial
+
+STARTUP = 10  # random trials before TPE has something to learn from
+
+
+class Proposals(Searcher):
+    """`describe` turns a trial into the configuration that its worker receives."""
+
+    def __init__(self, waiting: list[Trial], describe: Callable[[Trial], dict[str, Any]]):
+        super().__init__(metric=METRIC, mode="max")
+        self.waiting, self.describe = waiting, describe
+
+    def suggest(self, trial_id: str) -> Any:
+        trial = self.waiting.pop(0) if self.waiting else self.propose()
+        return Searcher.FINISHED if trial is None else self.describe(trial)
+
+    def propose(self) -> Trial | None:
+        """A new trial, if the algorithm has one."""
+        return None
+
+    def learn(self, trial: Trial) -> None:
+        """Hear that a trial is over."""
+
+    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+        """`learn` is told by our own names."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """The trials' own files say everything."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """The trials' own files say everything."""
+
+
+class TpeProposals(Proposals):
+    """Raises UserError if Optuna is not installed."""
+
+    def __init__(
+        self,
+        search: Search,
+        trials: list[Trial],
+        waiting: list[Trial],
+        describe: Callable[[Trial], dict[str, Any]],
+        create: Callable[[int, Parameters], Trial],
+    ):
+        super().__init__(waiting, describe)
+        require_optuna()
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.search, self.create = search, create
+        self.next_number = max((trial.number for trial in trials), default=-1) + 1
+        self.distributions = {name: _distribution(kind) for name, kind in search.space.items()}
+        # Reproducible with one trial at a time; with several, it depends on which of them ends first.
+        sampler = optuna.samplers.TPESampler(seed=search.seed + self.next_number, n_startup_trials=STARTUP)
+        self.study = optuna.create_study(direction="maximize", sampler=sampler)
+        for trial in trials:
+            if trial.over:
+                self.learn(trial)
+
+    def propose(self) -> Trial | None:
+        if self.next_number >= self.search.samples:
+            return None
+        asked = self.study.ask(self.distributions)
+        parameters = {name: self._value(name, asked.params[name]) for name in self.search.space}
+        trial = self.create(self.next_number, parameters)
+        self.next_number += 1
+        return trial
+
+    def learn(self, trial: Trial) -> None:
+        import optuna
+
+        if trial.score is None or trial.status == "failed":
+            return
+        parameters = {
+            name: kind.values.index(trial.parameters[name]) if isinstance(kind, Choice) else trial.parameters[name]
+            for name, kind in self.search.space.items()
+        }
+        told = optuna.trial.create_trial(params=parameters, distributions=self.distributions, value=trial.score)
+        self.study.add_trial(told)
+
+    def _value(self, name: str, value: Any) -> Any:
+        kind = self.search.space[name]
+        return kind.values[value] if isinstance(kind, Choice) else value
+
+
+def require_optuna() -> None:
+    """Raises UserError if it is not installed."""
+    try:
+        import optuna  # noqa: F401
+    except ImportError:
+        raise UserError("algorithm=tpe needs Optuna: pip install -e '.[optuna]', or optuna") from None
+
+
+def _distribution(kind: Any) -> Any:
+    """In Optuna's words; choices by their place in the list, as it takes no lists for values."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if isinstance(kind, Choice):
+        return CategoricalDistribution(range(len(kind.values)))
+    if isinstance(kind, Integer):
+        return IntDistribution(kind.low, kind.high)
+    return FloatDistribution(kind.low, kind.high, log=isinstance(kind, LogUniform))

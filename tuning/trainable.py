@@ -1,0 +1,52 @@
+"""What Ray Tune runs: a worker that stays warm and trains one trial after another, reporting each evaluation."""
+
+import gc
+import os
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from minbert.tuning.attempt import FINISHED, USER_MISTAKE, Attempt, Train
+from minbert.tuning.trial import METRIC
+
+HEARTBEAT = 1.0  # seconds after which Ray hears of a trial that has nothing to report: only then can it be ended
+
+
+class TrialWorker(tune.Trainable):
+    """Ray calls `step` again and again; between two calls it may end the trial, or give this worker another one."""
+
+    def setup(self, config: dict[str, Any], train: Train | None = None) -> None:
+        self.train_run = train
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self.attempt.end()
+        gc.collect()  # models hold cycles
+        self._begin(new_config)
+        return True
+
+    def cleanup(self) -> None:
+        self.attempt.end()
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        self.attempt = Attempt(self.train_run, Path(config["folder"]), config["options"], config["step"])
+        self.best = config["score"]
+
+    def step(self) -> dict[str, Any]:
+        """An evaluation, nothing new, or the end. Raises RuntimeError for a failure that may not repeat itself."""
+        attempt = self.attempt
+        evaluation = attempt.next(HEARTBEAT)
+        result: dict[str, Any] = {"steps": attempt.steps, "process": os.getpid()}
+        if evaluation is not None:
+            score, step = evaluation[METRIC], evaluation["step"]
+            self.best = score if self.best is None else max(self.best, score)
+            return result | {METRIC: score, "best": self.best, "at": step, "progress": step / attempt.steps}
+        if not attempt.over:
+            return result
+        code, error = attempt.ending
+        if code == FINISHED:
+            return result | {"done": True, "ending": "finished"}
+        if code == USER_MISTAKE:
+            return result | {"done": True, "ending": "failed", "error": error}
+        raise RuntimeError(f"the trial ended with exit code {code}\n{error}")
