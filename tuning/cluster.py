@@ -9,6 +9,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,6 +46,8 @@ def own_cluster(folder: Path, cpus: int | None = None, gpus: int | None = None, 
 
     temporary = temporary_folder(folder)
     shutil.rmtree(temporary, ignore_errors=True)  # of a start that was killed
+    # What Ray starts inherits the mask: a batch system warns all processes of a job, and only the search is to hear it.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGUSR2))
     try:
         ray.init(
             num_cpus=cpus,
@@ -58,6 +61,8 @@ def own_cluster(folder: Path, cpus: int | None = None, gpus: int | None = None, 
         )
     except (RuntimeError, OSError, ValueError) as error:
         raise UserError(f"Ray did not start: {error}. Its logs are in {temporary}") from None
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     try:
         yield ray.get_runtime_context().gcs_address
     finally:

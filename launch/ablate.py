@@ -1,0 +1,300 @@
+"""`minbert ablate`: what each extension of the baseline brings, alone, added up, left out, and combined, over seeds."""
+
+import json
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from pydantic import Field, create_model
+from rich.console import Console
+from rich.table import Table
+
+from minbert.data.errors import UserError
+from minbert.data.files import replacing
+from minbert.launch.exit_codes import ExitCode
+from minbert.launch.options import (
+    asks_for_help,
+    build_run_config,
+    open_option,
+    quiet,
+    read_options,
+    refuse_words,
+    run_option_types,
+    show_help,
+)
+from minbert.launch.trial import train_trial
+from minbert.launch.tune import only_driver
+from minbert.slurm.settings import JobSettings, parse_parameters, resolve_settings
+from minbert.trainer.config import SECTIONS, flatten, parse_config
+from minbert.trainer.run_folder import read_yaml
+from minbert.trainer.stop import StopRequest
+from minbert.tuning.ablation import (
+    ABLATION_FILE,
+    DEFAULT,
+    PAPER_BASELINE,
+    Ablation,
+    extension,
+    plan,
+    refuse_other,
+)
+from minbert.tuning.comparison import Row, compare
+from minbert.tuning.search import Resources, base_options
+from minbert.tuning.space import Parameters
+from minbert.tuning.trial import METRIC, Trial
+
+DESCRIPTION = (
+    "Measure extensions against the paper's baseline (features=baseline, hidden_layers=1, freeze=encoder), or go on "
+    "with the ablation in --ablation. Options of a run hold for every variant."
+)
+GROUPS = ("alone", "added", "left_out", "named")
+TITLES = {
+    "alone": "Each extension alone",
+    "added": "Added one after the other",
+    "left_out": "Left out one at a time",
+    "named": "Named combinations",
+}
+
+# name -> (type, default, help)
+OWN: dict[str, tuple[Any, Any, str]] = {
+    "ablation": (Path, None, "Folder of the ablation; one that exists goes on. The default is a new one under runs/."),
+    "extensions": (
+        tuple[str, ...],
+        DEFAULT,
+        "In the order in which they are added: siamese, two_hidden_layers, unfrozen, any aggregator, or "
+        "NAME=OPTION:VALUE,...",
+    ),
+    "groups": (tuple[Literal["alone", "added", "left_out"], ...], GROUPS[:3], "Comparisons to make."),
+    "combine": (tuple[str, ...], (), "Further combinations, such as siamese+pcgrad."),
+    "seeds": (tuple[Annotated[int, Field(ge=0)], ...], (0, 1, 2), "Each variant is trained with each of them."),
+    "ray": (bool, False, "Train several runs at once with Ray on this machine."),
+    "address": (str, None, "Train on an existing Ray cluster: host:port, or `auto`."),
+    "slurm": (bool, False, "Train on the cluster, as an array of jobs."),
+}
+
+
+def main(arguments: list[str]) -> int:
+    if asks_for_help(arguments):
+        show_help(DESCRIPTION, "ablate", _help())
+    job_types = {name: field.rebuild_annotation() for name, field in JobSettings.model_fields.items()}
+    own_types = {name: kind for name, (kind, _, _) in OWN.items()}
+    own_types |= {name: field.rebuild_annotation() for name, field in Resources.model_fields.items()}
+    types = run_option_types() | job_types | {"slurm_parameters": tuple[str, ...]} | own_types
+    options, rest = read_options(types, arguments, "ablate")
+    refuse_words(rest)
+    own = {name: value for name, value in options.items() if name in own_types}
+    job = {name: value for name, value in options.items() if name in job_types and name not in own_types}
+    run = {name: value for name, value in options.items() if name not in own_types and name not in job_types}
+    for name, instead in (("run", "ablation"), ("seed", "seeds")):
+        if name in run:
+            raise UserError(f"each run of an ablation has its own {name}; --{instead} says which")
+    if job and not own.get("slurm"):
+        raise UserError(f"--{next(iter(job)).replace('_', '-')} is about a job; add --slurm")
+    folder = own.get("ablation") or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-ablation"
+    ablation = _resolve(folder, own, run)
+    with only_driver(folder):
+        ablation.write(folder)
+        print(f"Ablation: {folder}", flush=True)
+        trials = ablation.trials(folder)
+        for trial in trials:
+            trial.write()
+        over = sum(trial.over for trial in trials)
+        variants, seeds = len(ablation.variants), len(ablation.seeds)
+        print(f"{variants} variants with {seeds} seeds: {len(trials)} runs, {over} are over.", flush=True)
+        if own.get("slurm"):
+            _queue_missing(folder, ablation, trials, job)
+            if left := sum(trial.status != "finished" for trial in trials):
+                print(f"{left} runs are not finished. Repeat the command when they are, for the table.")
+                return ExitCode.FINISHED
+            return _conclude(folder, ablation, trials)
+        if own.get("ray") or "address" in own:
+            code = _run_on_ray(folder, ablation, trials, own.get("address"))
+        else:
+            code = _run_here(ablation, trials)
+        if code == ExitCode.INTERRUPTED:
+            print(f"Stopped, and saved. To go on: minbert ablate --ablation {shlex.quote(str(folder))}")
+        return code if code != ExitCode.FINISHED else _conclude(folder, ablation, trials)
+
+
+def _resolve(folder: Path, own: Mapping[str, Any], run: dict[str, Any]) -> Ablation:
+    """The ablation that the options, and what the folder holds already, describe. Raises UserError."""
+    saved = Ablation.read(folder) if (folder / ABLATION_FILE).exists() else None
+    if saved is None and folder.exists() and any(entry.name != ".lock" for entry in folder.iterdir()):
+        raise UserError(f"{folder} is not empty and no ablation: it has no {ABLATION_FILE}. Give another --ablation.")
+    baseline = _baseline(run, saved)
+    named = [word.split("+") for word in own.get("combine", ())]
+    if saved is not None and not own.keys() & {"extensions", "groups", "combine"}:
+        variants, groups = saved.variants, saved.groups
+    else:
+        words = own.get("extensions", DEFAULT)
+        extensions = dict(extension(word) for word in words)
+        further = {name: extension(name)[1] for word in named for name in word if name not in extensions}
+        wanted = [*own.get("groups", GROUPS[:3]), *(["named"] if named else [])]
+        normal = [[extension(name)[0] if name not in extensions else name for name in word] for word in named]
+        variants, groups = plan(extensions, [group for group in wanted if group != "named"], [])
+        if named:
+            more = plan(extensions | further, ["named"], normal)
+            variants, groups = variants | more[0], groups | more[1]
+    resources = (saved.resources if saved else Resources()).model_dump()
+    resources |= {name: value for name, value in own.items() if name in Resources.model_fields}
+    seeds = list(own.get("seeds", saved.seeds if saved else OWN["seeds"][1]))
+    ablation = Ablation(baseline=baseline, variants=variants, groups=groups, seeds=seeds, resources=resources)
+    ablation.check()
+    if saved is not None:
+        refuse_other(folder, saved, ablation)
+    return ablation
+
+
+def _baseline(run: dict[str, Any], saved: Ablation | None) -> Parameters:
+    """The paper's, the folder's, or what options and a file make of it."""
+    given = dict(saved.baseline) if saved is not None else dict(PAPER_BASELINE)
+    if "config" in run:
+        content = read_yaml(run["config"])
+        inside = {name for key, value in content.items() if key in SECTIONS and value for name in value}
+        given = {name: value for name, value in given.items() if name not in content and name not in inside}
+    config = build_run_config(given | run)
+    return {name: flatten(config)[name] for name in PAPER_BASELINE} | base_options(config)
+
+
+def _run_here(ablation: Ablation, trials: Sequence[Trial]) -> int:
+    """One run after another, in this process."""
+    from minbert.tuning.attempt import USER_MISTAKE, Attempt
+
+    with StopRequest() as stop:
+        for number, trial in enumerate(trials, 1):
+            if trial.over:
+                continue
+            print(f"[{number}/{len(trials)}] {trial.name}", flush=True)
+            trial.status, trial.started, trial.error = "running", trial.started or time.time(), None
+            trial.write()
+            attempt = Attempt(train_trial, trial.folder.absolute(), ablation.options(trial), trial.step)
+            while not attempt.over:
+                if stop.signal is not None:
+                    attempt.end()
+                if evaluation := attempt.next(1.0):
+                    score = evaluation[METRIC]
+                    trial.step, trial.steps = evaluation["step"], attempt.steps
+                    trial.score = score if trial.score is None else max(trial.score, score)
+                    trial.write()
+            code, error = attempt.ending
+            if code == ExitCode.INTERRUPTED:
+                trial.status = "pending"
+                trial.write()
+                stop.exit_code = ExitCode.INTERRUPTED
+                return ExitCode.INTERRUPTED
+            trial.status, trial.ended = "finished" if code == ExitCode.FINISHED else "failed", time.time()
+            trial.error = error.strip().splitlines()[-1] if error else None
+            trial.write()
+            if code == USER_MISTAKE and not any(other.score is not None for other in trials):
+                raise UserError(error)  # the others would fail alike
+            if trial.error:
+                print(f"{trial.name} failed: {trial.error}", flush=True)
+            if stop.signal is not None:
+                return ExitCode.INTERRUPTED
+    return ExitCode.FINISHED
+
+
+def _run_on_ray(folder: Path, ablation: Ablation, trials: Sequence[Trial], address: str | None) -> int:
+    if all(trial.over for trial in trials):
+        return ExitCode.FINISHED
+    from minbert.tuning.cluster import existing_cluster, own_cluster
+    from minbert.tuning.driver import run_trials
+
+    def tell(trial: Trial) -> None:
+        over = sum(other.over for other in trials)
+        shown = "" if trial.score is None or not trial.over else f" {trial.score:.3f}"
+        print(
+            f"[{over}/{len(trials)}] {trial.name} {trial.status}{shown}" + (f": {trial.error}" if trial.error else "")
+        )
+
+    processes = parse_config(ablation.baseline, ABLATION_FILE).parallel.processes
+    with StopRequest() as stop:
+        with existing_cluster(address) if address else own_cluster(folder):
+            run_trials(folder, trials, ablation.options, train_trial, ablation.resources, processes, stop, tell)
+        stop.exit_code = ExitCode.INTERRUPTED if stop.signal is not None else ExitCode.FINISHED
+    return ExitCode.FINISHED if all(trial.over for trial in trials) else ExitCode.INTERRUPTED
+
+
+def _queue_missing(folder: Path, ablation: Ablation, trials: Sequence[Trial], job: dict[str, Any]) -> None:
+    """Look how the runs stand on the cluster, and queue those that are neither finished nor queued."""
+    from minbert.launch.submit import queue
+    from minbert.slurm.status import look
+    from minbert.trainer.preparation import prepare, total_steps
+
+    if "slurm_parameters" in job:
+        job["slurm_parameters"] = parse_parameters(job["slurm_parameters"])
+    settings = resolve_settings(job)
+    missing = []
+    for trial, report in zip(trials, look([trial.folder for trial in trials])):
+        scores = [record[METRIC] for record in trial.evaluations()]
+        trial.score, trial.steps = max(scores, default=None), report.total
+        trial.step = trial.evaluations()[-1]["step"] if scores else 0
+        trial.status = "finished" if report.finished else "running" if report.active and report.nodes else "pending"
+        trial.error = None
+        if report.state == "failed":
+            trial.status, trial.error = "failed", report.detail or None
+        trial.write()
+        if trial.status != "finished" and not report.active:
+            missing.append(trial)
+    if missing:
+        configs = []
+        for trial in missing:
+            config = parse_config(ablation.options(trial) | {"run": trial.folder}, trial.name)
+            parallel = config.parallel.model_copy(update={"processes": settings.tasks})
+            configs.append(config.model_copy(update={"parallel": parallel}))
+        runs = [prepare(config).path for config in configs]
+        queue(runs, settings, folder, [total_steps(config) for config in configs])
+
+
+def _conclude(folder: Path, ablation: Ablation, trials: Sequence[Trial]) -> int:
+    """Print the tables, and leave them in summary.json."""
+    rows = {row.variant: row for row in compare(ablation, trials)}
+    if not any(row.scores for row in rows.values()):
+        failed = next((trial for trial in trials if trial.error), None)
+        raise UserError(
+            f"no run of {folder} has a score" + (f"; the first failed with: {failed.error}" if failed else "")
+        )
+    console = Console(width=max(Console().width, 140))
+    for group, names in ablation.groups.items():
+        console.print(
+            _table(f"{TITLES[group]} (mean ± deviation of {len(ablation.seeds)} seeds)", [rows[n] for n in names])
+        )
+    with replacing(folder / "summary.json") as temporary:
+        temporary.write_text(json.dumps([asdict(row) for row in rows.values()], indent=2) + "\n")
+    print(f"Summary: {folder / 'summary.json'}")
+    return ExitCode.FINISHED
+
+
+def _table(title: str, rows: Sequence[Row]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, header_style="dim")
+    columns = list(next((row.scores for row in rows if row.scores), {}))
+    for heading in ("variant", *columns, "to the baseline [95%], ahead"):
+        table.add_column(heading)
+    for row in rows:
+        failed = f" ({row.failed} failed)" if row.failed else ""
+        scores = [str(row.scores[name]) if name in row.scores else "" for name in columns]
+        table.add_row(row.variant + failed, *scores, str(row.difference or ""))
+    return table
+
+
+def _help() -> dict[str, Any]:
+    shown: dict[str, Any] = {}
+    for name, (kind, default, text) in OWN.items():
+        if default is None:
+            option = open_option("FOLDER" if kind is Path else "ADDRESS", help=text)
+            shown[name] = (Annotated[kind | None, option], None)
+        else:
+            shown[name] = (Annotated[kind, tyro.conf.arg(help=text)], default)
+    resources, job = quiet(Resources), quiet(JobSettings)
+    parameters = open_option("NAME=VALUE ...", help=JobSettings.model_fields["slurm_parameters"].description)
+    job = create_model(
+        "JobSettings",
+        __base__=job,
+        __doc__=JobSettings.__doc__,
+        slurm_parameters=(Annotated[tuple[str, ...], parameters], ()),
+    )
+    return shown | {"resources": (resources, resources()), "job": (job, job())}

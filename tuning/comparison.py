@@ -1,0 +1,99 @@
+"""What an ablation shows: each variant's scores over the seeds, and its paired difference to the baseline.
+
+Runs with the same seed share their order of the data and as much of their initial weights as fits, so differences are
+taken seed by seed (a paired t-test): their spread is smaller than that of the scores, which holds what all variants of
+a seed have in common.
+"""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from minbert.trainer.config import TASKS
+from minbert.tuning.ablation import BASELINE, Ablation
+from minbert.tuning.trial import METRIC, Trial
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Mean and standard deviation over the seeds; no deviation of a single one."""
+
+    mean: float
+    deviation: float | None
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f}" + ("" if self.deviation is None else f" ± {self.deviation:.3f}")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """To the baseline, over the seeds that both have. `low` and `high`: the 95% interval of the mean (Student's t)."""
+
+    mean: float
+    deviation: float | None
+    low: float | None
+    high: float | None
+    wins: int  # seeds in which the variant is ahead
+    count: int
+
+    def __str__(self) -> str:
+        if self.low is None:
+            return f"{self.mean:+.3f}"
+        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}], {self.wins} of {self.count}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A variant's line in the table."""
+
+    variant: str
+    scores: dict[str, Spread]  # of each task, and overall
+    difference: Difference | None
+    failed: int
+
+
+def compare(ablation: Ablation, trials: Sequence[Trial]) -> list[Row]:
+    """A row for every variant that has a score: its runs' evaluations with the best overall score."""
+    by_variant: dict[str, dict[int, dict[str, float]]] = {name: {} for name in ablation.variants}
+    failed = dict.fromkeys(ablation.variants, 0)
+    for trial in trials:
+        if trial.status == "failed":
+            failed[trial.variant] += 1
+        elif trial.status == "finished" and (records := trial.evaluations()):
+            best = max(records, key=lambda record: record[METRIC])
+            by_variant[trial.variant][trial.seed] = _scores(best)
+    baseline = by_variant[BASELINE]
+    rows = []
+    for variant, runs in by_variant.items():
+        scores = {name: _spread([run[name] for run in runs.values()]) for name in next(iter(runs.values()), {}) if runs}
+        common = sorted(runs.keys() & baseline.keys())
+        pairs = [runs[seed]["overall"] - baseline[seed]["overall"] for seed in common]
+        difference = paired(pairs) if variant != BASELINE and pairs else None
+        rows.append(Row(variant, scores, difference, failed[variant]))
+    return rows
+
+
+def paired(differences: Sequence[float]) -> Difference:
+    """The mean of per-seed differences, with its interval where there are two or more."""
+    count, mean = len(differences), statistics.fmean(differences)
+    wins = sum(difference > 0 for difference in differences)
+    if count < 2:
+        return Difference(mean, None, None, None, wins, count)
+    from scipy.stats import t
+
+    deviation = statistics.stdev(differences)
+    half = float(t.ppf((1 + CONFIDENCE) / 2, count - 1)) * deviation / count**0.5
+    return Difference(mean, deviation, mean - half, mean + half, wins, count)
+
+
+def _spread(values: Sequence[float]) -> Spread:
+    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+
+
+def _scores(record: dict[str, Any]) -> dict[str, float]:
+    names = [name for name in (*TASKS, "overall") if f"dev/{name}" in record]
+    return {name: record[f"dev/{name}"] for name in names}
