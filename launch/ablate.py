@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,7 +29,7 @@ from minbert.launch.options import (
     show_help,
 )
 from minbert.launch.trial import train_trial
-from minbert.launch.tune import only_driver
+from minbert.launch.tune import leave_without_ray, only_driver
 from minbert.slurm.settings import JobSettings, parse_parameters, resolve_settings
 from minbert.trainer.config import SECTIONS, flatten, parse_config
 from minbert.trainer.run_folder import read_yaml
@@ -212,8 +213,9 @@ def _run_on_ray(folder: Path, ablation: Ablation, trials: Sequence[Trial], addre
         )
 
     processes = parse_config(ablation.baseline, ABLATION_FILE).parallel.processes
+    lost = partial(leave_without_ray, f"minbert ablate --ablation {shlex.quote(str(folder))} --ray")
     with StopRequest() as stop:
-        with existing_cluster(address) if address else own_cluster(folder):
+        with existing_cluster(address) if address else own_cluster(folder, lost):
             run_trials(folder, trials, ablation.options, train_trial, ablation.resources, processes, stop, tell)
         stop.exit_code = ExitCode.INTERRUPTED if stop.signal is not None else ExitCode.FINISHED
     return ExitCode.FINISHED if all(trial.over for trial in trials) else ExitCode.INTERRUPTED

@@ -10,10 +10,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from minbert.data.errors import UserError
 from minbert.data.files import replacing
@@ -45,28 +46,36 @@ class SearchJob:
                 if allocation.rank:
                     return _join(place, allocation, logs / f"ray-{allocation.rank}.log")
                 code = self._lead(place, allocation, stop)
-            records = Records(self.folder)
-            if life := records.life(allocation.job_id, allocation.restart):
-                life.code, life.signal = code, stop.signal
-                records.write_life(life)
+            self._tell(allocation, code, stop)
             return code
 
+    def _tell(self, allocation: Allocation, code: int, stop: StopRequest) -> None:
+        """For the supervisor, which sees the exit codes of all processes only as one."""
+        records = Records(self.folder)
+        if life := records.life(allocation.job_id, allocation.restart):
+            life.code, life.signal = code, stop.signal
+            records.write_life(life)
+
     def _lead(self, place: Path, allocation: Allocation, stop: StopRequest) -> int:
-        from minbert.launch.tune import only_driver, run_search
+        from minbert.launch.tune import leave_without_ray, only_driver, run_search
         from minbert.tuning.search import Search
 
+        def lost() -> NoReturn:
+            self._tell(allocation, ExitCode.INTERRUPTED, stop)  # the job is requeued
+            leave_without_ray(f"minbert tune --slurm --search {self.folder}")
+
         with only_driver(self.folder):
-            cluster = partial(_cluster, self.folder, place, allocation)
+            cluster = partial(_cluster, self.folder, place, allocation, lost)
             return run_search(self.folder, Search.read(self.folder), stop, cluster)
 
 
 @contextmanager
-def _cluster(folder: Path, place: Path, allocation: Allocation) -> Iterator[None]:
+def _cluster(folder: Path, place: Path, allocation: Allocation, lost: Callable[[], NoReturn]) -> Iterator[None]:
     """Ray on all nodes of the allocation, with this process as its driver."""
     from minbert.tuning.cluster import LOOPBACK, own_cluster
 
     node = address(allocation.head) if allocation.workers else LOOPBACK
-    with own_cluster(folder, cpus=_cpus(), node=node) as meeting:
+    with own_cluster(folder, lost, cpus=_cpus(), node=node) as meeting:
         with replacing(place) as temporary:
             temporary.touch(mode=0o600)  # who knows the token commands the cluster
             temporary.write_text(json.dumps({"address": meeting, "token": os.environ["RAY_AUTH_TOKEN"]}))

@@ -1,12 +1,14 @@
 """`minbert tune`: search hyperparameters with Ray Tune, here, on a Ray cluster, or inside a SLURM allocation."""
 
+import os
 import shlex
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 from filelock import FileLock, Timeout
@@ -92,7 +94,8 @@ def main(arguments: list[str]) -> int:
         print(f"Search: {folder}", flush=True)
         from minbert.tuning.cluster import existing_cluster, own_cluster
 
-        start = partial(existing_cluster, own["address"]) if "address" in own else partial(own_cluster, folder)
+        lost = partial(leave_without_ray, f"minbert tune --search {shlex.quote(str(folder))}")
+        start = partial(existing_cluster, own["address"]) if "address" in own else partial(own_cluster, folder, lost)
         with StopRequest() as stop:
             code = run_search(folder, search, stop, start)
             stop.exit_code = code
@@ -106,9 +109,9 @@ def run_search(folder: Path, search: Search, stop: StopRequest, start: Any) -> i
     trials = search.trials(folder)
     over = [trial for trial in trials if trial.over]
     further = max(0, search.samples - len(trials))
-    if over:
-        going_on = sum(1 for trial in trials if not trial.over and trial.step)
-        print(f"{len(over)} of {search.samples} trials are over; {going_on} others go on from their checkpoints.")
+    begun = sum(1 for trial in trials if not trial.over and trial.step)
+    if over or begun:
+        print(f"{len(over)} of {search.samples} trials are over; {begun} go on from their checkpoints.", flush=True)
     if len(over) < len(trials) or further:
         with start():
             _run(folder, search, trials, further, stop)
@@ -199,6 +202,13 @@ def only_driver(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def leave_without_ray(command: str) -> NoReturn:
+    """End this process, whose Ray has died; what the trials have saved is there."""
+    print(f"minbert: Ray's head has died. To go on from the checkpoints: {command}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(ExitCode.INTERRUPTED)
 
 
 def _resolve(folder: Path, own: Mapping[str, Any], run: Mapping[str, Any]) -> Search:

@@ -11,14 +11,21 @@ import secrets
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
+
+import psutil
 
 from minbert.data.errors import UserError
 
 # Ray replaces 127.0.0.1 by an address that other machines reach; another one of the loopback interface it leaves.
 LOOPBACK = "127.0.0.2"
+HEAD = ("gcs_server", "raylet")
+POLL = 0.5  # seconds between two looks at the head
 OBJECT_STORE = 100 * 2**20  # bytes: what passes through it are a few numbers
 
 SETTINGS = {
@@ -34,9 +41,15 @@ SETTINGS = {
 
 
 @contextmanager
-def own_cluster(folder: Path, cpus: int | None = None, gpus: int | None = None, node: str = LOOPBACK) -> Iterator[str]:
+def own_cluster(
+    folder: Path,
+    lost: Callable[[], NoReturn],
+    cpus: int | None = None,
+    node: str = LOOPBACK,
+) -> Iterator[str]:
     """Start Ray for the search in `folder`, with this process as its driver; yields the address for further nodes.
 
+    `lost` is called, in a thread, when Ray's head has died: nothing works then but to end this process and start anew.
     `node`: this node's IP address, as the others reach it. Raises UserError if Ray does not start.
     """
     os.environ.update(SETTINGS)
@@ -51,7 +64,6 @@ def own_cluster(folder: Path, cpus: int | None = None, gpus: int | None = None, 
     try:
         ray.init(
             num_cpus=cpus,
-            num_gpus=gpus,
             include_dashboard=False,
             log_to_driver=False,
             logging_level="error",
@@ -63,9 +75,13 @@ def own_cluster(folder: Path, cpus: int | None = None, gpus: int | None = None, 
         raise UserError(f"Ray did not start: {error}. Its logs are in {temporary}") from None
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    wanted = threading.Event()
+    wanted.set()
+    threading.Thread(target=_watch_head, args=(wanted, lost), daemon=True).start()
     try:
         yield ray.get_runtime_context().gcs_address
     finally:
+        wanted.clear()
         ray.shutdown()
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -89,6 +105,25 @@ def existing_cluster(address: str) -> Iterator[str]:
         yield ray.get_runtime_context().gcs_address
     finally:
         ray.shutdown()
+
+
+def _watch_head(wanted: threading.Event, lost: Callable[[], NoReturn]) -> None:
+    """Ray itself would wait for a minute, and then end this process without a word from us."""
+    head = [child for child in psutil.Process().children() if child.name() in HEAD]
+    while wanted.is_set():
+        time.sleep(POLL)
+        dead = [process for process in head if _is_dead(process)]
+        if dead and wanted.is_set():
+            for process in set(head) - set(dead):
+                process.kill()
+            lost()
+
+
+def _is_dead(process: psutil.Process) -> bool:
+    try:
+        return process.status() == "zombie"
+    except psutil.NoSuchProcess:
+        return True
 
 
 def temporary_folder(folder: Path) -> Path:

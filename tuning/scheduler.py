@@ -13,7 +13,7 @@ from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
 from minbert.tuning.trial import METRIC, Trial
 
-BEFORE_THE_END = 0.999  # a trial that has spent its budget is finished, not stopped
+LAST_RUNG = 0.6  # share of the budget after which stopping saves little, and would leave no full score
 
 
 class RememberingASHA(ASHAScheduler):
@@ -24,7 +24,7 @@ class RememberingASHA(ASHAScheduler):
             time_attr="progress",
             metric=METRIC,
             mode="max",
-            max_t=BEFORE_THE_END,
+            max_t=max(grace, LAST_RUNG),
             grace_period=grace,
             reduction_factor=reduction,
             stop_last_trials=False,
@@ -43,7 +43,8 @@ class RememberingASHA(ASHAScheduler):
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         decision = super().on_trial_result(tune_controller, _named(trial.config["name"]), result)
-        return TrialScheduler.CONTINUE if result.get("progress", 0) >= BEFORE_THE_END else decision
+        finished = result.get("progress", 0.0) >= 1.0
+        return TrialScheduler.CONTINUE if finished else decision
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         """Its evaluations have been heard already."""

@@ -1,0 +1,389 @@
+"""Search spaces, searches that are killed and go on, ablations, and what they do with mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minbert.data.errors import UserError
+from minbert.launch.main import main
+from minbert.trainer.config import RunConfig, parse_config
+from minbert.trainer.run_folder import read_config_file
+from minbert.tuning.ablation import DEFAULT, PAPER_BASELINE, extension, plan
+from minbert.tuning.comparison import paired
+from minbert.tuning.search import Search
+from minbert.tuning.space import Choice, check_space, draw, grid, paper_space, parse_space, read_space
+from minbert.tuning.trial import Trial, best, read_trials
+
+TINY = ["--train-limit", "60", "--eval-limit", "20", "--batch-size", "8", "--trackers"]
+ray = pytest.mark.xdist_group("ray")  # two clusters of Ray at once would starve each other
+
+
+# Space
+
+
+def test_words_and_files_say_the_same():
+    words = parse_space(["lr=loguniform(1e-5,1e-4)", "--batch-size=16,32", "head_dropout=uniform(0,0.3)"])
+    file = read_space(
+        {
+            "lr": "loguniform(1e-5, 1e-4)",
+            "batch_size": [16, 32],
+            "head_dropout": {"kind": "uniform", "low": 0, "high": 0.3},
+        },
+        "file",
+    )
+    assert words == file
+    assert check_space(words, {})["batch_size"] == Choice(values=(16, 32))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["dropot=uniform(0,0.3)"], "no option dropot; did you mean head_dropout"),
+        (["lr=uniform(1e-4,1e-5)"], "is not below"),
+        (["lr=loguniform(0,1)"], "above zero"),
+        (["lr=normal(0,1)"], "none of uniform"),
+        (["batch_size=16,many"], "batch_size"),
+        (["batch_size=uniform(8,32)"], "whole number"),
+        (["batch_size=8,8"], "twice"),
+        (["aggregator=sum,pcgard"], "did you mean 'pcgrad'"),
+        (["head_dropout=uniform(0,1.5)"], "head_dropout"),
+        (["features=int(0,1)"], "features"),
+        (["run=a,b"], "cannot be searched"),
+        (["lr"], "OPTION=VALUES"),
+        (["lr=1e-3", "lr=1e-4"], "names lr twice"),
+    ],
+)
+def test_impossible_spaces_are_refused_before_a_trial(words, message):
+    with pytest.raises(UserError, match=message):
+        check_space(parse_space(words), {})
+
+
+def test_an_impossible_combination_is_refused_before_a_trial():
+    space = check_space(parse_space(["aggregator=sum,pcgrad", "task_schedule=all,round_robin"]), {})
+    with pytest.raises(UserError, match="needs task_schedule=all"):
+        Search(samples=20, space=space).check()
+
+
+@settings(deadline=None)  # the machine may be busy
+@given(seed=st.integers(0, 2**31), number=st.integers(0, 10_000))
+def test_draws_are_a_function_of_seed_and_number_and_within_the_space(seed, number):
+    space = paper_space(RunConfig())
+    drawn = draw(space, seed, number)
+    assert drawn == draw(space, seed, number)
+    assert drawn["lr"] == draw({"lr": space["lr"]}, seed, number)["lr"]  # whatever else is searched
+    for name, kind in space.items():
+        low_or_values = kind.extremes()
+        inside = drawn[name] in low_or_values if isinstance(kind, Choice) else kind.low <= drawn[name] <= kind.high
+        assert inside, (name, drawn[name])
+    parse_config(drawn, "drawn")
+
+
+def test_draws_fill_the_space():
+    space = check_space(parse_space(["lr=loguniform(1e-5,1e-3)", "hidden_layers=int(1,3)", "batch_size=8,16"]), {})
+    drawn = [draw(space, 0, number) for number in range(600)]
+    assert 0.42 < sum(parameters["lr"] < 1e-4 for parameters in drawn) / 600 < 0.58
+    for name, count in (("hidden_layers", 3), ("batch_size", 2)):
+        shares = Counter(parameters[name] for parameters in drawn)
+        assert len(shares) == count
+        assert min(shares.values()) > 0.8 * 600 / count
+
+
+def test_a_grid_has_every_combination_and_no_ranges():
+    space = check_space(parse_space(["hidden_layers=1,2", "features=baseline,siamese", "batch_size=8"]), {})
+    assert len({tuple(parameters.items()) for parameters in grid(space)}) == 4
+    with pytest.raises(UserError, match="lr has a range"):
+        list(grid(parse_space(["lr=uniform(0.1,0.2)"])))
+
+
+# Trials
+
+
+def test_a_trial_file_survives_writing_and_reading(tmp_path):
+    trial = Trial(tmp_path / "t", "t", 3, {"lr": 1e-4}, "stopped", score=0.5, step=10, steps=40, stopped_by="asha")
+    trial.write()
+    assert Trial.read(tmp_path / "t") == trial
+    assert read_trials(tmp_path) == [trial]
+
+
+def test_the_best_trial_has_a_score_and_did_not_fail(tmp_path):
+    scores = [None, 0.4, 0.6, 0.6, 0.9]
+    trials = [Trial(tmp_path, f"t{n}", n, {}, "finished", score=score) for n, score in enumerate(scores)]
+    trials[4].status = "failed"
+    assert best(trials).number == 2
+    assert best(trials[:1]) is None
+
+
+# Ablations
+
+
+def test_variants_that_groups_share_exist_once():
+    extensions = dict(extension(word) for word in DEFAULT)
+    variants, groups = plan(extensions, ["alone", "added", "left_out"], [])
+    assert groups["alone"] == ["baseline", "siamese", "two_hidden_layers", "unfrozen", "pcgrad"]
+    assert groups["added"][:3] == ["baseline", "siamese", "siamese+two_hidden_layers"]
+    assert groups["left_out"][0] == groups["added"][-1] == "siamese+two_hidden_layers+unfrozen+pcgrad"
+    assert len(variants) == 1 + 4 + 3 + 3  # baseline, alone, added from two on, left out (one is the sum of three)
+    for change in variants.values():
+        parse_config(PAPER_BASELINE | change, "variant")
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("back_translation", "there is no extension 'back_translation'"),
+        ("siamse", "did you mean 'siamese'"),
+        ("x=y", "NAME"),
+    ],
+)
+def test_unknown_extensions_are_refused_with_those_that_exist(word, message):
+    with pytest.raises(UserError, match=message):
+        extension(word)
+
+
+def test_extensions_can_be_defined():
+    assert extension("slow=lr:1.0e-6,warmup:0.2") == ("slow", {"lr": 1e-6, "warmup": 0.2})
+
+
+def test_combinations_that_contradict_themselves_are_refused():
+    extensions = dict(extension(word) for word in ("pcgrad", "upgrad"))
+    with pytest.raises(UserError, match="aggregator twice"):
+        plan(extensions, ["added"], [])
+
+
+@settings(deadline=None)  # the machine may be busy
+@given(st.lists(st.floats(-0.5, 0.5), min_size=2, max_size=8))
+def test_the_interval_of_a_paired_difference_holds_its_mean(differences):
+    result = paired(differences)
+    assert result.low <= result.mean + 1e-12
+    assert result.high >= result.mean - 1e-12
+    assert result.wins == sum(value > 0 for value in differences)
+
+
+def test_the_interval_is_students():
+    result = paired([0.01, 0.02, 0.03])
+    assert result.low == pytest.approx(0.02 - 4.303 * 0.01 / 3**0.5, abs=1e-5)
+    assert paired([0.1]).low is None
+
+
+def test_an_ablation_here_goes_on_and_compares(tmp_path, capsys):
+    folder = tmp_path / "a"
+    words = ["ablate", "--ablation", str(folder), *TINY, "--steps", "3", "--seeds", "0", "1", "--combine"]
+    words += ["siamese+unfrozen", "--extensions", "siamese", "unfrozen", "--groups", "alone"]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "Named combinations" in shown
+    summary = {row["variant"]: row for row in json.loads((folder / "summary.json").read_text())}
+    assert set(summary) == {"baseline", "siamese", "unfrozen", "siamese+unfrozen"}
+    assert summary["unfrozen"]["difference"]["count"] == 2
+    written = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/*/metrics.jsonl")}
+    assert len(written) == 8
+
+    lost = folder / "runs" / "unfrozen" / "seed-1"
+    trial = Trial.read(lost)
+    trial.status = "running"  # as a kill leaves it
+    trial.write()
+    assert main(["ablate", "--ablation", str(folder)]) == 0
+    assert "8 runs, 7 are over" in capsys.readouterr().out
+    assert Trial.read(lost).status == "finished"
+    assert all(path.stat().st_mtime_ns == before for path, before in written.items() if lost not in path.parents)
+
+    assert main(["ablate", "--ablation", str(folder), "--batch-size", "4"]) == 2
+    assert "batch_size: 8 in the folder, 4 asked for" in capsys.readouterr().err
+
+
+# Searches
+
+
+def command(folder: Path, *words: str) -> list[str]:
+    return [sys.executable, "-m", "minbert.launch.main", "tune", "--search", str(folder), *words]
+
+
+def small_search(folder: Path, *words: str) -> list[str]:
+    space = ["--space", "lr=loguniform(1e-4,5e-3)", "hidden_layers=1,2"]
+    return command(folder, *TINY, *words, *space)
+
+
+def finish(words: list[str]) -> str:
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def await_trials(folder: Path, process: subprocess.Popen, reached) -> list[Trial]:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.stdout.read()
+        try:
+            trials = read_trials(folder / "trials")
+        except (json.JSONDecodeError, FileNotFoundError):
+            trials = []
+        if reached(trials):
+            return trials
+        time.sleep(0.2)
+    raise AssertionError("the search got nowhere")
+
+
+def kill(process: subprocess.Popen, what: str) -> None:
+    children = psutil.Process(process.pid).children(recursive=True)
+    if what == "driver":
+        process.kill()
+    elif what == "head":
+        next(child for child in children if child.name() == "gcs_server").kill()
+    else:
+        workers = [child for child in children if any("Train" in word or "TrialW" in word for word in child.cmdline())]
+        for worker in workers:
+            worker.kill()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The result of a search that nobody disturbed, one trial at a time."""
+    folder = tmp_path_factory.mktemp("search") / "undisturbed"
+    finish(small_search(folder, "--samples", "3", "--epochs", "10", "--concurrent", "1"))
+    return read_trials(folder / "trials")
+
+
+@ray
+@pytest.mark.parametrize("what", ["driver", "head", "worker"])
+def test_a_search_that_is_killed_ends_as_if_it_had_not_been(tmp_path, undisturbed, what):
+    folder = tmp_path / "s"
+    words = small_search(folder, "--samples", "3", "--epochs", "10", "--concurrent", "1")
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    before = await_trials(
+        folder, process, lambda trials: trials and trials[0].over and any(t.step and not t.over for t in trials)
+    )
+    kill(process, what)
+    output, _ = process.communicate(timeout=120)
+    if what == "worker":  # the search goes on by itself
+        assert process.returncode == 0, output
+        assert "goes on from step" in output
+    else:
+        assert process.returncode == {"driver": -signal.SIGKILL, "head": 75}[what], output
+        assert "of 3 trials are over; 1 go on from their checkpoints" in finish(words)
+    after = read_trials(folder / "trials")
+    for trial, other in zip(after, undisturbed, strict=True):
+        assert (trial.parameters, trial.status, trial.step) == (other.parameters, other.status, other.step)
+        assert trial.score == other.score
+    for trial in before:
+        if trial.over:  # and was not touched again
+            assert Trial.read(trial.folder) == trial
+
+
+@ray
+def test_a_broken_trial_is_shown_and_the_best_becomes_a_run(tmp_path):
+    folder = tmp_path / "s"
+    space = ["--space", "max_length=64,4096", "--algorithm", "grid"]  # longer than the encoder's positions
+    output = finish(command(folder, *TINY, "--steps", "2", *space))
+    assert "trial-0001 failed: max_length=4096, but the encoder has" in output
+    trials = read_trials(folder / "trials")
+    assert [trial.status for trial in trials] == ["finished", "failed"]
+    assert "max_length=4096" in trials[1].error
+    assert "2 of 2 trials are over" in finish(command(folder))
+    config = read_config_file(folder / "best.yaml")
+    assert (config.corpus.max_length, config.corpus.train_limit, config.run) == (64, None, None)
+
+    run = tmp_path / "full"
+    assert main(["tune", "--best", str(folder), "--run", str(run), "--steps", "1", *TINY]) == 0
+    assert read_config_file(run / "config.yaml").corpus.max_length == 64
+    assert (run / "predictions").exists()
+
+
+@ray
+def test_a_search_that_is_asked_to_stop_saves_and_goes_on_with_tpe_and_several_processes(tmp_path):
+    pytest.importorskip("optuna")
+    folder = tmp_path / "s"
+    words = small_search(folder, "--samples", "2", "--epochs", "8", "--algorithm", "tpe", "--processes", "2")
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    await_trials(folder, process, lambda trials: trials and trials[0].step)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, output
+    assert "To go on: minbert tune --search" in output
+    finish(words)
+    trials = read_trials(folder / "trials")
+    assert [trial.status for trial in trials] in (["finished"] * 2, ["finished", "stopped"])
+    assert json.loads((trials[0].folder / "environment.json").read_text())
+    assert yaml.safe_load((trials[0].folder / "config.yaml").read_text())["parallel"]["processes"] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--samples", "0"], "--samples must be"),
+        (["--run", "x"], "--search names the folder"),
+        (["--sampels", "3"], "did you mean --samples"),
+        (["--nodes", "2"], "add --slurm"),
+        (["--slurm", "--address", "auto"], "choose one"),
+        (["--space", "nowhere.yaml"], "nowhere.yaml"),
+        (["--algorithm", "grid"], "has a range"),
+        (["--best", "nowhere"], "is not a search"),
+        (["--algorithm", "pbt"], "--algorithm must be"),
+    ],
+)
+def test_mistakes_are_explained(words, message, tmp_path, capsys):
+    search = [] if "--best" in words else ["--search", str(tmp_path / "s")]
+    assert main(["tune", *search, *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_another_search_in_the_same_folder_is_refused(tmp_path, capsys):
+    space = check_space(parse_space(["lr=loguniform(1e-4,1e-3)"]), {})
+    Search(samples=4, space=space, base={"batch_size": 8}).write(tmp_path)
+    assert (
+        main(["tune", "--search", str(tmp_path), "--space", "lr=1e-3,1e-4", "--batch-size", "16", "--seed", "1"]) == 2
+    )
+    said = capsys.readouterr().err
+    assert all(name in said for name in ("holds another search", "space:", "batch_size: 8", "seed: 0"))
+
+
+@pytest.mark.xdist_group("slurm")
+def test_a_search_on_two_nodes_is_requeued_and_goes_on(devcluster, tmp_path, monkeypatch):
+    from minbert.slurm.status import look
+
+    for name, value in devcluster.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    folder = tmp_path / "s"
+    words = small_search(folder, "--samples", "4", "--epochs", "10", "--concurrent", "2")
+    words += ["--slurm", "--nodes", "2", "--cpus-per-task", "1", "--cpus", "1", "--time", "30"]
+    finish(words)
+
+    def wait(reached, seconds: float = 240.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not reached():
+            assert time.monotonic() < deadline, _output(folder)
+            time.sleep(0.5)
+
+    wait(lambda: any(trial.step and not trial.over for trial in _read(folder)))
+    report = look([folder])[0]
+    assert report.nodes == "n[1-2]"
+    devcluster.run("scontrol", "requeue", report.job_id)
+    wait(lambda: look([folder])[0].state == "pending")
+    devcluster.run("scontrol", "update", f"jobid={report.job_id}", "starttime=now")
+    wait(lambda: look([folder])[0].finished)
+    assert "Ray runs on n1, n2: 2 cores" in _output(folder)
+    assert all(trial.status in ("finished", "stopped") for trial in _read(folder))
+    assert len(_read(folder)) == 4
+    assert (folder / "best.yaml").exists()
+
+
+def _read(folder: Path) -> list[Trial]:
+    try:
+        return read_trials(folder / "trials")
+    except (json.JSONDecodeError, FileNotFoundError):
+        return []
+
+
+def _output(folder: Path) -> str:
+    return "\n".join(path.read_text() for path in (folder / "slurm").glob("*_log.out")) + os.linesep
