@@ -203,7 +203,6 @@ def _run_on_ray(folder: Path, ablation: Ablation, trials: Sequence[Trial], addre
     if all(trial.over for trial in trials):
         return ExitCode.FINISHED
     from minbert.tuning.cluster import existing_cluster, own_cluster
-    from minbert.tuning.driver import run_trials
 
     def tell(trial: Trial) -> None:
         over = sum(other.over for other in trials)
@@ -216,6 +215,8 @@ def _run_on_ray(folder: Path, ablation: Ablation, trials: Sequence[Trial], addre
     lost = partial(leave_without_ray, f"minbert ablate --ablation {shlex.quote(str(folder))} --ray")
     with StopRequest() as stop:
         with existing_cluster(address) if address else own_cluster(folder, lost):
+            from minbert.tuning.driver import run_trials
+
             run_trials(folder, trials, ablation.options, train_trial, ablation.resources, processes, stop, tell)
         stop.exit_code = ExitCode.INTERRUPTED if stop.signal is not None else ExitCode.FINISHED
     return ExitCode.FINISHED if all(trial.over for trial in trials) else ExitCode.INTERRUPTED

@@ -230,10 +230,6 @@ def _resolve(folder: Path, own: Mapping[str, Any], run: Mapping[str, Any]) -> Se
     )
     if search.algorithm == "grid":
         search = search.model_copy(update={"samples": sum(1 for _ in grid(search.space))})
-    if search.algorithm == "tpe":
-        from minbert.tuning.proposals import require_optuna
-
-        require_optuna()
     if saved is not None:
         refuse_other(folder, saved, search)
     search.check()

@@ -1,7 +1,8 @@
 """Ray, as a search needs it: a cluster of its own on this machine or allocation, or one that exists.
 
 A cluster of its own belongs to nobody else: a token that only its processes know, free ports, a short temporary folder
-named by user and search, no dashboard, no usage statistics. It dies with the process that started it.
+named by user and search, no dashboard, no usage statistics. It dies with the process that started it. Ray reads its
+settings from the environment when it is imported, so nothing may import it before they are there.
 """
 
 import getpass

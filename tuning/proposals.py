@@ -9,7 +9,6 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
-from minbert.data.errors import UserError
 from minbert.tuning.search import Search
 from minbert.tuning.space import Choice, Integer, LogUniform, Parameters
 from minbert.tuning.trial import METRIC, Trial
@@ -46,7 +45,7 @@ class Proposals(Searcher):
 
 
 class TpeProposals(Proposals):
-    """Raises UserError if Optuna is not installed."""
+    """Needs Optuna, as `Search.check` has seen to."""
 
     def __init__(
         self,
@@ -57,7 +56,6 @@ class TpeProposals(Proposals):
         create: Callable[[int, Parameters], Trial],
     ):
         super().__init__(waiting, describe)
-        require_optuna()
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -95,14 +93,6 @@ class TpeProposals(Proposals):
     def _value(self, name: str, value: Any) -> Any:
         kind = self.search.space[name]
         return kind.values[value] if isinstance(kind, Choice) else value
-
-
-def require_optuna() -> None:
-    """Raises UserError if it is not installed."""
-    try:
-        import optuna  # noqa: F401
-    except ImportError:
-        raise UserError("algorithm=tpe needs Optuna: pip install -e '.[optuna]', or optuna") from None
 
 
 def _distribution(kind: Any) -> Any:

@@ -6,6 +6,7 @@ best.yaml     the best trial's configuration, for `minbert train --config`
 """
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -82,7 +83,9 @@ class Search(BaseModel):
         return {"seed": self.seed} | self.base | dict(parameters)
 
     def check(self) -> None:
-        """Raises UserError if a trial would have a configuration that is refused."""
+        """Raises UserError if a trial would have a configuration that is refused, or the algorithm is not installed."""
+        if self.algorithm == "tpe" and find_spec("optuna") is None:
+            raise UserError("algorithm=tpe needs Optuna: pip install -e '.[optuna]', or optuna")
         numbers = range(min(self.samples, 1000))
         for number in numbers:
             drawn = draw(self.space, self.seed, number) if self.algorithm == "tpe" else self.parameters(number)
