@@ -108,10 +108,10 @@ def _print(options: Options, seconds: dict[str, list[float]], startups: list[lis
         print(f"{side:<24} {statistics.median(rates):7.0f} trials an hour (median of {len(turns)} turns)")
     for side in ("by hand", "by hand, no predictions"):
         ratios = sorted(ours / theirs for ours, theirs in zip(seconds["search"], seconds[side]))
-        print(f"time of the search / {side}: median {statistics.median(ratios):.2f}, {ratios[0]:.2f} to {ratios[-1]:.2f}")
+        print(f"time / {side}: median {statistics.median(ratios):.2f}, {ratios[0]:.2f} to {ratios[-1]:.2f}")
     later = [value for turn in startups for value in turn[1:]]
     first = statistics.median(turn[0] for turn in startups)
-    print(f"start-up of the first trial {first:.1f} s, of later ones {statistics.median(later):.2f} s (to {max(later):.2f})")
+    print(f"start-up: first trial {first:.1f} s, later {statistics.median(later):.2f} s (to {max(later):.2f})")
 
 
 if __name__ == "__main__":

@@ -29,8 +29,9 @@ from minbert.launch.options import (
     show_help,
 )
 from minbert.launch.trial import train_trial
-from minbert.launch.tune import leave_without_ray, only_driver
+from minbert.launch.tune import leave_without_ray, only_driver, retry_failed
 from minbert.slurm.settings import JobSettings, parse_parameters, resolve_settings
+from minbert.slurm.status import is_active
 from minbert.trainer.config import SECTIONS, flatten, parse_config
 from minbert.trainer.run_folder import read_yaml
 from minbert.trainer.stop import StopRequest
@@ -39,6 +40,7 @@ from minbert.tuning.ablation import (
     DEFAULT,
     PAPER_BASELINE,
     Ablation,
+    combination,
     extension,
     plan,
     refuse_other,
@@ -72,6 +74,7 @@ OWN: dict[str, tuple[Any, Any, str]] = {
     "groups": (tuple[Literal["alone", "added", "left_out"], ...], GROUPS[:3], "Comparisons to make."),
     "combine": (tuple[str, ...], (), "Further combinations, such as siamese+pcgrad."),
     "seeds": (tuple[Annotated[int, Field(ge=0)], ...], (0, 1, 2), "Each variant is trained with each of them."),
+    "retry_failed": (bool, False, "Try the runs again that failed for good."),
     "ray": (bool, False, "Train several runs at once with Ray on this machine."),
     "address": (str, None, "Train on an existing Ray cluster: host:port, or `auto`."),
     "slurm": (bool, False, "Train on the cluster, as an array of jobs."),
@@ -103,6 +106,8 @@ def main(arguments: list[str]) -> int:
         trials = ablation.trials(folder)
         for trial in trials:
             trial.write()
+        if own.get("retry_failed"):
+            retry_failed(trials)
         over = sum(trial.over for trial in trials)
         variants, seeds = len(ablation.variants), len(ablation.seeds)
         print(f"{variants} variants with {seeds} seeds: {len(trials)} runs, {over} are over.", flush=True)
@@ -112,6 +117,8 @@ def main(arguments: list[str]) -> int:
                 print(f"{left} runs are not finished. Repeat the command when they are, for the table.")
                 return ExitCode.FINISHED
             return _conclude(folder, ablation, trials)
+        if queued := next((trial.folder for trial in trials if not trial.over and is_active(trial.folder)), None):
+            raise UserError(f"{queued} has a job; wait for it with --slurm, or end it by `minbert cancel {folder}`")
         if own.get("ray") or "address" in own:
             code = _run_on_ray(folder, ablation, trials, own.get("address"))
         else:
@@ -127,23 +134,26 @@ def _resolve(folder: Path, own: Mapping[str, Any], run: dict[str, Any]) -> Ablat
     if saved is None and folder.exists() and any(entry.name != ".lock" for entry in folder.iterdir()):
         raise UserError(f"{folder} is not empty and no ablation: it has no {ABLATION_FILE}. Give another --ablation.")
     baseline = _baseline(run, saved)
-    named = [word.split("+") for word in own.get("combine", ())]
-    if saved is not None and not own.keys() & {"extensions", "groups", "combine"}:
-        variants, groups = saved.variants, saved.groups
+    if saved is not None and "extensions" not in own:
+        extensions = saved.extensions
     else:
-        words = own.get("extensions", DEFAULT)
-        extensions = dict(extension(word) for word in words)
-        further = {name: extension(name)[1] for word in named for name in word if name not in extensions}
-        wanted = [*own.get("groups", GROUPS[:3]), *(["named"] if named else [])]
-        normal = [[extension(name)[0] if name not in extensions else name for name in word] for word in named]
-        variants, groups = plan(extensions, [group for group in wanted if group != "named"], [])
-        if named:
-            more = plan(extensions | further, ["named"], normal)
-            variants, groups = variants | more[0], groups | more[1]
+        extensions = dict(extension(word) for word in own.get("extensions", DEFAULT))
+    wanted = own.get("groups", [name for name in saved.groups if name != "named"] if saved else GROUPS[:3])
+    variants, groups = plan(extensions, wanted, [])
+    if "combine" in own:
+        named = [combination(word, extensions) for word in own["combine"]]
+        every = extensions | {name: change for members in named for name, change in members.items()}
+        more = plan(every, ["named"], [list(members) for members in named])
+        variants, groups = variants | more[0], groups | more[1]
+    elif saved is not None and "named" in saved.groups:
+        groups["named"] = saved.groups["named"]
+        variants |= {name: saved.variants[name] for name in groups["named"]}
     resources = (saved.resources if saved else Resources()).model_dump()
     resources |= {name: value for name, value in own.items() if name in Resources.model_fields}
     seeds = list(own.get("seeds", saved.seeds if saved else OWN["seeds"][1]))
-    ablation = Ablation(baseline=baseline, variants=variants, groups=groups, seeds=seeds, resources=resources)
+    ablation = Ablation(
+        baseline=baseline, extensions=extensions, variants=variants, groups=groups, seeds=seeds, resources=resources
+    )
     ablation.check()
     if saved is not None:
         refuse_other(folder, saved, ablation)

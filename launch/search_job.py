@@ -6,6 +6,7 @@ from there, and so does the search.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -72,13 +73,14 @@ class SearchJob:
 @contextmanager
 def _cluster(folder: Path, place: Path, allocation: Allocation, lost: Callable[[], NoReturn]) -> Iterator[None]:
     """Ray on all nodes of the allocation, with this process as its driver."""
-    from minbert.tuning.cluster import LOOPBACK, own_cluster
+    from minbert.tuning.cluster import LOOPBACK, own_cluster, temporary_folder
 
     node = address(allocation.head) if allocation.workers else LOOPBACK
     with own_cluster(folder, lost, cpus=_cpus(), node=node) as meeting:
         with replacing(place) as temporary:
             temporary.touch(mode=0o600)  # who knows the token commands the cluster
-            temporary.write_text(json.dumps({"address": meeting, "token": os.environ["RAY_AUTH_TOKEN"]}))
+            content = {"address": meeting, "token": os.environ["RAY_AUTH_TOKEN"]}
+            temporary.write_text(json.dumps(content | {"temporary": str(temporary_folder(folder))}))
         try:
             _await_nodes(allocation)
             yield
@@ -107,6 +109,8 @@ def _await_nodes(allocation: Allocation) -> None:
 
 def _join(place: Path, allocation: Allocation, log: Path) -> int:
     """Add this node to the head's Ray, and stay as long as the head does. Raises UserError if there is no head."""
+    from minbert.tuning.cluster import make_private
+
     deadline = time.monotonic() + PATIENCE
     while not _exists(place):
         if time.monotonic() > deadline:
@@ -116,6 +120,9 @@ def _join(place: Path, allocation: Allocation, log: Path) -> int:
             )
         time.sleep(POLL)
     head = json.loads(place.read_text())
+    private = Path(head["temporary"])  # Ray uses the same path on all nodes
+    if not private.exists():  # nodes of a test may be one machine
+        make_private(private)
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
     options = {"address": head["address"], "num-cpus": _cpus(), "node-ip-address": address(allocation.host)}
     options |= {"object-store-memory": 100 * 2**20, "min-worker-port": 0, "max-worker-port": 0}
@@ -137,6 +144,7 @@ def _join(place: Path, allocation: Allocation, log: Path) -> int:
         process.wait(30)
     except subprocess.TimeoutExpired:
         process.kill()
+    shutil.rmtree(private, ignore_errors=True)
     return ExitCode.FINISHED
 
 

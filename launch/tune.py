@@ -3,7 +3,7 @@
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
@@ -29,11 +29,11 @@ from minbert.launch.options import (
     show_help,
 )
 from minbert.slurm.settings import JobSettings, parse_parameters, resolve_settings
-from minbert.trainer.config import parse_config
+from minbert.trainer.config import RunConfig, parse_config
 from minbert.trainer.run_folder import read_yaml
 from minbert.trainer.stop import StopRequest
 from minbert.tuning.search import SEARCH_FILE, Resources, Search, base_options, refuse_other, write_best
-from minbert.tuning.space import Space, check_space, grid, paper_space, parse_space, read_space
+from minbert.tuning.space import Space, check_space, grid, grid_size, paper_space, parse_space, read_space
 from minbert.tuning.trial import Trial, best
 
 DESCRIPTION = (
@@ -85,12 +85,12 @@ def main(arguments: list[str]) -> int:
         raise UserError("--address and --slurm are two places to run; choose one")
     folder = own.get("search") or _new_folder()
     search = _resolve(folder, own, run)
-    if own.get("retry_failed"):
-        _retry_failed(folder, search)
     if own.get("slurm"):
-        return _submit(folder, search, job)
+        return _submit(folder, search, job, own.get("retry_failed", False))
     with only_driver(folder):
         search.write(folder)
+        if own.get("retry_failed"):
+            retry_failed(search.trials(folder))
         print(f"Search: {folder}", flush=True)
         from minbert.tuning.cluster import existing_cluster, own_cluster
 
@@ -192,12 +192,14 @@ def _conclude(folder: Path, search: Search, trials: list[Trial], winner: Trial |
 @contextmanager
 def only_driver(folder: Path) -> Iterator[None]:
     """Keep others from running the same search meanwhile. Raises UserError if somebody does."""
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock", timeout=0)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         raise UserError(f"{folder} is being run by another process; wait for it, or stop it first") from None
+    except OSError as error:
+        raise UserError(f"{folder} cannot be used: {error.strerror}") from None
     try:
         yield
     finally:
@@ -225,28 +227,32 @@ def _resolve(folder: Path, own: Mapping[str, Any], run: Mapping[str, Any]) -> Se
     if "seed" in run or "config" in run:
         fields["seed"] = config.seed
     before = saved.model_dump() if saved else {"samples": SAMPLES}
-    search = Search(
-        **(before | fields | {"space": _space(own, saved, config, base), "base": base, "resources": resources})
-    )
+    given = (base.keys() | run.keys()) - {"seed"}
+    space = _space(own, saved, config, given)
+    search = Search(**(before | fields | {"space": space, "base": base, "resources": resources}))
     if search.algorithm == "grid":
-        search = search.model_copy(update={"samples": sum(1 for _ in grid(search.space))})
+        next(grid(search.space))  # refuses ranges
+        search = search.model_copy(update={"samples": grid_size(search.space)})
     if saved is not None:
         refuse_other(folder, saved, search)
     search.check()
     return search
 
 
-def _space(own: Mapping[str, Any], saved: Search | None, config: Any, base: Mapping[str, Any]) -> Space:
+def _space(own: Mapping[str, Any], saved: Search | None, config: RunConfig, given: Collection[str]) -> Space:
+    """What is searched; of the default, what is not `given` as an option."""
     words = own.get("space", ())
+    if not words and saved is not None:
+        return check_space(saved.space, given, str(own["search"]))
     if not words:
-        return saved.space if saved is not None else paper_space(config)
+        return check_space({name: kind for name, kind in paper_space(config).items() if name not in given})
     if len(words) == 1 and "=" not in words[0]:
-        return check_space(read_space(read_yaml(Path(words[0])), words[0]), base, words[0])
-    return check_space(parse_space(words), base, "--space")
+        return check_space(read_space(read_yaml(Path(words[0])), words[0]), given, words[0])
+    return check_space(parse_space(words), given, "--space")
 
 
-def _retry_failed(folder: Path, search: Search) -> None:
-    for trial in search.trials(folder):
+def retry_failed(trials: Iterable[Trial]) -> None:
+    for trial in trials:
         if trial.status == "failed":
             trial.status, trial.ended, trial.error = "pending", None, None
             trial.write()
@@ -273,7 +279,7 @@ def _start_best(own: Mapping[str, Any], job: Mapping[str, Any], run: dict[str, A
     return start(config, force=bool(run.get("force")))
 
 
-def _submit(folder: Path, search: Search, job: dict[str, Any]) -> int:
+def _submit(folder: Path, search: Search, job: dict[str, Any], retry: bool) -> int:
     """Queue the search as one job with a task on each node."""
     from minbert.launch.search_job import SearchJob
     from minbert.slurm.records import Records
@@ -293,6 +299,8 @@ def _submit(folder: Path, search: Search, job: dict[str, Any]) -> int:
     if is_active(folder):
         raise UserError(f"{folder} has a job already: {look([folder])[0].summary}")
     search.write(folder)
+    if retry:
+        retry_failed(search.trials(folder))
     folder = folder.absolute()
     code = take_snapshot(folder / "code")
     (job_id,) = submit([folder], [SearchJob(folder)], settings, folder / "slurm", code, [None], folder.name)

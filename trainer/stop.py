@@ -26,8 +26,14 @@ class StopRequest:
         self.patient = patient
 
     def __enter__(self) -> "StopRequest":
-        self.previous = {number: signal.signal(number, self._catch) for number in SIGNALS}
+        self.previous = {number: signal.getsignal(number) for number in SIGNALS}
+        self.catch()
         return self
+
+    def catch(self) -> None:
+        """Install the handlers; once more where a library has taken signals for itself."""
+        for number in SIGNALS:
+            signal.signal(number, self._catch)
 
     def __exit__(self, *exception: object) -> None:
         if self.signal is None:

@@ -8,6 +8,7 @@ runs/VARIANT/seed-N/     the run folders, each with its trial.json
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -20,9 +21,8 @@ from minbert.data.errors import UserError
 from minbert.data.files import replacing
 from minbert.trainer.aggregators import METHODS
 from minbert.trainer.config import parse_config
-from minbert.trainer.run_folder import read_yaml
-from minbert.tuning.search import Resources
-from minbert.tuning.space import Parameters
+from minbert.tuning.search import Resources, read_as
+from minbert.tuning.space import Parameters, read_value
 from minbert.tuning.trial import Trial, read_trials
 
 ABLATION_FILE = "ablation.yaml"
@@ -48,6 +48,7 @@ class Ablation(BaseModel):
     kind: Literal["ablation"] = "ablation"
     metric: Literal["dev/overall"] = "dev/overall"
     baseline: Parameters
+    extensions: dict[str, Parameters]  # in the order in which they are added
     variants: dict[str, Parameters]  # name -> how it differs from the baseline
     groups: dict[str, list[str]]  # alone, added, left_out, named -> variants
     seeds: list[int]
@@ -63,7 +64,7 @@ class Ablation(BaseModel):
         """Raises UserError where there is none."""
         if not (folder / ABLATION_FILE).exists():
             raise UserError(f"{folder} is not an ablation: it has no {ABLATION_FILE}")
-        return cls(**read_yaml(folder / ABLATION_FILE))
+        return read_as(cls, folder / ABLATION_FILE)
 
     def options(self, trial: Trial) -> Parameters:
         """All options of a trial's run but its folder."""
@@ -97,9 +98,9 @@ def extension(word: str) -> tuple[str, Parameters]:
         change = {}
         for part in text.split(","):
             option, colon, value = part.partition(":")
-            if not colon or not name:
+            if not colon or not re.fullmatch(r"\w[\w.-]*", name) or name == BASELINE:
                 raise UserError(f"an extension is defined as NAME=OPTION:VALUE,OPTION:VALUE, not {word!r}")
-            change[option.strip().replace("-", "_")] = yaml.safe_load(value)
+            change[option.strip().replace("-", "_")] = read_value(value)
         parse_config(change, f"extension {name}")
         return name, change
     name = word.replace("-", "_")
@@ -111,6 +112,11 @@ def extension(word: str) -> tuple[str, Parameters]:
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise UserError(f"there is no extension {word!r}; {hint}There are {', '.join(known)}, and NAME=OPTION:VALUE")
+
+
+def combination(word: str, known: Mapping[str, Parameters]) -> dict[str, Parameters]:
+    """The members of `siamese+pcgrad`, each a name in `known` or what `extension` takes. Raises UserError."""
+    return dict((part, known[part]) if part in known else extension(part) for part in word.split("+"))
 
 
 def plan(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from minbert.data.errors import UserError
 from minbert.trainer.config import RunConfig, parse_config
 from minbert.trainer.run_folder import RunFolder
 from minbert.trainer.stop import StopRequest
@@ -42,7 +43,9 @@ class Attempt:
         try:
             config = parse_config(options | {"run": self.run.path}, str(self.run.path))
             self.ending = train(config, self._stop, self._begin)
-        except BaseException as error:  # a UserError from the configuration, or what `train` lets through
+        except UserError as error:  # from the configuration
+            self.ending = (USER_MISTAKE, str(error))
+        except BaseException as error:  # what `train` lets through
             self.ending = (1, f"{type(error).__name__}: {error}")
         finally:
             self._over.set()

@@ -5,23 +5,25 @@ named by user and search, no dashboard, no usage statistics. It dies with the pr
 settings from the environment when it is imported, so nothing may import it before they are there.
 """
 
-import getpass
 import hashlib
 import os
 import secrets
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import psutil
 
 from minbert.data.errors import UserError
+from minbert.trainer.stop import SIGNALS
+from minbert.tuning.attempt import INTERRUPTED
 
 # Ray replaces 127.0.0.1 by an address that other machines reach; another one of the loopback interface it leaves.
 LOOPBACK = "127.0.0.2"
@@ -59,17 +61,20 @@ def own_cluster(
     import ray
 
     temporary = temporary_folder(folder)
-    shutil.rmtree(temporary, ignore_errors=True)  # of a start that was killed
+    make_private(temporary)
+    if cpus is None and len(os.sched_getaffinity(0)) < (os.cpu_count() or 1):
+        cpus = len(os.sched_getaffinity(0))
     # What Ray starts inherits the mask: a batch system warns all processes of a job, and only the search is to hear it.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGUSR2))
     try:
-        ray.init(
+        _init(
+            address="local",  # whatever RAY_ADDRESS says
             num_cpus=cpus,
             include_dashboard=False,
             log_to_driver=False,
             logging_level="error",
             object_store_memory=OBJECT_STORE,
-            _temp_dir=str(temporary),
+            _temp_dir=str(temporary / "ray"),
             _node_ip_address=node,
         )
     except (RuntimeError, OSError, ValueError) as error:
@@ -92,10 +97,11 @@ def existing_cluster(address: str) -> Iterator[str]:
     """Join a Ray cluster as a driver. Raises UserError if it does not answer."""
     os.environ.update(SETTINGS)
     os.environ.setdefault("RAY_AUTH_MODE", "token" if _has_token() else "disabled")
+    _knock(address)
     import ray
 
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="error")
+        _init(address=address, log_to_driver=False, logging_level="error")
     except Exception as error:  # Ray raises whatever its layers raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
@@ -106,6 +112,33 @@ def existing_cluster(address: str) -> Iterator[str]:
         yield ray.get_runtime_context().gcs_address
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Raises UserError if nobody listens at host:port; Ray would try for minutes."""
+    if address == "auto":
+        return
+    host, colon, port = address.rpartition(":")
+    if "://" in address or not colon or not port.isdecimal():
+        raise UserError(f"--address takes host:port of a Ray head, or `auto`, not {address!r}")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(f"nothing answers at {address} ({error}); `ray start --head` says where it listens") from None
+
+
+def _init(**options: Any) -> None:
+    """`ray.init`, which takes SIGTERM for itself: the handlers stay those that were there."""
+    import ray
+
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        ray.init(**options)
+    except SystemExit:  # Ray's own answer to SIGTERM
+        raise SystemExit(INTERRUPTED) from None
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _watch_head(wanted: threading.Event, lost: Callable[[], NoReturn]) -> None:
@@ -128,10 +161,22 @@ def _is_dead(process: psutil.Process) -> bool:
 
 
 def temporary_folder(folder: Path) -> Path:
-    """The same for every start of a search on this machine; short, because Ray puts sockets into it."""
+    """The same for every start of a search on this machine; short, because Ray puts sockets below it."""
     digest = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:8]
     base = tempfile.gettempdir() if len(tempfile.gettempdir()) < 20 else "/tmp"
-    return Path(base) / f"mb-{getpass.getuser()[:8]}-{digest}"
+    return Path(base) / f"mb-{os.getuid()}-{digest}"
+
+
+def make_private(temporary: Path) -> None:
+    """An empty folder that only this user may enter; Ray would open its own to everybody. Raises UserError."""
+    shutil.rmtree(temporary, ignore_errors=True)  # of a start that was killed
+    try:
+        temporary.mkdir(mode=0o700, exist_ok=True)
+        if temporary.stat().st_uid != os.getuid():
+            raise FileExistsError(None, "it belongs to somebody else")
+        temporary.chmod(0o700)
+    except OSError as error:
+        raise UserError(f"{temporary} cannot be used for Ray: {error.strerror}") from None
 
 
 def _has_token() -> bool:

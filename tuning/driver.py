@@ -12,9 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import tune
 from ray.tune import Callback, CheckpointConfig, FailureConfig, RunConfig, Stopper, TuneConfig, Tuner
 
+from minbert.data.errors import UserError
 from minbert.trainer.stop import StopRequest
 from minbert.tuning.attempt import Train
 from minbert.tuning.proposals import Proposals
@@ -41,6 +43,9 @@ class Recorder(Callback):
 
     def __init__(self, trials: dict[str, Trial], stop: StopRequest, scheduler: str, tell: Callable[[Trial], None]):
         self.trials, self.stop, self.scheduler, self.tell = trials, stop, scheduler, tell
+
+    def setup(self, stop: Any = None, **info: Any) -> None:
+        self.stop.catch()  # Tune has just taken a signal for itself
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         ours = self.trials[trial.config["name"]]
@@ -100,7 +105,11 @@ def run_trials(
         options: of a trial's run, without its folder.
         processes: of each trial.
         tell: hears of each trial that starts, goes on or is over.
+
+    Raises UserError if no node can hold a trial.
     """
+    limits = _limits(resources, processes)
+    fitting = _fitting(limits)
     waiting = [trial for trial in trials if not trial.over]
     by_name = {trial.name: trial for trial in trials}
     for trial in waiting:
@@ -120,7 +129,6 @@ def run_trials(
     algorithm = proposals(list(waiting), describe)
     storage = folder.absolute() / "ray"
     shutil.rmtree(storage, ignore_errors=True)
-    limits = {"cpu": resources.cpus * processes} | ({"gpu": resources.gpus * processes} if resources.gpus else {})
     name = type(scheduler).__name__ if scheduler is not None else ""
     recorder = Recorder(by_name, stop, "asha" if "ASHA" in name else name, partial(_learn, algorithm, tell))
     tuner = Tuner(
@@ -129,7 +137,7 @@ def run_trials(
             num_samples=len(waiting) + further,
             search_alg=algorithm,
             scheduler=scheduler,
-            max_concurrent_trials=resources.concurrent or _fitting(limits),
+            max_concurrent_trials=resources.concurrent or fitting,
             reuse_actors=True,
             trial_name_creator=lambda trial: trial.config["name"],
             trial_dirname_creator=lambda trial: trial.config["name"],
@@ -152,12 +160,27 @@ def run_trials(
     shutil.rmtree(storage, ignore_errors=True)
 
 
-def _fitting(limits: dict[str, float]) -> int:
-    """How many trials the cluster holds at once."""
-    import ray
+def _limits(resources: Resources, processes: int) -> dict[str, float]:
+    """What Ray sets aside for a trial, which lies on one node. Raises UserError for parts of several GPUs."""
+    gpus = resources.gpus
+    if gpus != int(gpus) and (gpus > 1 or processes > 1):
+        raise UserError(f"gpus={gpus:g}: only a trial of one process can have a part of a GPU, and then of one")
+    return {"cpu": resources.cpus * processes} | ({"gpu": gpus * processes} if gpus else {})
 
-    there = ray.cluster_resources()
-    return max(1, int(min(there.get(name.upper(), 0) // amount for name, amount in limits.items())))
+
+def _fitting(limits: dict[str, float]) -> int:
+    """How many trials Ray's nodes hold at once. Raises UserError if that is none: Ray would wait for ever."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    held = [min(int(node.get(name.upper(), 0) / amount + 1e-9) for name, amount in limits.items()) for node in nodes]
+    if not any(held):
+        wanted = " and ".join(f"{amount:g} {name.upper()}" for name, amount in limits.items())
+        there = "; ".join(
+            ", ".join(f"{node.get(name.upper(), 0):g} {name.upper()}" for name in limits) for node in nodes
+        )
+        raise UserError(
+            f"a trial takes {wanted} on one node; Ray's nodes have {there}. See --cpus, --gpus, --processes."
+        )
+    return sum(held)
 
 
 def _learn(algorithm: Proposals, tell: Callable[[Trial], None], trial: Trial) -> None:

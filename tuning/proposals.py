@@ -1,9 +1,11 @@
 """Which trial comes next: first those that are waiting, then what the algorithm proposes.
 
 Random and grid searches know all their trials from the start. TPE (Bergstra et al. 2011, through Optuna) proposes each
-from the results so far, those of an earlier start of the search included.
+from the results so far, those of an earlier start of the search included; with several trials at a time, the results
+that there are depend on which trial ends first.
 """
 
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -62,9 +64,7 @@ class TpeProposals(Proposals):
         self.search, self.create = search, create
         self.next_number = max((trial.number for trial in trials), default=-1) + 1
         self.distributions = {name: _distribution(kind) for name, kind in search.space.items()}
-        # Reproducible with one trial at a time; with several, it depends on which of them ends first.
-        sampler = optuna.samplers.TPESampler(seed=search.seed + self.next_number, n_startup_trials=STARTUP)
-        self.study = optuna.create_study(direction="maximize", sampler=sampler)
+        self.study = optuna.create_study(direction="maximize")
         for trial in trials:
             if trial.over:
                 self.learn(trial)
@@ -72,11 +72,19 @@ class TpeProposals(Proposals):
     def propose(self) -> Trial | None:
         if self.next_number >= self.search.samples:
             return None
+        self.study.sampler = self._sampler(self.next_number)
         asked = self.study.ask(self.distributions)
         parameters = {name: self._value(name, asked.params[name]) for name in self.search.space}
         trial = self.create(self.next_number, parameters)
         self.next_number += 1
         return trial
+
+    def _sampler(self, number: int) -> Any:
+        """Of one proposal: it depends on the seed, its number and the results so far, and on no earlier start."""
+        import optuna
+
+        seed = zlib.crc32(f"{self.search.seed}/{number}".encode())
+        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP)
 
     def learn(self, trial: Trial) -> None:
         import optuna

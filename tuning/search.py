@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from minbert.data.errors import UserError
 from minbert.data.files import replacing
@@ -23,6 +23,7 @@ from minbert.tuning.space import Parameters, Space, draw, grid
 from minbert.tuning.trial import METRIC, Trial, best, read_trials
 
 SEARCH_FILE = "search.yaml"
+Kind = TypeVar("Kind", bound=BaseModel)
 # How a search samples the data and not what it finds: the full run from the best trial has them from its own options.
 SUBSAMPLING = ("train_limit", "eval_limit")
 
@@ -70,7 +71,7 @@ class Search(BaseModel):
         """Raises UserError where there is no search."""
         if not (folder / SEARCH_FILE).exists():
             raise UserError(f"{folder} is not a search: it has no {SEARCH_FILE}")
-        return cls(**read_yaml(folder / SEARCH_FILE))
+        return read_as(cls, folder / SEARCH_FILE)
 
     def parameters(self, number: int) -> Parameters:
         """Of a trial of a random or grid search."""
@@ -104,6 +105,16 @@ class Search(BaseModel):
                 if number not in there:
                     there[number] = self.new_trial(folder, number, self.parameters(number))
         return [there[number] for number in sorted(there)]
+
+
+def read_as(kind: type[Kind], file: Path) -> Kind:
+    """What a file of ours holds. Raises UserError if somebody has spoilt it."""
+    try:
+        return kind(**read_yaml(file))
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(map(str, problem["loc"]))
+        raise UserError(f"{file}: {place}: {problem['msg']}, not {problem['input']!r}") from None
 
 
 def base_options(config: RunConfig) -> Parameters:
@@ -154,7 +165,7 @@ def write_best(folder: Path, trials: list[Trial]) -> Trial | None:
     config = RunFolder(winner.folder).read_config()
     content = config.model_dump(mode="json", exclude={"run": True, "corpus": set(SUBSAMPLING) | {"cache"}})
     head = (
-        f"# The best of {len(trials)} trials: {winner.name}, {METRIC} {winner.score:.4f} at most {winner.step} steps.\n"
+        f"# The best of {len(trials)} trials: {winner.name}, {METRIC} {winner.score:.4f} within {winner.step} steps.\n"
     )
     left_out = f"# The limits of the search on the data ({', '.join(SUBSAMPLING)}) are left out.\n"
     with replacing(folder / "best.yaml") as temporary:

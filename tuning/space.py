@@ -9,7 +9,7 @@ import difflib
 import math
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from itertools import product
 from typing import Annotated, Any, Literal
 
@@ -146,11 +146,11 @@ def read_space(content: Mapping[str, Any], where: str) -> Space:
 def _parse_distribution(name: str, text: str, where: str) -> Distribution:
     call = re.fullmatch(r"\s*(\w+)\s*\((.*)\)\s*", text)
     if call is None:
-        values = [_value(part) for part in text.split(",")]
+        values = [read_value(part) for part in text.split(",")]
         return _build(name, {"kind": "choice", "values": values}, where)
     kind, arguments = call[1], [part.strip() for part in call[2].split(",")]
     if kind == "choice":
-        return _build(name, {"kind": kind, "values": [_value(part) for part in arguments]}, where)
+        return _build(name, {"kind": kind, "values": [read_value(part) for part in arguments]}, where)
     if kind not in _KINDS or len(arguments) != 2:
         raise UserError(
             f"{where}: {name}={text.strip()} is none of uniform(low,high), loguniform(low,high), int(low,high), "
@@ -159,14 +159,14 @@ def _parse_distribution(name: str, text: str, where: str) -> Distribution:
     return _build(name, {"kind": kind, "low": arguments[0], "high": arguments[1]}, where)
 
 
-def _value(word: str) -> Any:
+def read_value(word: str) -> Any:
     """What a word means: a number, a truth value, nothing, or itself."""
     word = word.strip()
-    value = None if word == "None" else yaml.safe_load(word)
     try:
+        value = None if word == "None" else yaml.safe_load(word)
         return float(word) if isinstance(value, str) else value  # YAML takes 1e-5 for text
-    except ValueError:
-        return value
+    except (yaml.YAMLError, ValueError):
+        return word
 
 
 def _build(name: str, raw: Mapping[str, Any], where: str) -> Distribution:
@@ -179,10 +179,10 @@ def _build(name: str, raw: Mapping[str, Any], where: str) -> Distribution:
         raise UserError(f"{where}: {name}: {place + ' must be ' if place else ''}{reason}") from None
 
 
-def check_space(space: Space, base: Parameters, where: str = "the search space") -> Space:
+def check_space(space: Space, fixed: Collection[str] = (), where: str = "the search space") -> Space:
     """The space with every value as the configuration has it.
 
-    Raises UserError for an option that does not exist, naming the nearest, cannot be searched, is fixed by `base` at
+    Raises UserError for an option that does not exist, naming the nearest, cannot be searched, is given by `fixed` at
     the same time, or has a value that the configuration refuses.
     """
     if not space:
@@ -195,8 +195,11 @@ def check_space(space: Space, base: Parameters, where: str = "the search space")
             raise UserError(f"{where}: there is no option {name}; {hint}")
         if name in NOT_SEARCHED:
             raise UserError(f"{where}: {name} cannot be searched; every trial has it from the search")
-        fixed = {key: value for key, value in base.items() if key != name}
-        values = [_accepted(name, value, fixed, where) for value in distribution.extremes()]
+        if name in fixed:
+            raise UserError(f"{where}: {name} is searched, and given as an option; leave one of them out")
+        if name == "epochs" and "steps" in {*space, *fixed}:
+            raise UserError(f"{where}: epochs means nothing beside steps; leave one of them out")
+        values = [_accepted(name, value, where) for value in distribution.extremes()]
         if isinstance(distribution, Choice):
             if len({repr(value) for value in values}) < len(values):
                 raise UserError(f"{where}: {name} names a value twice")
@@ -209,8 +212,8 @@ def check_space(space: Space, base: Parameters, where: str = "the search space")
     return checked
 
 
-def _accepted(name: str, value: Any, fixed: Parameters, where: str) -> Any:
-    """`value` as the configuration takes it, alone first: so that a wrong one is told from a wrong combination."""
+def _accepted(name: str, value: Any, where: str) -> Any:
+    """`value` as the configuration takes it, alone: so that a wrong one is told from a wrong combination."""
     value = flatten(parse_config({name: value}, where))[name] if _stands_alone(name) else value
     return list(value) if isinstance(value, tuple) else value
 
@@ -229,6 +232,11 @@ def _uniform(*key: int | str) -> float:
     """A number in [0, 1) that is a function of the key alone, the same on every platform."""
     words = [zlib.crc32(part.encode()) if isinstance(part, str) else part for part in key]
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(words))).random()
+
+
+def grid_size(space: Space) -> int:
+    """The number of combinations; 0 where there is a range."""
+    return math.prod(len(kind.values) if isinstance(kind, Choice) else 0 for kind in space.values())
 
 
 def grid(space: Space) -> Iterator[Parameters]:
