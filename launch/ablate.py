@@ -38,7 +38,9 @@ from minbert.trainer.stop import StopRequest
 from minbert.tuning.ablation import (
     ABLATION_FILE,
     DEFAULT,
+    GROUPS,
     PAPER_BASELINE,
+    TITLES,
     Ablation,
     combination,
     extension,
@@ -54,13 +56,6 @@ DESCRIPTION = (
     "Measure extensions against the paper's baseline (features=baseline, hidden_layers=1, freeze=encoder), or go on "
     "with the ablation in --ablation. Options of a run hold for every variant."
 )
-GROUPS = ("alone", "added", "left_out", "named")
-TITLES = {
-    "alone": "Each extension alone",
-    "added": "Added one after the other",
-    "left_out": "Left out one at a time",
-    "named": "Named combinations",
-}
 
 # name -> (type, default, help)
 OWN: dict[str, tuple[Any, Any, str]] = {

@@ -22,6 +22,7 @@ COMMANDS = {
     "cancel": ("minbert.launch.cancel", "end the jobs of runs"),
     "tune": ("minbert.launch.tune", "search hyperparameters, or start the full run from the best"),
     "ablate": ("minbert.launch.ablate", "measure extensions alone, added up, left out, and combined"),
+    "report": ("minbert.launch.report", "write a page and a csv of what a run, a search or an ablation found"),
     "evaluate": ("minbert.launch.evaluate", "score the best model of a run"),
     "predict": ("minbert.launch.predict", "predict course files, a csv, or free text"),
     "export": ("minbert.launch.export", "write the encoder as a folder for transformers"),

@@ -80,6 +80,9 @@ def build_run_config(options: Mapping[str, Any]) -> RunConfig:
             given |= value if key in SECTIONS and isinstance(value, Mapping) else {key: value}
         if given.get("epochs") is not None and given.get("steps") is None:
             given["steps"] = None  # a later word on the budget replaces an earlier one, in whichever unit
+        for name, other in (("eval_every", "evaluations"), ("evaluations", "eval_every")):
+            if given.get(name) is not None and given.get(other) is None:
+                given[other] = None
         merged |= given
     return parse_config(merged, "options" if file is None else str(file))
 

@@ -41,6 +41,7 @@ DESCRIPTION = (
     "`minbert tune --best SEARCH [--run NEW] [options]` starts the full run from the best trial."
 )
 SAMPLES = 20
+EVALUATIONS = 10  # of each trial: what it is judged by while it runs
 SHOWN = 5  # trials in the table at the end
 
 # name -> (type, default, help)
@@ -220,6 +221,9 @@ def _resolve(folder: Path, own: Mapping[str, Any], run: Mapping[str, Any]) -> Se
         raise UserError(f"{folder} is not empty and no search: it has no {SEARCH_FILE}. Give another --search.")
     inherited = dict(saved.base) if saved is not None and "config" not in run else {}
     config = build_run_config(inherited | dict(run))
+    if config.budget.eval_every is None and config.budget.evaluations is None:
+        budget = config.budget.model_copy(update={"evaluations": EVALUATIONS})
+        config = config.model_copy(update={"budget": budget})
     base = base_options(config)
     resources = (saved.resources if saved else Resources()).model_dump()
     resources |= {name: value for name, value in own.items() if name in Resources.model_fields}

@@ -132,6 +132,8 @@ class BudgetConfig(Section):
     """Go on past `epochs` to at most this many while the last evaluation is the best; needs lr_schedule=constant."""
     eval_every: Annotated[int, Field(ge=1)] | None = None
     """Steps between evaluations; the default is an epoch."""
+    evaluations: Annotated[int, Field(ge=1)] | None = None
+    """Evaluate this many times, evenly over the budget, in place of every `eval_every` steps."""
     patience: Annotated[int, Field(ge=1)] | None = None
     """Stop after this many evaluations without a new best score."""
     save_every: Annotated[int, Field(ge=1)] | None = None
@@ -193,6 +195,8 @@ class RunConfig(Section):
             epochs = self.budget.epochs
             if self.budget.steps is not None or epochs is None or self.budget.extend_to < epochs:
                 raise ValueError("extend_to is a number of epochs, needs `epochs` of at most as many, and no `steps`")
+        if self.budget.eval_every is not None and self.budget.evaluations is not None:
+            raise ValueError("eval_every and evaluations both say when to evaluate; give one of them")
         if self.batch.accumulation > self.batch.batch_size:
             raise ValueError(
                 f"accumulation={self.batch.accumulation} parts of a batch_size={self.batch.batch_size} would be empty"
@@ -228,6 +232,7 @@ MAY_CHANGE = frozenset(
         "steps",
         "extend_to",
         "eval_every",
+        "evaluations",
         "patience",
         "save_every",
         "keep",

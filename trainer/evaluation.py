@@ -15,19 +15,28 @@ from minbert.trainer.model import predictions
 TOKENS_PER_BATCH = 8192
 
 
-@torch.no_grad()
 def predict(
     model, task: Task, split: TokenisedSplit, world: World, stop: Callable[[], bool] = lambda: False
 ) -> Tensor | None:
-    """Predictions (n,) for a whole split, in its order, on every process; `model` is anything called like the model.
+    """Predictions (n,) for a whole split, in its order, on every process; None if `stop` said so."""
+    found = outputs(model, task, split, world, stop)
+    return None if found is None else predictions(task, found)
+
+
+@torch.no_grad()
+def outputs(
+    model, task: Task, split: TokenisedSplit, world: World, stop: Callable[[], bool] = lambda: False
+) -> Tensor | None:
+    """Raw outputs (n, outputs) for a whole split, in its order, on every process; `model` is anything called like the
+    model.
 
     None if `stop`, which all processes ask before each batch, said so.
 
     The split is ordered by length and cut into batches of similar token counts, which the processes share out. Each
-    writes its predictions into its places of a vector of zeros, and the sum over processes is the result: no padding
+    writes its outputs into its rows of a matrix of zeros, and the sum over processes is the result: no padding
     of the split, no duplicates. All processes run equally many batches, as sharded parameters demand.
     """
-    result = torch.zeros(len(split), device=world.device)
+    result = torch.zeros(len(split), task.outputs, device=world.device)
     chunks = _chunks(split)
     for turn in range(-(-len(chunks) // world.size)):
         if stop():
@@ -35,8 +44,7 @@ def predict(
         index = turn * world.size + world.rank
         rows = chunks[index] if index < len(chunks) else np.zeros(0, dtype=np.int64)
         batch = make_batch(split, rows, max(1, len(rows))).to(world.device)
-        predicted = predictions(task, model({task.name: batch})[task.name])
-        result[torch.from_numpy(rows).to(world.device)] = predicted[: len(rows)]
+        result[torch.from_numpy(rows).to(world.device)] = model({task.name: batch})[task.name][: len(rows)]
     return world.sum(result).cpu()
 
 

@@ -288,7 +288,10 @@ class Training:
 
     @property
     def eval_every(self) -> int:
-        return self.config.budget.eval_every or self.plan.steps_per_epoch
+        budget = self.config.budget
+        if budget.evaluations is not None:
+            return max(1, round(self.planned_steps / budget.evaluations))
+        return budget.eval_every or self.plan.steps_per_epoch
 
     @property
     def total_steps(self) -> int:

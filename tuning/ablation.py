@@ -39,6 +39,14 @@ EXTENSIONS: dict[str, Parameters] = {
 }
 DEFAULT = (*EXTENSIONS, "pcgrad")
 
+GROUPS = ("alone", "added", "left_out", "named")
+TITLES = {
+    "alone": "Each extension alone",
+    "added": "Added one after the other",
+    "left_out": "Left out one at a time",
+    "named": "Named combinations",
+}
+
 
 class Ablation(BaseModel):
     """What `ablation.yaml` holds."""

@@ -1,0 +1,228 @@
+"""The page of an ablation: what every extension brings, the paper's table beside ours."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from minbert.data.errors import UserError
+from minbert.data.tasks import TASKS
+from minbert.tuning.ablation import BASELINE, TITLES, Ablation
+from minbert.tuning.comparison import Row, compare
+from minbert.tuning.report.page import (
+    COLOURS,
+    GREY,
+    Chart,
+    Page,
+    Report,
+    Section,
+    Table,
+    escaped,
+    figure,
+    number,
+    setting,
+)
+from minbert.tuning.trial import METRIC, Trial
+
+# "Optimizing minBERT on Downstream Tasks Using Pretraining and Siamese Network Architecture", dev scores: SST accuracy,
+# Quora accuracy, STS Pearson, overall. Its extensions are added in this order; those without a variant of ours were
+# not measured here.
+PAPER: Sequence[tuple[str, str | None, tuple[float, float, float, float]]] = (
+    ("baseline", "baseline", (0.411, 0.375, 0.201, 0.428)),
+    ("siamese features", "siamese", (0.411, 0.687, 0.398, 0.599)),
+    ("two hidden layers", "siamese+two_hidden_layers", (0.411, 0.694, 0.448, 0.610)),
+    ("back translation", "siamese+two_hidden_layers+back_translation", (0.411, 0.694, 0.449, 0.610)),
+    ("SMART", "siamese+two_hidden_layers+back_translation+smart", (0.414, 0.694, 0.449, 0.611)),
+    ("encoder unfrozen", "siamese+two_hidden_layers+unfrozen", (0.493, 0.853, 0.817, 0.752)),
+)
+PAPER_TASKS = ("sst", "quora", "sts")
+SHOWN = 10  # failures
+
+
+def ablation_report(folder: Path) -> Report:
+    """The report of the ablation in `folder`, over or not. Raises UserError if no run is finished."""
+    ablation = Ablation.read(folder)
+    trials = ablation.trials(folder)
+    rows = {row.variant: row for row in compare(ablation, trials)}
+    columns = next((list(row.scores) for row in rows.values() if row.scores), None)
+    if columns is None:
+        raise UserError(f"no run of {folder} is finished yet")
+    sections = [Section("The ablation", [_summary(ablation, trials), _settings(ablation)])]
+    if tuple(columns[:-1]) == PAPER_TASKS and "added" in ablation.groups:
+        sections.append(Section("The paper's table beside ours", _beside_paper(rows)))
+    for group, variants in ablation.groups.items():
+        members = [rows[name] for name in variants]
+        sections.append(Section(TITLES[group], [_table(members, columns), _differences(members)]))
+    sections += [
+        Section("Differences by task", [_by_task(ablation, rows, trials)]),
+        Section("Learning curves", [_curves(ablation, trials)]),
+        Section("All runs", [_all(trials, columns)]),
+    ]
+    done = sum(trial.status == "finished" for trial in trials)
+    subtitle = (
+        f"{len(ablation.variants)} variants with {len(ablation.seeds)} seeds, {done} of {len(trials)} runs finished"
+    )
+    page = Page(f"Ablation {folder.name}", subtitle, sections, _warnings(trials))
+    return Report(page, _csv(trials, columns))
+
+
+def _warnings(trials: Sequence[Trial]) -> list[str]:
+    warnings = []
+    if left := sum(not trial.over for trial in trials):
+        warnings.append(f"The ablation is not over: {left} of {len(trials)} runs are still to be trained or finished.")
+    if failed := [trial for trial in trials if trial.status == "failed"]:
+        lines = [f"{trial.name}: {trial.error}" for trial in failed[:SHOWN]]
+        warnings.append("\n".join([f"{len(failed)} runs failed and count for nothing:", *lines]))
+    return warnings
+
+
+def _summary(ablation: Ablation, trials: Sequence[Trial]) -> str:
+    return (
+        "Scores are mean ± standard deviation over the seeds, each run's at its evaluation with the best overall score "
+        "on the dev splits. Differences to the baseline are taken seed by seed; their intervals are those of a paired "
+        f"t-test at 95%, with {len(ablation.seeds)} seeds, not corrected for the number of comparisons."
+    )
+
+
+def _settings(ablation: Ablation) -> Table:
+    rows = [(name, setting(value)) for name, value in ablation.baseline.items()]
+    rows.append(("seeds", setting(ablation.seeds)))
+    return Table(("option of the baseline", "value"), rows, text_columns=2)
+
+
+def _beside_paper(rows: Mapping[str, Row]) -> list[Any]:
+    lines = []
+    for label, variant, scores in PAPER:
+        row = rows.get(variant)
+        ours = [str(row.scores[name]) if row and row.scores else "–" for name in (*PAPER_TASKS, "overall")]
+        pairs = [cell for paper, our in zip(scores, ours) for cell in (number(paper), our)]
+        lines.append(["+ " + label if label != "baseline" else label, *pairs])
+    header = ["after", *(f"{task} {whose}" for task in (*PAPER_TASKS, "overall") for whose in ("paper", "ours"))]
+    return [
+        "Every row adds its extension to those above. The paper's last row has back translation and SMART in it, "
+        "ours has not. Ours have the encoder, data and budget of the settings above, the paper's BERT-base, all data "
+        "and ten or more epochs: compare the steps from row to row, not the scores.",
+        Table(header, lines),
+    ]
+
+
+def _table(rows: Sequence[Row], columns: Sequence[str]) -> Table:
+    lines = []
+    for row in rows:
+        failed = f" ({row.failed} failed)" if row.failed else ""
+        scores = [str(row.scores[name]) if row.scores else "–" for name in columns]
+        lines.append([_name(row.variant) + failed, *scores, str(row.difference or "")])
+    return Table(["variant", *columns, "overall to the baseline [95%], seeds ahead"], lines)
+
+
+def _name(variant: str) -> str:
+    return variant.replace("+", " + ")
+
+
+def _differences(rows: Sequence[Row]) -> Chart | str:
+    """Interval plot of the paired differences."""
+    import plotly.graph_objects as go
+
+    shown = [row for row in rows if row.difference is not None][::-1]
+    if not shown:
+        return "There is nothing to compare with the baseline yet."
+    reach = [row.difference.high - row.difference.mean if row.difference.high is not None else 0 for row in shown]
+    points = go.Scatter(
+        x=[row.difference.mean for row in shown],
+        y=[_name(row.variant) for row in shown],
+        error_x={"type": "data", "array": reach, "color": COLOURS[0], "thickness": 1.5},
+        mode="markers",
+        marker={"color": COLOURS[0], "size": 9},
+        text=[escaped(str(row.difference)) for row in shown],
+        hovertemplate="%{y}: %{text}<extra></extra>",
+    )
+    drawn = figure(
+        points,
+        xaxis={"title": {"text": "overall score, difference to the baseline"}, "zeroline": True},
+        showlegend=False,
+    )
+    note = "Mean of the paired differences with its 95% interval; to the right of 0 is better than the baseline."
+    return Chart("Difference to the baseline", drawn, note, wide=True, height=100 + 34 * len(shown))
+
+
+def _by_task(ablation: Ablation, rows: Mapping[str, Row], trials: Sequence[Trial]) -> Chart:
+    """What an extension gives to one task and takes from another."""
+    import plotly.graph_objects as go
+
+    base = rows[BASELINE].scores
+    shown = [row for row in rows.values() if row.scores and base and row.variant != BASELINE][::-1]
+    tasks = [name for name in base if name != "overall"]
+    values = [[row.scores[task].mean - base[task].mean for task in tasks] for row in shown]
+    limit = max([0.01, *(abs(value) for row in values for value in row)])
+    heat = go.Heatmap(
+        z=values,
+        x=[f"{task} ({TASKS[task].metric})" for task in tasks],
+        y=[_name(row.variant) for row in shown],
+        zmin=-limit,
+        zmax=limit,
+        colorscale="RdBu",
+        text=[[f"{value:+.3f}" for value in row] for row in values],
+        texttemplate="%{text}",
+        hovertemplate="%{y}, %{x}: %{text}<extra></extra>",
+        showscale=False,
+    )
+    note = "Mean score less the baseline's: blue is better, red worse."
+    return Chart("Score of each task, to the baseline", figure(heat), note, wide=True, height=90 + 30 * len(shown))
+
+
+def _curves(ablation: Ablation, trials: Sequence[Trial]) -> Chart:
+    """The mean over the seeds at every evaluation that all of a variant's runs have."""
+    import plotly.graph_objects as go
+
+    traces = []
+    for place, variant in enumerate(ablation.variants):
+        runs = [trial for trial in trials if trial.variant == variant and trial.status != "failed"]
+        curves = [{record["step"]: record[METRIC] for record in trial.evaluations()} for trial in runs]
+        curves = [curve for curve in curves if curve]
+        if not curves:
+            continue
+        steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+        traces.append(
+            go.Scatter(
+                x=steps,
+                y=[sum(curve[step] for curve in curves) / len(curves) for step in steps],
+                mode="lines+markers",
+                line={
+                    "color": COLOURS[place % len(COLOURS)] if variant != BASELINE else GREY,
+                    "dash": ("solid", "dash", "dot")[place // len(COLOURS) % 3],
+                },
+                marker={"size": 4},
+                name=_name(variant),
+                hovertemplate=_name(variant) + ": %{y:.3f} at step %{x}<extra></extra>",
+            )
+        )
+    drawn = figure(
+        *traces,
+        xaxis={"title": {"text": "step"}},
+        yaxis={"title": {"text": METRIC}},
+        hovermode="closest",
+        legend={"orientation": "v", "x": 1.02, "y": 1, "yanchor": "top"},
+    )
+    return Chart("Dev score while training", drawn, "Means over the seeds.", wide=True, height=420)
+
+
+def _record(trial: Trial) -> dict[str, Any]:
+    return max(trial.evaluations(), key=lambda record: record[METRIC], default={})
+
+
+def _all(trials: Sequence[Trial], columns: Sequence[str]) -> Table:
+    rows = []
+    for trial in sorted(trials, key=lambda trial: (trial.variant, trial.seed)):
+        record = _record(trial)
+        scores = [number(record.get(f"dev/{name}")) for name in columns]
+        place = f"{trial.step}/{trial.steps}" if trial.steps else "–"
+        rows.append([_name(trial.variant), trial.status, str(trial.seed), *scores, place])
+    return Table(["variant", "status", "seed", *columns, "steps"], rows, text_columns=2)
+
+
+def _csv(trials: Sequence[Trial], columns: Sequence[str]) -> list[list[Any]]:
+    rows: list[list[Any]] = [["variant", "seed", "status", "step", "steps", *(f"dev/{c}" for c in columns), "error"]]
+    for trial in trials:
+        record = _record(trial)
+        scores = [record.get(f"dev/{name}") for name in columns]
+        rows.append([trial.variant, trial.seed, trial.status, trial.step, trial.steps, *scores, trial.error])
+    return rows

@@ -1,0 +1,173 @@
+"""The page: sections of paragraphs, tables and charts, rendered to one HTML file that asks nobody for anything.
+
+Style, script and plotly.js are inside the file. A content security policy lets only these run and forbids every
+request, so the page works offline, and text from a data set can neither run nor load anything.
+"""
+
+import base64
+import csv
+import hashlib
+import html
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from minbert.data.files import replacing
+
+# Distinct from each other, also for the colour-blind, on a white and on a dark page.
+COLOURS = ("#3b7dd8", "#d9822b", "#2a9d8f", "#c2519b", "#8a6fd1", "#a3a02c", "#6b7785")
+GREY, RED = "#8a929c", "#d1495b"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells are shown as they stand; the first `text_columns` are text, the others numbers."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    title: str = ""
+    text_columns: int = 1
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure of plotly, without colours of its own for text and background; `note` says how to read it."""
+
+    title: str
+    figure: Any  # plotly.graph_objects.Figure
+    note: str = ""
+    wide: bool = False
+    height: int = 320  # pixels
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, and what stands below it: a string is a paragraph."""
+
+    title: str
+    parts: Sequence[str | Table | Chart]
+
+    @property
+    def anchor(self) -> str:
+        return "-".join("".join(c if c.isalnum() else " " for c in self.title.lower()).split())
+
+
+@dataclass(frozen=True)
+class Page:
+    """`warnings` stand above everything else: what is not over, or could not be read."""
+
+    title: str
+    subtitle: str
+    sections: Sequence[Section]
+    warnings: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Report:
+    """A page, and its numbers as the rows of a csv, the header first."""
+
+    page: Page
+    rows: Sequence[Sequence[Any]]
+
+
+def write(report: Report, html_file: Path, csv_file: Path) -> None:
+    """Write both files. Raises OSError."""
+    content = render(report.page)
+    with replacing(html_file) as temporary:
+        temporary.write_text(content, encoding="utf-8")
+    with replacing(csv_file) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file, lineterminator="\n").writerows(report.rows)
+
+
+def render(page: Page) -> str:
+    """The HTML file."""
+    from plotly.offline import get_plotlyjs
+
+    environment = Environment(
+        loader=PackageLoader("minbert.tuning", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.tests["table"] = lambda part: isinstance(part, Table)
+    environment.tests["chart"] = lambda part: isinstance(part, Chart)
+    environment.filters["figure"] = lambda figure: json.loads(figure.to_json())
+    # What an HTML parser would take for the end of the script may stand in strings of it.
+    scripts = [_source(environment, "page.js"), get_plotlyjs()]
+    scripts = [script.replace("</script", "<\\/script") for script in scripts]
+    return environment.get_template("page.html").render(
+        page=page,
+        style=Markup(_source(environment, "page.css")),
+        script=Markup(scripts[0]),
+        plotly=Markup(scripts[1]),
+        hashes=" ".join(f"'sha256-{_digest(script)}'" for script in scripts),
+    )
+
+
+def figure(*traces: Any, **layout: Any) -> Any:
+    """A figure with what all of them have in common; its colours come with the page."""
+    import plotly.graph_objects as go
+
+    common = {
+        "margin": {"l": 56, "r": 16, "t": 30, "b": 48},
+        "legend": {"orientation": "h", "x": 0, "y": -0.2, "yanchor": "top"},
+        "hoverlabel": {"align": "left", "namelength": -1},
+    }
+    found = go.Figure(list(traces), layout=common)
+    found.update_layout(template=None, **layout)
+    found.update_xaxes(automargin=True)
+    found.update_yaxes(automargin=True)
+    return found
+
+
+def escaped(text: object) -> str:
+    """Text for a label or a tooltip of a chart, where plotly would read markup."""
+    return html.escape(str(text), quote=False).replace("\n", "<br>")
+
+
+def lines(texts: Iterable[str], width: int = 70) -> str:
+    """Several texts for a tooltip, escaped and wrapped."""
+    import textwrap
+
+    wrapped = (line for text in texts for line in textwrap.wrap(text, width)[:6])
+    return "<br>".join(escaped(line) for line in wrapped)
+
+
+def number(value: float | None, digits: int = 3, sign: bool = False) -> str:
+    """A number for a table; a dash where there is none."""
+    if value is None or value != value:
+        return "–"
+    return f"{value:{'+' if sign else ''}.{digits}f}"
+
+
+def setting(value: Any) -> str:
+    """The value of an option for a table."""
+    if isinstance(value, bool) or not isinstance(value, float):
+        return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return f"{value:.4g}"
+
+
+def duration(seconds: float | None) -> str:
+    """1 h 02 min, 3 min 04 s, or 5.2 s."""
+    if seconds is None:
+        return "–"
+    minutes, rest = divmod(seconds, 60)
+    if minutes < 1:
+        return f"{rest:.1f} s"
+    if minutes < 60:
+        return f"{minutes:.0f} min {int(rest):02d} s"
+    return f"{int(minutes // 60)} h {int(minutes % 60):02d} min"
+
+
+def _source(environment: Environment, name: str) -> str:
+    return environment.loader.get_source(environment, name)[0]
+
+
+def _digest(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

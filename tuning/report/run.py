@@ -1,0 +1,311 @@
+"""The page of a run: its curves, what its best model gets wrong, and where its tasks' gradients conflict."""
+
+import math
+from collections.abc import Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from minbert.data.errors import UserError
+from minbert.data.tasks import Split
+from minbert.trainer.config import RunConfig, flatten
+from minbert.trainer.conflicts import cosines, read_gramians
+from minbert.trainer.evaluation import overall
+from minbert.trainer.preparation import total_steps
+from minbert.trainer.run_folder import RunFolder
+from minbert.tuning.report.answers import Answers, answers, calibrate, confusion
+from minbert.tuning.report.page import (
+    COLOURS,
+    GREY,
+    Chart,
+    Page,
+    Report,
+    Section,
+    Table,
+    figure,
+    lines,
+    number,
+    setting,
+)
+
+MOST_POINTS = 2000  # of a scatter plot
+
+
+def run_report(run: RunFolder, config: RunConfig, split: Split = "dev", mistakes: int = 10) -> Report:
+    """The report of a run, over or not; its best model answers `split` of the data that `config` describes.
+
+    Raises UserError if the run has no metrics yet. Without a model, or data where the configuration says, the page has
+    a warning in the answers' place.
+    """
+    records = run.read_metrics()
+    if not records:
+        raise UserError(f"{run.path} has logged nothing yet")
+    warnings = []
+    if (steps := total_steps(run.read_config().model_copy(update={"run": run.path}))) > records[-1]["step"]:
+        warnings.append(f"The run is not over: it has logged {records[-1]['step']} of {steps} steps.")
+    found: list[Answers] = []
+    try:
+        found = answers(run, config, split)
+    except UserError as error:
+        warnings.append(f"The model's answers are missing: {error}")
+    sections = [Section("The run", _summary(run, records, found, split)), Section("Curves", _curves(records))]
+    sections += [
+        Section(f"{answer.task.title[0].upper()}{answer.task.title[1:]}", _task(answer, mistakes)) for answer in found
+    ]
+    if run.gramians_file.exists():
+        sections.append(Section("Gradient conflicts", _conflicts(run)))
+    evaluations = [record for record in records if "dev/overall" in record]
+    best = max((record["dev/overall"] for record in evaluations), default=None)
+    subtitle = f"step {records[-1]['step']} of {steps}" + ("" if best is None else f", best dev/overall {best:.3f}")
+    return Report(Page(f"Run {run.path.name}", subtitle, sections, warnings), _csv(records))
+
+
+def _summary(run: RunFolder, records: Sequence[dict], found: Sequence[Answers], split: Split) -> list[Any]:
+    parts: list[Any] = []
+    if found:
+        rows = [[a.task.name, a.task.metric, str(len(a.examples)), number(a.score)] for a in found]
+        mean = overall({answer.task.name: answer.score for answer in found})
+        rows.append(["overall", "mean, a correlation r as (r + 1) / 2", "", number(mean)])
+        parts.append(Table(("task", "metric", "examples", "score"), rows, f"Best model on {split}", text_columns=2))
+    config, usual = flatten(run.read_config()), flatten(RunConfig())
+    chosen = [(name, setting(value)) for name, value in config.items() if value != usual[name] and name != "run"]
+    parts.append(Table(("option", "value"), chosen, "Options that are not the default", text_columns=2))
+    return parts
+
+
+def _curves(records: Sequence[dict]) -> list[Chart]:
+    charts = []
+    names = list(dict.fromkeys(name for record in records for name in record))
+    groups = [
+        ("Score on dev while training", [name for name in names if name.startswith("dev/")], "score", False),
+        ("Training loss", [name for name in names if name.startswith("loss/")], "mean loss since the last line", True),
+        ("Learning rates", [name for name in names if name in ("lr", "head_lr")], "learning rate", False),
+        ("Gradient norm before clipping", ["grad_norm"], "norm", True),
+        ("Weights of the tasks", [name for name in names if name.startswith("weight/")], "weight", False),
+        ("Throughput", ["tokens_per_second"], "tokens a second", False),
+    ]
+    for title, members, label, logarithmic in groups:
+        curves = {name: _curve(records, name) for name in members}
+        curves = {name: curve for name, curve in curves.items() if curve[0]}
+        if title.startswith("Weights") and all(set(values) == {1.0} for _, values in curves.values()):
+            continue  # the plain sum
+        if curves:
+            axis = {"title": {"text": label}} | ({"type": "log"} if logarithmic else {"rangemode": "tozero"})
+            charts.append(Chart(title, _lines(curves, axis)))
+    return charts
+
+
+def _curve(records: Sequence[dict], name: str) -> tuple[list[int], list[float]]:
+    """Steps and values; a number that is not finite leaves a gap."""
+    points = [(record["step"], record[name]) for record in records if name in record]
+    return [step for step, _ in points], [v if v is not None and math.isfinite(v) else None for _, v in points]
+
+
+def _lines(curves: dict[str, tuple[Sequence[int], Sequence[float]]], axis: dict[str, Any], **layout: Any) -> Any:
+    import plotly.graph_objects as go
+
+    traces = [
+        go.Scatter(
+            x=steps,
+            y=values,
+            mode="lines+markers" if len(steps) < 40 else "lines",
+            marker={"size": 4},
+            line={"color": COLOURS[place % len(COLOURS)], "width": 1.6},
+            name=name.partition("/")[2] or name,
+        )
+        for place, (name, (steps, values)) in enumerate(curves.items())
+    ]
+    return figure(
+        *traces, xaxis={"title": {"text": "step"}}, yaxis=axis, hovermode="x unified", showlegend=True, **layout
+    )
+
+
+def _task(answer: Answers, mistakes: int) -> list[Any]:
+    if answer.probabilities is None:
+        charts = [_similarities(answer), _residuals(answer)]
+    else:
+        charts = [_confusion(answer), _calibration(answer)]
+    return [*charts, _worst(answer, mistakes)]
+
+
+def _confusion(answer: Answers) -> Chart:
+    import plotly.graph_objects as go
+
+    classes = answer.probabilities.shape[1]
+    counts = confusion(answer.labels, answer.predicted, classes)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    names = [str(label) for label in range(classes)]
+    heat = go.Heatmap(
+        z=shares,
+        x=names,
+        y=names,
+        zmin=0,
+        zmax=1,
+        colorscale=[[0, "rgba(59,125,216,0.04)"], [1, "rgba(59,125,216,0.95)"]],
+        text=[[f"{share:.0%}<br>{count}" for share, count in zip(*row)] for row in zip(shares, counts)],
+        texttemplate="%{text}",
+        hovertemplate="labelled %{y}, predicted %{x}: %{text}<extra></extra>",
+        showscale=False,
+    )
+    drawn = figure(
+        heat,
+        xaxis={"title": {"text": "predicted"}, "type": "category", "constrain": "domain"},
+        yaxis={"title": {"text": "label"}, "type": "category", "autorange": "reversed"},
+    )
+    note = f"Shares of each label's examples, and their number. Accuracy {answer.score:.3f}."
+    return Chart("Confusion matrix", drawn, note, height=380)
+
+
+def _calibration(answer: Answers) -> Chart:
+    import plotly.graph_objects as go
+
+    found = calibrate(answer.confidence, answer.correct)
+    filled = found.counts > 0
+    share = found.counts / found.counts.sum()
+    traces = [
+        go.Bar(
+            x=(found.edges[:-1] + found.edges[1:]) / 2,
+            y=share,
+            width=np.diff(found.edges) * 0.95,
+            marker={"color": GREY},
+            opacity=0.35,
+            name="share of the examples",
+            hovertemplate="%{y:.1%} of the examples<extra></extra>",
+        ),
+        go.Scatter(
+            x=[0, 1], y=[0, 1], mode="lines", line={"color": GREY, "dash": "dot"}, name="perfect", hoverinfo="skip"
+        ),
+        go.Scatter(
+            x=found.confidence[filled],
+            y=found.accuracy[filled],
+            mode="lines+markers",
+            line={"color": COLOURS[0]},
+            name="accuracy",
+            text=[str(count) for count in found.counts[filled]],
+            hovertemplate="confidence %{x:.2f}, accuracy %{y:.2f}, %{text} examples<extra></extra>",
+        ),
+    ]
+    lowest = 1 / answer.probabilities.shape[1]
+    drawn = figure(
+        *traces,
+        xaxis={"title": {"text": "confidence"}, "range": [max(0, lowest - 0.05), 1.01]},
+        yaxis={"title": {"text": "accuracy"}, "range": [0, 1.02]},
+    )
+    note = f"Expected calibration error {found.error:.3f} ({len(found.counts)} bins)."
+    return Chart("Calibration", drawn, note, height=380)
+
+
+def _similarities(answer: Answers) -> Chart:
+    import plotly.graph_objects as go
+
+    rows = np.arange(len(answer.examples))
+    if len(rows) > MOST_POINTS:
+        rows = np.linspace(0, len(rows) - 1, MOST_POINTS).astype(int)
+    low, high = answer.task.label_range
+    texts = [lines([column[row] for column in answer.examples.sentences]) for row in rows]
+    points = go.Scatter(
+        x=answer.labels[rows],
+        y=answer.predicted[rows],
+        mode="markers",
+        marker={"color": COLOURS[0], "size": 5, "opacity": 0.5},
+        text=texts,
+        hovertemplate="%{text}<br>labelled %{x:.2f}, predicted %{y:.2f}<extra></extra>",
+    )
+    diagonal = go.Scatter(
+        x=[low, high], y=[low, high], mode="lines", line={"color": GREY, "dash": "dot"}, hoverinfo="skip"
+    )
+    margin = 0.03 * (high - low)
+    drawn = figure(
+        diagonal,
+        points,
+        xaxis={"title": {"text": "label"}, "range": [low - margin, high + margin]},
+        yaxis={"title": {"text": "predicted"}, "range": [low - margin, high + margin]},
+        showlegend=False,
+        hovermode="closest",
+    )
+    note = f"Pearson correlation {answer.score:.3f}."
+    return Chart("Predicted against true similarity", drawn, note, height=380)
+
+
+def _residuals(answer: Answers) -> Chart:
+    import plotly.graph_objects as go
+
+    error = answer.predicted - answer.labels
+    bars = go.Histogram(
+        x=error,
+        nbinsx=40,
+        marker={"color": COLOURS[0]},
+        opacity=0.8,
+        hovertemplate="%{x}: %{y} examples<extra></extra>",
+    )
+    drawn = figure(
+        bars, xaxis={"title": {"text": "predicted less labelled"}}, yaxis={"title": {"text": "examples"}}, bargap=0.05
+    )
+    root = float(np.sqrt((error.astype(np.float64) ** 2).mean()))
+    note = f"Mean {error.mean():+.3f}, root mean square {root:.3f}, on the scale of the labels."
+    return Chart("Errors", drawn, note, height=380)
+
+
+def _worst(answer: Answers, most: int) -> Table | str:
+    chosen = answer.worst(most)
+    if not len(chosen):
+        return "There is no mistake."
+    header = [*answer.task.sentences, "label", "predicted"]
+    rows = []
+    for row in chosen:
+        texts = [column[row] for column in answer.examples.sentences]
+        if answer.probabilities is None:
+            rows.append([*texts, f"{answer.labels[row]:.2f}", f"{answer.predicted[row]:.2f}"])
+        else:
+            label, predicted = int(answer.labels[row]), int(answer.predicted[row])
+            sure = answer.probabilities[row]
+            rows.append([*texts, str(label), str(predicted), f"{sure[predicted]:.2f}", f"{sure[label]:.3f}"])
+    if answer.probabilities is not None:
+        header += ["confidence", "probability of the label"]
+    title = "Worst mistakes" if answer.probabilities is not None else "Largest errors"
+    return Table(header, rows, title, text_columns=len(answer.task.sentences))
+
+
+def _conflicts(run: RunFolder) -> list[Any]:
+    import plotly.graph_objects as go
+
+    steps, tasks, layers, gramians = read_gramians(run.gramians_file)
+    if not layers or len(tasks) < 2:
+        return ["There is nothing to compare: the tasks share no trainable parameters, or there is only one task."]
+    pairs = list(combinations(range(len(tasks)), 2))
+    names = [f"{tasks[i]} · {tasks[j]}" for i, j in pairs]
+    encoder, by_layer = cosines(gramians.sum(1)), cosines(gramians)
+    over_time = {name: (steps, encoder[:, i, j].tolist()) for name, (i, j) in zip(names, pairs)}
+    norms = {task: (steps, gramians.sum(1)[:, t, t].sqrt().tolist()) for t, task in enumerate(tasks)}
+    mean = [[float(by_layer[:, layer, i, j].mean()) for i, j in pairs] for layer in range(len(layers))]
+    limit = max(0.1, max(abs(value) for row in mean for value in row))
+    heat = go.Heatmap(
+        z=mean,
+        x=names,
+        y=list(layers),
+        zmin=-limit,
+        zmax=limit,
+        colorscale="RdBu",
+        text=[[f"{value:+.2f}" for value in row] for row in mean],
+        texttemplate="%{text}",
+        hovertemplate="%{y}, %{x}: %{text}<extra></extra>",
+        showscale=False,
+    )
+    share = float(np.mean([[float(step[i, j]) < 0 for i, j in pairs] for step in encoder]))
+    text = (
+        f"At {len(steps)} steps the gradient of each task was measured alone. {share:.0%} of the pairs had a negative "
+        "cosine: what lowers one task's loss raises the other's."
+    )
+    return [
+        text,
+        Chart("Cosine of the tasks' gradients (encoder)", _lines(over_time, {"title": {"text": "cosine"}})),
+        Chart("Norms of the tasks' gradients (encoder)", _lines(norms, {"title": {"text": "norm"}, "type": "log"})),
+        Chart("Mean cosine by layer", figure(heat), "Red: conflict.", wide=True, height=90 + 28 * len(layers)),
+    ]
+
+
+def _csv(records: Sequence[dict]) -> list[list[Any]]:
+    """The metrics: a row for each logged line, a column for each name."""
+    names = list(dict.fromkeys(name for record in records for name in record))
+    return [names, *([record.get(name) for name in names] for record in records)]
