@@ -74,13 +74,6 @@ def answers(run: RunFolder, config: RunConfig, split: Split = "dev") -> list[Ans
     return found
 
 
-def confusion(labels: np.ndarray, predicted: np.ndarray, classes: int) -> np.ndarray:
-    """(classes, classes) counts; row: the true class, column: the predicted one."""
-    counts = np.zeros((classes, classes), dtype=np.int64)
-    np.add.at(counts, (labels.astype(int), predicted.astype(int)), 1)
-    return counts
-
-
 @dataclass(frozen=True)
 class Calibration:
     """Answers in bins of equal width by confidence: each bin's `counts`, mean `confidence` and `accuracy` (NaN where it

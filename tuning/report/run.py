@@ -14,7 +14,7 @@ from minbert.trainer.conflicts import cosines, read_gramians
 from minbert.trainer.evaluation import overall
 from minbert.trainer.preparation import total_steps
 from minbert.trainer.run_folder import RunFolder
-from minbert.tuning.report.answers import Answers, answers, calibrate, confusion
+from minbert.tuning.report.answers import Answers, answers, calibrate
 from minbert.tuning.report.page import (
     COLOURS,
     GREY,
@@ -131,11 +131,12 @@ def _task(answer: Answers, mistakes: int) -> list[Any]:
 
 def _confusion(answer: Answers) -> Chart:
     import plotly.graph_objects as go
+    from sklearn.metrics import confusion_matrix
 
-    classes = answer.probabilities.shape[1]
-    counts = confusion(answer.labels, answer.predicted, classes)
+    classes = range(answer.probabilities.shape[1])
+    counts = confusion_matrix(answer.labels.astype(int), answer.predicted.astype(int), labels=classes)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    names = [str(label) for label in range(classes)]
+    names = [str(label) for label in classes]
     heat = go.Heatmap(
         z=shares,
         x=names,

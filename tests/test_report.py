@@ -1,0 +1,324 @@
+"""Pages of runs, searches and ablations, seen through a real browser, and the numbers on them."""
+
+import csv
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+from minbert.launch.main import main
+from minbert.trainer.config import RunConfig
+from minbert.trainer.run_folder import RunFolder
+from minbert.tuning.ablation import PAPER_BASELINE, Ablation
+from minbert.tuning.report.answers import BINS, calibrate
+from minbert.tuning.report.importance import importances, scores_at_equal_share
+from minbert.tuning.search import Search
+from minbert.tuning.space import check_space, draw, parse_space
+from minbert.tuning.trial import Trial
+
+HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
+browsers = pytest.mark.xdist_group("browser")  # one for all pages
+
+
+class Browser:
+    """Chromium without a screen, and what a reader of the page would notice."""
+
+    def __init__(self, profile: Path):
+        from selenium import webdriver
+        from selenium.webdriver.chrome.service import Service
+
+        options = webdriver.ChromeOptions()
+        options.binary_location = shutil.which("chromium")
+        for word in ("--headless=new", "--disable-gpu", "--no-first-run", "--disable-dev-shm-usage"):
+            options.add_argument(word)
+        if os.geteuid() == 0:
+            options.add_argument("--no-sandbox")  # Chromium has none for root
+        options.add_argument(f"--user-data-dir={profile}")
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        self.driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+
+    def open(self, page: Path, width: int = 1300) -> None:
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        self.driver.set_window_size(width, 1000)
+        self.driver.get(page.as_uri())
+        WebDriverWait(self.driver, 60).until(lambda _: self.ask("document.documentElement.dataset.drawn"))
+
+    def ask(self, expression: str):
+        return self.driver.execute_script(f"return {expression}")
+
+    def check(self) -> None:
+        """Nothing failed, nothing was fetched, every chart is drawn, no text was taken for markup."""
+        assert self.driver.get_log("browser") == []
+        assert self.ask("performance.getEntriesByType('resource').length") == 0
+        charts = self.ask("[...document.querySelectorAll('.drawing')].map(d => [d.clientWidth, d.clientHeight, "
+                          "d.querySelectorAll('svg path, svg rect, svg image').length])")  # fmt: skip
+        assert len(charts) == int(self.ask("document.documentElement.dataset.drawn"))
+        assert all(width > 200 and height > 80 and shapes > 3 for width, height, shapes in charts), charts
+        assert self.ask("window.hacked") is None
+        assert self.ask("document.querySelectorAll('main img').length") == 0
+
+    def table(self, section: str, number: int = 0) -> list[list[str]]:
+        """Cells of a section's table, the header first."""
+        found = self.ask(
+            f"[...document.querySelectorAll('#{section} table')[{number}].rows]"
+            ".map(row => [...row.cells].map(cell => cell.textContent))"
+        )
+        assert found
+        return found
+
+    def headings(self) -> list[str]:
+        return self.ask("[...document.querySelectorAll('h2')].map(h => h.textContent)")
+
+    def warnings(self) -> str:
+        return "\n".join(self.ask("[...document.querySelectorAll('.warning')].map(p => p.textContent)"))
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if missing := [name for name in ("chromium", "chromedriver") if shutil.which(name) is None]:
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    found = Browser(tmp_path_factory.mktemp("chromium"))
+    yield found
+    found.driver.quit()
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# Runs
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("run") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINBERT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        words = ["--steps", "12", "--eval-every", "4", "--log-every", "1", "--train-limit", "60", "--batch-size", "8"]
+        assert main(["train", "--run", str(folder), *words, "--aggregator", "pcgrad", "--trackers"]) == 0
+    return folder
+
+
+@browsers
+def test_the_page_of_a_run(run, browser, capsys):
+    assert main(["report", str(run), "--mistakes", "3"]) == 0
+    assert str(run / "report.html") in capsys.readouterr().out
+    browser.open(run / "report.html")
+    browser.check()
+    tasks = ["Sentiment (SST-5)", "Paraphrase (Quora)", "Similarity (STS)"]
+    assert browser.headings() == ["The run", "Curves", *tasks, "Gradient conflicts"]
+    assert browser.warnings() == ""
+
+    assert main(["evaluate", str(run), "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    shown = {row[0]: row[-1] for row in browser.table("the-run")[1:]}
+    assert shown == {name: f"{score:.3f}" for name, score in scores.items()}
+
+    options = {row[0]: row[1] for row in browser.table("the-run", 1)[1:]}
+    assert (options["aggregator"], options["steps"]) == ("pcgrad", "12")
+    header, *mistakes = browser.table("sentiment-sst-5")
+    assert header[1:3] == ["label", "predicted"]
+    assert len(mistakes) == 3
+    assert all(label != predicted for _, label, predicted, *_ in mistakes)
+    assert len(browser.table("similarity-sts")[1]) == 4  # both sentences, label, predicted
+
+    metrics = RunFolder(run).read_metrics()
+    rows = read_csv(run / "report.csv")
+    assert [int(row["step"]) for row in rows] == [record["step"] for record in metrics]
+    assert [float(row["dev/sts"]) for row in rows if row["dev/sts"]] == [
+        r["dev/sts"] for r in metrics if "dev/sts" in r
+    ]
+
+
+@browsers
+def test_a_page_is_readable_on_a_phone_and_in_the_dark(run, browser, tmp_path):
+    assert main(["report", str(run), "--out", str(tmp_path / "page.html")]) == 0
+    assert (tmp_path / "page.csv").exists()
+    dark = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", dark)
+    try:
+        browser.open(tmp_path / "page.html", width=500)
+        browser.check()
+        assert browser.ask("document.documentElement.scrollWidth <= window.innerWidth")
+        assert browser.ask("getComputedStyle(document.body).backgroundColor") == "rgb(20, 24, 29)"
+        colour = browser.ask("document.querySelector('.drawing .xtick text').style.fill")
+        assert colour == "rgb(154, 165, 177)"  # as the page's own, not black
+    finally:
+        browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+
+
+def test_a_run_without_its_data_or_model_has_a_page_with_a_warning(run, tmp_path, capsys):
+    other = tmp_path / "run"
+    shutil.copytree(run, other, ignore=shutil.ignore_patterns("best.safetensors", "checkpoints"))
+    assert main(["report", str(other)]) == 0
+    assert "holds no trained model yet" in (other / "report.html").read_text()
+    assert main(["report", str(run), "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "page.html")]) == 0
+    assert "nowhere" in (tmp_path / "page.html").read_text()
+
+
+# Searches
+
+
+def write_curve(trial: Trial, scores: list[float], steps: int) -> None:
+    """What a run that reached the given overall scores at equal distances leaves."""
+    trial.steps, trial.score = steps, max(scores)
+    trial.folder.mkdir(parents=True, exist_ok=True)
+    run = RunFolder(trial.folder)
+    for place, score in enumerate(scores, 1):
+        trial.step = place * steps // 4
+        parts = {"dev/sst": score - 0.1, "dev/quora": score + 0.05, "dev/sts": score, "dev/overall": score}
+        run.append_metrics({"step": trial.step, **parts})
+    trial.write()
+
+
+@pytest.fixture
+def search(tmp_path) -> Path:
+    """Twenty-four trials whose score is a function of the learning rate, some stopped, one failed."""
+    folder = tmp_path / "s"
+    words = ["lr=loguniform(1e-5,1e-3)", "hidden_layers=1,2,3", "head_dropout=uniform(0,0.5)", "aggregator=sum,pcgrad"]
+    wanted = Search(samples=24, space=check_space(parse_space(words), {}), base={"batch_size": 8})
+    wanted.write(folder)
+    for number in range(24):
+        trial = wanted.new_trial(folder, number, draw(wanted.space, 0, number))
+        score = 0.7 - 0.1 * abs(np.log10(trial.parameters["lr"]) + 4)
+        trial.status, trial.started, trial.ended = "finished", 100.0, 175.0
+        if number == 5:
+            trial.status, trial.error = "failed", HOSTILE
+            trial.write()
+        elif number % 3 == 0:
+            trial.status, trial.stopped_by = "stopped", "asha"
+            write_curve(trial, [score - 0.1], 40)
+        else:
+            write_curve(trial, [score - 0.1, score - 0.05, score, score - 0.01], 40)
+    return folder
+
+
+@browsers
+def test_the_page_of_a_search(search, browser):
+    assert main(["report", str(search)]) == 0
+    browser.open(search / "report.html")
+    browser.check()
+    assert "1 trials failed" in browser.warnings()
+    assert HOSTILE in browser.warnings()  # as text
+
+    scored = [t for t in Search.read(search).trials(search) if t.score is not None]
+    best = max(scored, key=lambda trial: trial.score)
+    header, first, *_ = browser.table("best-configurations")
+    assert first[:3] == [best.name, "finished", f"{best.score:.3f}"]
+    assert first[header.index("sst")] == f"{best.score - 0.1:.3f}"  # of the best evaluation, not of the last
+    assert len(browser.table("all-trials")) == 25
+    bars = browser.ask("document.querySelectorAll('#importance .drawing')[0].data[0].y")
+    assert bars[-1] == "lr"
+    small = browser.ask(
+        "[...document.querySelectorAll('#score-against-each-hyperparameter h3')].map(h => h.textContent)"
+    )
+    assert small == ["lr", "hidden_layers", "head_dropout", "aggregator"]
+    curves = browser.ask("document.querySelector('#learning-curves .drawing').data.length")
+    assert curves == 23
+
+    rows = read_csv(search / "report.csv")
+    assert len(rows) == 24
+    assert {row["trial"]: float(row["lr"]) for row in rows}[best.name] == best.parameters["lr"]
+    assert rows[5]["error"] == HOSTILE
+
+
+def test_importance_finds_the_option_that_matters_and_says_when_nothing_does():
+    space = check_space(parse_space(["lr=loguniform(1e-5,1e-3)", "hidden_layers=1,2,3", "aggregator=sum,pcgrad"]), {})
+    drawn = [draw(space, 1, number) for number in range(40)]
+    scores = np.array([0.6 if p["aggregator"] == "pcgrad" else 0.5 for p in drawn])
+    found = importances(space, drawn, scores)
+    assert found.options[0].option == "aggregator"
+    assert found.options[0].mean > 1  # shuffling doubles the variance at least
+    assert found.explained > 0.95
+    assert all(abs(option.mean) < 0.05 for option in found.options[1:])
+    noise = np.random.default_rng(0).random(40)
+    assert importances(space, drawn, noise).explained < 0.2
+    assert importances(space, drawn[:7], scores[:7]) is None
+    assert importances(space, drawn, np.ones(40)) is None
+
+
+def test_scores_are_compared_where_every_trial_has_been(tmp_path):
+    trials = [Trial(tmp_path / str(n), str(n), n, {}) for n in range(3)]
+    write_curve(trials[0], [0.1, 0.5, 0.9, 0.8], 40)
+    write_curve(trials[1], [0.3, 0.2], 40)
+    write_curve(trials[2], [0.4, 0.6, 0.2], 400)
+    share, scores = scores_at_equal_share(trials)
+    assert share == 0.5
+    assert scores.tolist() == [0.5, 0.3, 0.6]
+
+
+# Ablations
+
+
+@browsers
+def test_the_page_of_an_ablation(tmp_path, browser):
+    folder = tmp_path / "a"
+    names = ["baseline", "siamese", "unfrozen", "siamese+two_hidden_layers", "siamese+two_hidden_layers+unfrozen"]
+    groups = {"alone": names[:3], "added": [names[0], names[1], names[3], names[4]]}
+    changes = {name: {} for name in names}
+    ablation = Ablation(baseline=dict(PAPER_BASELINE), variants=changes, groups=groups, seeds=[0, 1, 2])
+    ablation.write(folder)
+    for trial in ablation.trials(folder):
+        score = 0.5 + 0.02 * names.index(trial.variant) + 0.01 * trial.seed
+        trial.status = "finished"
+        if (trial.variant, trial.seed) == ("unfrozen", 2):
+            trial.status, trial.error = "failed", HOSTILE
+        write_curve(trial, [score - 0.2, score - 0.1, score], 40)
+    assert main(["report", str(folder)]) == 0
+    browser.open(folder / "report.html")
+    browser.check()
+    assert "unfrozen,seed=2" in browser.warnings()
+
+    beside = {row[0]: row[1:] for row in browser.table("the-paper-s-table-beside-ours")}
+    assert beside["baseline"][-2:] == ["0.428", "0.510 ± 0.010"]
+    assert beside["+ back translation"][-2:] == ["0.610", "–"]
+    assert beside["+ encoder unfrozen"] == [
+        *("0.493", "0.490 ± 0.010", "0.853", "0.640 ± 0.010", "0.817", "0.590 ± 0.010", "0.752", "0.590 ± 0.010")
+    ]
+    alone = {row[0]: row for row in browser.table("each-extension-alone")}
+    assert alone["siamese"][-1] == "+0.020 [+0.020, +0.020], 3 of 3"
+    assert alone["unfrozen (1 failed)"][-1] == "+0.040 [+0.040, +0.040], 2 of 2"
+    assert len(read_csv(folder / "report.csv")) == 15
+
+
+# Numbers and mistakes
+
+
+@settings(deadline=None)
+@given(st.integers(2, 5), st.integers(1, 200), st.integers(0, 2**31 - 1))
+def test_calibration_is_torchmetrics(classes, examples, seed):
+    random = np.random.default_rng(seed)
+    probabilities = random.dirichlet(np.full(classes, 0.4), examples)
+    labels = random.integers(0, classes, examples)
+    correct = probabilities.argmax(1) == labels
+    wanted = multiclass_calibration_error(torch.from_numpy(probabilities), torch.from_numpy(labels), classes, BINS)
+    found = calibrate(probabilities.max(1), correct)
+    assert found.error == pytest.approx(float(wanted), abs=1e-6)
+    assert found.counts.sum() == examples
+    filled = found.counts > 0
+    assert (found.counts[filled] * found.accuracy[filled]).sum() == pytest.approx(correct.sum())
+
+
+def test_mistakes_are_explained(tmp_path, capsys):
+    def said(*words: str) -> str:
+        assert main(["report", *words]) == 2
+        return capsys.readouterr().err
+
+    assert "is no run, search or ablation" in said(str(tmp_path))
+    Search(samples=2, space=parse_space(["lr=1e-3,1e-4"])).write(tmp_path / "s")
+    assert "no trial" in said(str(tmp_path / "s"))
+    Ablation(baseline={}, variants={"baseline": {}}, groups={}, seeds=[0]).write(tmp_path / "a")
+    assert "is finished yet" in said(str(tmp_path / "a"))
+    RunFolder(tmp_path / "r").write_config(RunConfig())
+    assert "has logged nothing yet" in said(str(tmp_path / "r"))
+    assert "is a .html file" in said(str(tmp_path / "s"), "--out", "page.pdf")
+    assert "there is no option --split-of" in said(str(tmp_path / "s"), "--split-of", "x")
