@@ -10,6 +10,7 @@ from minbert.tuning.ablation import BASELINE, TITLES, Ablation
 from minbert.tuning.comparison import Row, compare
 from minbert.tuning.report.page import (
     COLOURS,
+    DIVERGING,
     GREY,
     Chart,
     Page,
@@ -71,7 +72,7 @@ def _warnings(trials: Sequence[Trial]) -> list[str]:
         warnings.append(f"The ablation is not over: {left} of {len(trials)} runs are still to be trained or finished.")
     if failed := [trial for trial in trials if trial.status == "failed"]:
         lines = [f"{trial.name}: {trial.error}" for trial in failed[:SHOWN]]
-        warnings.append("\n".join([f"{len(failed)} runs failed and count for nothing:", *lines]))
+        warnings.append("\n".join(["Runs that failed and count for nothing:", *lines]))
     return warnings
 
 
@@ -94,9 +95,9 @@ def _beside_paper(rows: Mapping[str, Row]) -> list[Any]:
     for label, variant, scores in PAPER:
         row = rows.get(variant)
         ours = [str(row.scores[name]) if row and row.scores else "–" for name in (*PAPER_TASKS, "overall")]
-        pairs = [cell for paper, our in zip(scores, ours) for cell in (number(paper), our)]
+        pairs = [f"{number(paper)} / {our}" for paper, our in zip(scores, ours)]
         lines.append(["+ " + label if label != "baseline" else label, *pairs])
-    header = ["after", *(f"{task} {whose}" for task in (*PAPER_TASKS, "overall") for whose in ("paper", "ours"))]
+    header = ["paper / ours, after", *PAPER_TASKS, "overall"]
     return [
         "Every row adds its extension to those above. The paper's last row has back translation and SMART in it, "
         "ours has not. Ours have the encoder, data and budget of the settings above, the paper's BERT-base, all data "
@@ -137,7 +138,7 @@ def _differences(rows: Sequence[Row]) -> Chart | str:
     )
     drawn = figure(
         points,
-        xaxis={"title": {"text": "overall score, difference to the baseline"}, "zeroline": True},
+        xaxis={"title": {"text": "overall score, difference to the baseline"}, "rangemode": "tozero"},
         showlegend=False,
     )
     note = "Mean of the paired differences with its 95% interval; to the right of 0 is better than the baseline."
@@ -159,7 +160,7 @@ def _by_task(ablation: Ablation, rows: Mapping[str, Row], trials: Sequence[Trial
         y=[_name(row.variant) for row in shown],
         zmin=-limit,
         zmax=limit,
-        colorscale="RdBu",
+        colorscale=DIVERGING,
         text=[[f"{value:+.3f}" for value in row] for row in values],
         texttemplate="%{text}",
         hovertemplate="%{y}, %{x}: %{text}<extra></extra>",

@@ -22,6 +22,8 @@ from minbert.data.files import replacing
 # Distinct from each other, also for the colour-blind, on a white and on a dark page.
 COLOURS = ("#3b7dd8", "#d9822b", "#2a9d8f", "#c2519b", "#8a6fd1", "#a3a02c", "#6b7785")
 GREY, RED = "#8a929c", "#d1495b"
+# Translucent, so that text on it can be read on a white and on a dark page: red below 0, blue above.
+DIVERGING = [[0, "rgba(209,73,91,0.75)"], [0.5, "rgba(138,146,156,0.06)"], [1, "rgba(59,125,216,0.75)"]]
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from minbert.trainer.run_folder import RunFolder
 from minbert.tuning.report.answers import Answers, answers, calibrate
 from minbert.tuning.report.page import (
     COLOURS,
+    DIVERGING,
     GREY,
     Chart,
     Page,
@@ -287,7 +288,7 @@ def _conflicts(run: RunFolder) -> list[Any]:
         y=list(layers),
         zmin=-limit,
         zmax=limit,
-        colorscale="RdBu",
+        colorscale=DIVERGING,
         text=[[f"{value:+.2f}" for value in row] for row in mean],
         texttemplate="%{text}",
         hovertemplate="%{y}, %{x}: %{text}<extra></extra>",

@@ -69,7 +69,7 @@ def _warnings(search: Search, trials: Sequence[Trial]) -> list[str]:
     if failed := [trial for trial in trials if trial.status == "failed"]:
         lines = [f"{trial.name}: {trial.error}" for trial in failed[:SHOWN]]
         lines += [f"and {len(failed) - SHOWN} more"] if len(failed) > SHOWN else []
-        warnings.append("\n".join([f"{len(failed)} trials failed and count for nothing:", *lines]))
+        warnings.append("\n".join(["Trials that failed and count for nothing:", *lines]))
     return warnings
 
 
