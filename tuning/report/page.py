@@ -124,7 +124,7 @@ def figure(*traces: Any, **layout: Any) -> Any:
     found = go.Figure(list(traces), layout=common)
     found.update_layout(template=None, **layout)
     found.update_xaxes(automargin=True)
-    found.update_yaxes(automargin=True)
+    found.update_yaxes(automargin=True, exponentformat="power")
     return found
 
 
