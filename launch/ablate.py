@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -222,7 +223,10 @@ def _run_on_ray(folder: Path, ablation: Ablation, trials: Sequence[Trial], addre
         with existing_cluster(address) if address else own_cluster(folder, lost):
             from minbert.tuning.driver import run_trials
 
-            run_trials(folder, trials, ablation.options, train_trial, ablation.resources, processes, stop, tell)
+            resources = ablation.resources
+            problem = run_trials(folder, trials, ablation.options, train_trial, resources, processes, stop, tell)
+            if problem:
+                print(f"minbert: {problem}", file=sys.stderr, flush=True)
         stop.exit_code = ExitCode.INTERRUPTED if stop.signal is not None else ExitCode.FINISHED
     return ExitCode.FINISHED if all(trial.over for trial in trials) else ExitCode.INTERRUPTED
 

@@ -145,7 +145,7 @@ def _run(folder: Path, search: Search, trials: list[Trial], further: int, stop: 
         print(_line(trial, sum(t.over for t in known.values()), search.samples), flush=True)
 
     config = parse_config(search.base, SEARCH_FILE)
-    run_trials(
+    problem = run_trials(
         folder,
         trials,
         lambda trial: search.options(trial.parameters),
@@ -158,6 +158,8 @@ def _run(folder: Path, search: Search, trials: list[Trial], further: int, stop: 
         proposals,
         further,
     )
+    if problem:
+        print(f"minbert: {problem}", file=sys.stderr, flush=True)
 
 
 def _line(trial: Trial, over: int, samples: int) -> str:

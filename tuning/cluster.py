@@ -35,6 +35,8 @@ SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Tune does not survive that Ray ends a worker for want of memory; when the system does so the trial goes on.
+    "RAY_memory_monitor_refresh_ms": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the run folder logs everything
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # signals are the search's
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # heartbeats have no score

@@ -95,10 +95,11 @@ def run_trials(
     scheduler: Any = None,
     proposals: Callable[[list[Trial], Callable[[Trial], dict[str, Any]]], Proposals] = Proposals,
     further: int = 0,
-) -> None:
+) -> str | None:
     """Run the `trials` that are not over, and `further` ones that `proposals` will make, on the Ray of this process.
 
-    Returns when all are over, or when `stop` has a signal and every trial has saved; those are pending then.
+    Returns when all are over, or when `stop` has a signal and every trial has saved, or when Tune could not go on; trials
+    that are not over are pending then. In the last case it returns what happened.
 
     Args:
         folder: of the search; seen by all nodes.
@@ -152,12 +153,28 @@ def run_trials(
             verbose=0,
         ),
     )
-    tuner.fit()
+    problem = None
+    try:
+        tuner.fit()
+    except Exception as error:
+        problem = _memory_shortage(error)
+        if problem is None:
+            raise
     for trial in by_name.values():
         if not trial.over:
             trial.status = "pending"
             trial.write()
     shutil.rmtree(storage, ignore_errors=True)
+    return problem
+
+
+def _memory_shortage(error: BaseException | None) -> str | None:
+    """What to tell, if `error` is that a cluster's Ray ended a worker for want of memory, which Tune does not survive."""
+    while error is not None:
+        if isinstance(error, ray.exceptions.OutOfMemoryError):
+            return f"{str(error).splitlines()[0]}\nFewer trials at once (--concurrent), or more --cpus for each, help."
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _limits(resources: Resources, processes: int) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """What Ray Tune runs: a worker that stays warm and trains one trial after another, reporting each evaluation."""
 
+import ctypes
 import gc
 import os
 from pathlib import Path
@@ -13,6 +14,14 @@ from minbert.tuning.trial import METRIC
 HEARTBEAT = 1.0  # seconds after which Ray hears of a trial that has nothing to report: only then can it be ended
 
 
+def _free_memory() -> None:
+    """Give back what a trial leaves: models hold cycles, and the C library keeps what lies between other things, which
+    after a few trials is more than one of them needs."""
+    gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc
+        trim(0)
+
+
 class TrialWorker(tune.Trainable):
     """Ray calls `step` again and again; between two calls it may end the trial, or give this worker another one."""
 
@@ -22,7 +31,7 @@ class TrialWorker(tune.Trainable):
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self.attempt.end()
-        gc.collect()  # models hold cycles
+        _free_memory()
         self._begin(new_config)
         return True
 
