@@ -98,8 +98,8 @@ def run_trials(
 ) -> str | None:
     """Run the `trials` that are not over, and `further` ones that `proposals` will make, on the Ray of this process.
 
-    Returns when all are over, or when `stop` has a signal and every trial has saved, or when Tune could not go on; trials
-    that are not over are pending then. In the last case it returns what happened.
+    Returns when all are over, or when `stop` has a signal and every trial has saved, or when Tune could not go on;
+    trials that are not over are pending then. In the last case it returns what happened.
 
     Args:
         folder: of the search; seen by all nodes.
@@ -169,7 +169,7 @@ def run_trials(
 
 
 def _memory_shortage(error: BaseException | None) -> str | None:
-    """What to tell, if `error` is that a cluster's Ray ended a worker for want of memory, which Tune does not survive."""
+    """What to tell, if `error` is that Ray ended a worker for want of memory, which Tune does not survive."""
     while error is not None:
         if isinstance(error, ray.exceptions.OutOfMemoryError):
             return f"{str(error).splitlines()[0]}\nFewer trials at once (--concurrent), or more --cpus for each, help."
