@@ -11,27 +11,17 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
-from pydantic import Field, create_model
+from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
 from minbert.data.errors import UserError
 from minbert.data.files import replacing
 from minbert.launch.exit_codes import ExitCode
-from minbert.launch.options import (
-    asks_for_help,
-    build_run_config,
-    open_option,
-    quiet,
-    read_options,
-    refuse_words,
-    run_option_types,
-    show_help,
-)
+from minbert.launch.many_runs import Own, leave_without_ray, only_driver, read_command_line, retry_failed
+from minbert.launch.options import build_run_config
 from minbert.launch.trial import train_trial
-from minbert.launch.tune import leave_without_ray, only_driver, retry_failed
-from minbert.slurm.settings import JobSettings, parse_parameters, resolve_settings
+from minbert.slurm.settings import parse_parameters, resolve_settings
 from minbert.slurm.status import is_active
 from minbert.trainer.config import SECTIONS, flatten, parse_config
 from minbert.trainer.run_folder import read_yaml
@@ -58,42 +48,31 @@ DESCRIPTION = (
     "with the ablation in --ablation. Options of a run hold for every variant."
 )
 
-# name -> (type, default, help)
-OWN: dict[str, tuple[Any, Any, str]] = {
-    "ablation": (Path, None, "Folder of the ablation; one that exists goes on. The default is a new one under runs/."),
-    "extensions": (
+OWN = {
+    "ablation": Own(
+        Path, None, "Folder of the ablation; one that exists goes on. The default is a new one under runs/.", "FOLDER"
+    ),
+    "extensions": Own(
         tuple[str, ...],
         DEFAULT,
         "In the order in which they are added: siamese, two_hidden_layers, unfrozen, any aggregator, or "
         "NAME=OPTION:VALUE,...",
     ),
-    "groups": (tuple[Literal["alone", "added", "left_out"], ...], GROUPS[:3], "Comparisons to make."),
-    "combine": (tuple[str, ...], (), "Further combinations, such as siamese+pcgrad."),
-    "seeds": (tuple[Annotated[int, Field(ge=0)], ...], (0, 1, 2), "Each variant is trained with each of them."),
-    "retry_failed": (bool, False, "Try the runs again that failed for good."),
-    "ray": (bool, False, "Train several runs at once with Ray on this machine."),
-    "address": (str, None, "Train on an existing Ray cluster: host:port, or `auto`."),
-    "slurm": (bool, False, "Train on the cluster, as an array of jobs."),
+    "groups": Own(tuple[Literal["alone", "added", "left_out"], ...], GROUPS[:3], "Comparisons to make."),
+    "combine": Own(tuple[str, ...], (), "Further combinations, such as siamese+pcgrad."),
+    "seeds": Own(tuple[Annotated[int, Field(ge=0)], ...], (0, 1, 2), "Each variant is trained with each of them."),
+    "retry_failed": Own(bool, False, "Try the runs again that failed for good."),
+    "ray": Own(bool, False, "Train several runs at once with Ray on this machine."),
+    "address": Own(str, None, "Train on an existing Ray cluster: host:port, or `auto`.", "ADDRESS"),
+    "slurm": Own(bool, False, "Train on the cluster, as an array of jobs."),
 }
 
 
 def main(arguments: list[str]) -> int:
-    if asks_for_help(arguments):
-        show_help(DESCRIPTION, "ablate", _help())
-    job_types = {name: field.rebuild_annotation() for name, field in JobSettings.model_fields.items()}
-    own_types = {name: kind for name, (kind, _, _) in OWN.items()}
-    own_types |= {name: field.rebuild_annotation() for name, field in Resources.model_fields.items()}
-    types = run_option_types() | job_types | {"slurm_parameters": tuple[str, ...]} | own_types
-    options, rest = read_options(types, arguments, "ablate")
-    refuse_words(rest)
-    own = {name: value for name, value in options.items() if name in own_types}
-    job = {name: value for name, value in options.items() if name in job_types and name not in own_types}
-    run = {name: value for name, value in options.items() if name not in own_types and name not in job_types}
+    own, job, run = read_command_line(OWN, arguments, "ablate", DESCRIPTION)
     for name, instead in (("run", "ablation"), ("seed", "seeds")):
         if name in run:
             raise UserError(f"each run of an ablation has its own {name}; --{instead} says which")
-    if job and not own.get("slurm"):
-        raise UserError(f"--{next(iter(job)).replace('_', '-')} is about a job; add --slurm")
     folder = own.get("ablation") or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-ablation"
     ablation = _resolve(folder, own, run)
     with only_driver(folder):
@@ -146,7 +125,7 @@ def _resolve(folder: Path, own: Mapping[str, Any], run: dict[str, Any]) -> Ablat
         variants |= {name: saved.variants[name] for name in groups["named"]}
     resources = (saved.resources if saved else Resources()).model_dump()
     resources |= {name: value for name, value in own.items() if name in Resources.model_fields}
-    seeds = list(own.get("seeds", saved.seeds if saved else OWN["seeds"][1]))
+    seeds = list(own.get("seeds", saved.seeds if saved else OWN["seeds"].default))
     ablation = Ablation(
         baseline=baseline, extensions=extensions, variants=variants, groups=groups, seeds=seeds, resources=resources
     )
@@ -291,22 +270,3 @@ def _table(title: str, rows: Sequence[Row]) -> Table:
         scores = [str(row.scores[name]) if name in row.scores else "" for name in columns]
         table.add_row(row.variant + failed, *scores, str(row.difference or ""))
     return table
-
-
-def _help() -> dict[str, Any]:
-    shown: dict[str, Any] = {}
-    for name, (kind, default, text) in OWN.items():
-        if default is None:
-            option = open_option("FOLDER" if kind is Path else "ADDRESS", help=text)
-            shown[name] = (Annotated[kind | None, option], None)
-        else:
-            shown[name] = (Annotated[kind, tyro.conf.arg(help=text)], default)
-    resources, job = quiet(Resources), quiet(JobSettings)
-    parameters = open_option("NAME=VALUE ...", help=JobSettings.model_fields["slurm_parameters"].description)
-    job = create_model(
-        "JobSettings",
-        __base__=job,
-        __doc__=JobSettings.__doc__,
-        slurm_parameters=(Annotated[tuple[str, ...], parameters], ()),
-    )
-    return shown | {"resources": (resources, resources()), "job": (job, job())}

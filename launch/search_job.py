@@ -58,7 +58,8 @@ class SearchJob:
             records.write_life(life)
 
     def _lead(self, place: Path, allocation: Allocation, stop: StopRequest) -> int:
-        from minbert.launch.tune import leave_without_ray, only_driver, run_search
+        from minbert.launch.many_runs import leave_without_ray, only_driver
+        from minbert.launch.tune import run_search
         from minbert.tuning.search import Search
 
         def lost() -> NoReturn:

@@ -1,34 +1,22 @@
 """`minbert tune`: search hyperparameters with Ray Tune, here, on a Ray cluster, or inside a SLURM allocation."""
 
-import os
 import shlex
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
-import tyro
-from filelock import FileLock, Timeout
-from pydantic import Field, create_model
+from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
 from minbert.data.errors import UserError
 from minbert.launch.exit_codes import ExitCode
-from minbert.launch.options import (
-    asks_for_help,
-    build_run_config,
-    open_option,
-    quiet,
-    read_options,
-    refuse_words,
-    run_option_types,
-    show_help,
-)
-from minbert.slurm.settings import JobSettings, parse_parameters, resolve_settings
+from minbert.launch.many_runs import Own, leave_without_ray, only_driver, read_command_line, retry_failed
+from minbert.launch.options import build_run_config
+from minbert.slurm.settings import parse_parameters, resolve_settings
 from minbert.trainer.config import RunConfig, parse_config
 from minbert.trainer.run_folder import read_yaml
 from minbert.trainer.stop import StopRequest
@@ -44,46 +32,35 @@ SAMPLES = 20
 EVALUATIONS = 10  # of each trial: what it is judged by while it runs
 SHOWN = 5  # trials in the table at the end
 
-# name -> (type, default, help)
-OWN: dict[str, tuple[Any, Any, str]] = {
-    "search": (Path, None, "Folder of the search; one that exists goes on. The default is a new one under runs/."),
-    "space": (
+OWN = {
+    "search": Own(
+        Path, None, "Folder of the search; one that exists goes on. The default is a new one under runs/.", "FOLDER"
+    ),
+    "space": Own(
         tuple[str, ...],
         (),
         "What to search: a YAML file, or words such as lr=loguniform(1e-5,1e-4) batch_size=16,32. The default is what "
         "the paper wanted to search.",
+        "FILE|OPTION=VALUES ...",
     ),
-    "samples": (Annotated[int, Field(ge=1)], SAMPLES, "Trials; a grid has as many as it has combinations."),
-    "algorithm": (Literal["random", "grid", "tpe"], "random", "How trials are chosen; tpe needs Optuna."),
-    "scheduler": (Literal["asha", "none"], "asha", "Whether trials that fall behind are stopped early."),
-    "reduction": (Annotated[float, Field(gt=1)], 3.0, "ASHA lets one in this many go on."),
-    "grace": (Annotated[float, Field(gt=0, lt=1)], 0.1, "Share of its budget that every trial may spend."),
-    "retry_failed": (bool, False, "Try the trials again that failed for good."),
-    "address": (str, None, "An existing Ray cluster to use, as host:port or `auto`."),
-    "slurm": (bool, False, "Run inside an allocation of SLURM, with Ray on all its nodes."),
-    "best": (Path, None, "Start the full run from the best trial of this search."),
+    "samples": Own(Annotated[int, Field(ge=1)], SAMPLES, "Trials; a grid has as many as it has combinations."),
+    "algorithm": Own(Literal["random", "grid", "tpe"], "random", "How trials are chosen; tpe needs Optuna."),
+    "scheduler": Own(Literal["asha", "none"], "asha", "Whether trials that fall behind are stopped early."),
+    "reduction": Own(Annotated[float, Field(gt=1)], 3.0, "ASHA lets one in this many go on."),
+    "grace": Own(Annotated[float, Field(gt=0, lt=1)], 0.1, "Share of its budget that every trial may spend."),
+    "retry_failed": Own(bool, False, "Try the trials again that failed for good."),
+    "address": Own(str, None, "An existing Ray cluster to use, as host:port or `auto`.", "ADDRESS"),
+    "slurm": Own(bool, False, "Run inside an allocation of SLURM, with Ray on all its nodes."),
+    "best": Own(Path, None, "Start the full run from the best trial of this search.", "FOLDER"),
 }
 
 
 def main(arguments: list[str]) -> int:
-    if asks_for_help(arguments):
-        show_help(DESCRIPTION, "tune", _help())
-    job_types = {name: field.rebuild_annotation() for name, field in JobSettings.model_fields.items()}
-    own_types = {name: kind for name, (kind, _, _) in OWN.items()} | _types_of(Resources)
-    types = run_option_types() | job_types | {"slurm_parameters": tuple[str, ...]} | own_types
-    options, rest = read_options(types, arguments, "tune")
-    refuse_words(rest)
-    own = {name: value for name, value in options.items() if name in own_types}
-    job = {name: value for name, value in options.items() if name in job_types and name not in own_types}
-    run = {name: value for name, value in options.items() if name not in own_types and name not in job_types}
+    own, job, run = read_command_line(OWN, arguments, "tune", DESCRIPTION)
     if "best" in own:
         return _start_best(own, job, run)
     if "run" in run:
         raise UserError("each trial has a run folder of its own; --search names the folder of the search")
-    if job and not own.get("slurm"):
-        raise UserError(f"--{next(iter(job)).replace('_', '-')} is about a job; add --slurm")
-    if "address" in own and own.get("slurm"):
-        raise UserError("--address and --slurm are two places to run; choose one")
     folder = own.get("search") or _new_folder()
     search = _resolve(folder, own, run)
     if own.get("slurm"):
@@ -192,30 +169,6 @@ def _conclude(folder: Path, search: Search, trials: list[Trial], winner: Trial |
     return ExitCode.FINISHED
 
 
-@contextmanager
-def only_driver(folder: Path) -> Iterator[None]:
-    """Keep others from running the same search meanwhile. Raises UserError if somebody does."""
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout:
-        raise UserError(f"{folder} is being run by another process; wait for it, or stop it first") from None
-    except OSError as error:
-        raise UserError(f"{folder} cannot be used: {error.strerror}") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def leave_without_ray(command: str) -> NoReturn:
-    """End this process, whose Ray has died; what the trials have saved is there."""
-    print(f"minbert: Ray's head has died. To go on from the checkpoints: {command}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(ExitCode.INTERRUPTED)
-
-
 def _resolve(folder: Path, own: Mapping[str, Any], run: Mapping[str, Any]) -> Search:
     """The search that the options, and what the folder holds already, describe. Raises UserError."""
     saved = Search.read(folder) if (folder / SEARCH_FILE).exists() else None
@@ -255,13 +208,6 @@ def _space(own: Mapping[str, Any], saved: Search | None, config: RunConfig, give
     if len(words) == 1 and "=" not in words[0]:
         return check_space(read_space(read_yaml(Path(words[0])), words[0]), given, words[0])
     return check_space(parse_space(words), given, "--space")
-
-
-def retry_failed(trials: Iterable[Trial]) -> None:
-    for trial in trials:
-        if trial.status == "failed":
-            trial.status, trial.ended, trial.error = "pending", None, None
-            trial.write()
 
 
 def _start_best(own: Mapping[str, Any], job: Mapping[str, Any], run: dict[str, Any]) -> int:
@@ -317,30 +263,3 @@ def _submit(folder: Path, search: Search, job: dict[str, Any], retry: bool) -> i
 
 def _new_folder() -> Path:
     return Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-search"
-
-
-def _types_of(model: Any) -> dict[str, Any]:
-    return {name: field.rebuild_annotation() for name, field in model.model_fields.items()}
-
-
-def _help() -> dict[str, Any]:
-    shown: dict[str, Any] = {}
-    for name, (kind, default, text) in OWN.items():
-        if default is None:
-            shown[name] = (
-                Annotated[kind | None, open_option("FOLDER" if kind is Path else "ADDRESS", help=text)],
-                None,
-            )
-        elif kind == tuple[str, ...]:
-            shown[name] = (Annotated[kind, open_option("FILE|OPTION=VALUES ...", help=text)], default)
-        else:
-            shown[name] = (Annotated[kind, tyro.conf.arg(help=text)], default)
-    resources, job = quiet(Resources), quiet(JobSettings)
-    parameters = open_option("NAME=VALUE ...", help=JobSettings.model_fields["slurm_parameters"].description)
-    job = create_model(
-        "JobSettings",
-        __base__=job,
-        __doc__=JobSettings.__doc__,
-        slurm_parameters=(Annotated[tuple[str, ...], parameters], ()),
-    )
-    return shown | {"resources": (resources, resources()), "job": (job, job())}
