@@ -45,9 +45,14 @@ OWN = {
     ),
     "samples": Own(Annotated[int, Field(ge=1)], SAMPLES, "Trials; a grid has as many as it has combinations."),
     "algorithm": Own(Literal["random", "grid", "tpe"], "random", "How trials are chosen; tpe needs Optuna."),
-    "scheduler": Own(Literal["asha", "none"], "asha", "Whether trials that fall behind are stopped early."),
+    "scheduler": Own(
+        Literal["asha", "pbt", "none"],
+        "asha",
+        "What becomes of trials that fall behind: ASHA stops them early; in population-based training (pbt) they go on "
+        "from where one that is ahead is, with other learning rates, decay or dropout.",
+    ),
     "reduction": Own(Annotated[float, Field(gt=1)], 3.0, "ASHA lets one in this many go on."),
-    "grace": Own(Annotated[float, Field(gt=0, lt=1)], 0.1, "Share of its budget that every trial may spend."),
+    "grace": Own(Annotated[float, Field(gt=0, lt=1)], 0.1, "Share of its budget after which a trial is judged first."),
     "retry_failed": Own(bool, False, "Try the trials again that failed for good."),
     "address": Own(str, None, "An existing Ray cluster to use, as host:port or `auto`.", "ADDRESS"),
     "slurm": Own(bool, False, "Run inside an allocation of SLURM, with Ray on all its nodes."),
@@ -102,23 +107,31 @@ def run_search(folder: Path, search: Search, stop: StopRequest, start: Any) -> i
 
 def _run(folder: Path, search: Search, trials: list[Trial], further: int, stop: StopRequest) -> None:
     from minbert.launch.trial import train_trial
-    from minbert.tuning.driver import run_trials
+    from minbert.tuning.driver import TakeOver, run_trials
+    from minbert.tuning.population import Population
     from minbert.tuning.proposals import Proposals, TpeProposals
     from minbert.tuning.scheduler import RememberingASHA
 
-    scheduler = None
-    if search.scheduler == "asha":
-        scheduler = RememberingASHA(search.grace, search.reduction, trials)
+    def make_scheduler(take_over: TakeOver) -> Any:
+        if search.scheduler == "asha":
+            return RememberingASHA(search.grace, search.reduction, trials)
+        return Population(search, take_over) if search.scheduler == "pbt" else None
+
     proposals = Proposals
     if search.algorithm == "tpe":
         create = partial(search.new_trial, folder)
         proposals = lambda waiting, describe: TpeProposals(search, trials, waiting, describe, create)  # noqa: E731
     known = {trial.number: trial for trial in trials}
+    taken_over: dict[str, int] = {}
 
     def tell(trial: Trial) -> None:
         known[trial.number] = trial
         if trial.over:
             write_best(folder, list(known.values()))
+        turn = search.scheduler == "pbt" and trial.status == "running" and trial.step > 0 and not trial.error
+        if turn and taken_over.get(trial.name) == len(trial.taken_over):
+            return  # it had made room for another
+        taken_over[trial.name] = len(trial.taken_over)
         print(_line(trial, sum(t.over for t in known.values()), search.samples), flush=True)
 
     config = parse_config(search.base, SEARCH_FILE)
@@ -131,7 +144,7 @@ def _run(folder: Path, search: Search, trials: list[Trial], further: int, stop: 
         config.parallel.processes,
         stop,
         tell,
-        scheduler,
+        make_scheduler,
         proposals,
         further,
     )
@@ -141,6 +154,9 @@ def _run(folder: Path, search: Search, trials: list[Trial], further: int, stop: 
 
 def _line(trial: Trial, over: int, samples: int) -> str:
     parameters = " ".join(f"{name}={value}" for name, value in trial.parameters.items())
+    if trial.status == "running" and trial.taken_over and not trial.error:
+        last = trial.taken_over[-1]
+        return f"{trial.name} takes over from {last['donor']} at step {last['at']}  {parameters}"
     if trial.status == "running":
         state = f"goes on from step {trial.step}" if trial.step else "starts"
         return f"{trial.name} {state}" + (f" after: {trial.error}" if trial.error else f"  {parameters}")

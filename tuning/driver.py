@@ -19,10 +19,15 @@ from ray.tune import Callback, CheckpointConfig, FailureConfig, RunConfig, Stopp
 from minbert.data.errors import UserError
 from minbert.trainer.stop import StopRequest
 from minbert.tuning.attempt import Train
+from minbert.tuning.population import Population, record_take_over
 from minbert.tuning.proposals import Proposals
 from minbert.tuning.search import Resources
+from minbert.tuning.space import Parameters
 from minbert.tuning.trainable import TrialWorker
 from minbert.tuning.trial import METRIC, Trial
+
+# (trial's name, donor's name, new parameters) -> what the trial's worker has to know
+TakeOver = Callable[[str, str, Parameters], dict[str, Any]]
 
 
 class StopOnRequest(Stopper):
@@ -56,7 +61,7 @@ class Recorder(Callback):
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
         ours = self.trials[trial.config["name"]]
-        if METRIC in result:
+        if METRIC in result and result["taken_over"] == len(ours.taken_over):
             ours.step, ours.score, ours.steps = result["at"], result["best"], result["steps"]
         if "ending" in result:
             self._end(ours, result["ending"], result.get("error"))
@@ -92,7 +97,7 @@ def run_trials(
     processes: int,
     stop: StopRequest,
     tell: Callable[[Trial], None],
-    scheduler: Any = None,
+    make_scheduler: Callable[[TakeOver], Any] = lambda take_over: None,
     proposals: Callable[[list[Trial], Callable[[Trial], dict[str, Any]]], Proposals] = Proposals,
     further: int = 0,
 ) -> str | None:
@@ -106,6 +111,7 @@ def run_trials(
         options: of a trial's run, without its folder.
         processes: of each trial.
         tell: hears of each trial that starts, goes on or is over.
+        make_scheduler: receives what a population calls to let a trial go on from where another is.
 
     Raises UserError if no node can hold a trial.
     """
@@ -123,11 +129,15 @@ def run_trials(
             "name": trial.name,
             "folder": str(trial.folder.absolute()),
             "options": options(trial),
-            "step": trial.step,
-            "score": trial.score,
+            "parameters": trial.parameters,
         }
 
-    algorithm = proposals(list(waiting), describe)
+    def take_over(name: str, donor: str, parameters: Parameters) -> dict[str, Any]:
+        record_take_over(by_name[name], by_name[donor], parameters)
+        tell(by_name[name])
+        return describe(by_name[name])
+
+    algorithm, scheduler = proposals(list(waiting), describe), make_scheduler(take_over)
     storage = folder.absolute() / "ray"
     shutil.rmtree(storage, ignore_errors=True)
     name = type(scheduler).__name__ if scheduler is not None else ""
@@ -138,7 +148,8 @@ def run_trials(
             num_samples=len(waiting) + further,
             search_alg=algorithm,
             scheduler=scheduler,
-            max_concurrent_trials=resources.concurrent or fitting,
+            # A population takes turns, and who waits for one is concurrent, too.
+            max_concurrent_trials=None if isinstance(scheduler, Population) else resources.concurrent or fitting,
             reuse_actors=True,
             trial_name_creator=lambda trial: trial.config["name"],
             trial_dirname_creator=lambda trial: trial.config["name"],

@@ -19,7 +19,7 @@ from minbert.data.files import replacing
 from minbert.trainer.config import MAY_CHANGE, RunConfig, flatten, parse_config
 from minbert.trainer.preparation import resolve
 from minbert.trainer.run_folder import RunFolder, read_yaml
-from minbert.tuning.space import Parameters, Space, draw, grid
+from minbert.tuning.space import EXPLORED, Parameters, Space, draw, grid
 from minbert.tuning.trial import METRIC, Trial, best, read_trials
 
 SEARCH_FILE = "search.yaml"
@@ -53,7 +53,7 @@ class Search(BaseModel):
     mode: Literal["max"] = "max"
     seed: int = 0
     algorithm: Literal["random", "grid", "tpe"] = "random"
-    scheduler: Literal["asha", "none"] = "asha"
+    scheduler: Literal["asha", "pbt", "none"] = "asha"
     reduction: Annotated[float, Field(gt=1)] = 3.0
     grace: Annotated[float, Field(gt=0, lt=1)] = 0.1
     samples: int
@@ -87,11 +87,21 @@ class Search(BaseModel):
         """Raises UserError if a trial would have a configuration that is refused, or the algorithm is not installed."""
         if self.algorithm == "tpe" and find_spec("optuna") is None:
             raise UserError("algorithm=tpe needs Optuna: pip install -e '.[optuna]', or optuna")
+        if self.scheduler == "pbt":
+            self._check_population()
         numbers = range(min(self.samples, 1000))
         for number in numbers:
             drawn = draw(self.space, self.seed, number) if self.algorithm == "tpe" else self.parameters(number)
             shown = ", ".join(f"{name}={value}" for name, value in drawn.items())
             parse_config(self.options(drawn), f"trial {number} ({shown})")
+
+    def _check_population(self) -> None:
+        if not EXPLORED & self.space.keys():
+            raise UserError(f"scheduler=pbt changes {', '.join(sorted(EXPLORED))}; the space has none of them")
+        if self.algorithm == "tpe":
+            raise UserError("scheduler=pbt makes its own proposals; algorithm=tpe does not go with it")
+        if self.resources.concurrent is not None:
+            raise UserError("with scheduler=pbt all trials take turns; --cpus or --gpus say how many fit at once")
 
     def new_trial(self, folder: Path, number: int, parameters: Parameters) -> Trial:
         name = f"trial-{number:04d}"

@@ -25,6 +25,11 @@ NOT_SEARCHED = ("run", "cache", "trackers", "processes")
 
 Parameters = dict[str, Any]  # option -> value
 
+# In population-based training: options that mean the same in the middle of a run as at its start.
+EXPLORED = frozenset(["lr", "head_lr", "weight_decay", "warmup", "clip", "head_dropout", "encoder_dropout"])
+RESAMPLED = 0.25  # probability of a new draw, in place of a change
+FACTORS = (0.8, 1.2)
+
 
 class _Distribution(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -246,3 +251,19 @@ def grid(space: Space) -> Iterator[Parameters]:
         raise UserError(f"a grid needs lists of values; {', '.join(ranges)} has a range")
     for values in product(*(distribution.values for distribution in space.values())):
         yield dict(zip(space, values))
+
+
+def explore(space: Space, parameters: Parameters, random: np.random.Generator) -> Parameters:
+    """`parameters` with those that may change drawn anew, or a fifth smaller or larger, or a value to the side."""
+    changed = dict(parameters)
+    for name in sorted(EXPLORED & space.keys()):
+        kind = space[name]
+        if random.random() < RESAMPLED:
+            changed[name] = kind.at(random.random())
+        elif isinstance(kind, Choice):
+            place = kind.values.index(changed[name]) + random.choice((-1, 1))
+            changed[name] = kind.values[min(max(place, 0), len(kind.values) - 1)]
+        else:
+            value = float(f"{changed[name] * random.choice(FACTORS):.4g}")
+            changed[name] = type(kind.low)(min(max(value, kind.low), kind.high))
+    return changed

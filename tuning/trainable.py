@@ -8,8 +8,10 @@ from typing import Any
 
 from ray import tune
 
+from minbert.trainer.run_folder import RunFolder
 from minbert.tuning.attempt import FINISHED, USER_MISTAKE, Attempt, Train
-from minbert.tuning.trial import METRIC
+from minbert.tuning.take_over import take_over
+from minbert.tuning.trial import METRIC, Trial
 
 HEARTBEAT = 1.0  # seconds after which Ray hears of a trial that has nothing to report: only then can it be ended
 
@@ -39,14 +41,27 @@ class TrialWorker(tune.Trainable):
         self.attempt.end()
 
     def _begin(self, config: dict[str, Any]) -> None:
-        self.attempt = Attempt(self.train_run, Path(config["folder"]), config["options"], config["step"])
-        self.best = config["score"]
+        """Start or go on; the run's folder says from where, and evaluations that were told are not told again."""
+        folder = Path(config["folder"])
+        trial = Trial.read(folder)
+        self.best, self.taken_over = trial.score, len(trial.taken_over)
+        if trial.taken_over:
+            donor = RunFolder(folder.parent / trial.taken_over[-1]["donor"])
+            take_over(RunFolder(folder), donor, config["options"], len(trial.taken_over))
+        self.attempt = Attempt(self.train_run, folder, config["options"], trial.step)
+
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+        """The run has checkpoints of its own; Ray asks for one when a trial makes room for another."""
+        return {"step": self.best}
+
+    def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
+        """The run's folder says from where it goes on."""
 
     def step(self) -> dict[str, Any]:
         """An evaluation, nothing new, or the end. Raises RuntimeError for a failure that may not repeat itself."""
         attempt = self.attempt
         evaluation = attempt.next(HEARTBEAT)
-        result: dict[str, Any] = {"steps": attempt.steps, "process": os.getpid()}
+        result: dict[str, Any] = {"steps": attempt.steps, "taken_over": self.taken_over, "process": os.getpid()}
         if evaluation is not None:
             score, step = evaluation[METRIC], evaluation["step"]
             self.best = score if self.best is None else max(self.best, score)

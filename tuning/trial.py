@@ -6,7 +6,7 @@ it before. Only the process that runs the search writes them.
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +33,7 @@ class Trial:
     ended: float | None = None
     error: str | None = None  # its last line
     stopped_by: str | None = None
+    taken_over: list[dict[str, Any]] = field(default_factory=list)  # in population-based training: from whom, and when
     variant: str | None = None  # of an ablation
     seed: int | None = None
 
@@ -49,7 +50,7 @@ class Trial:
     @classmethod
     def read(cls, folder: Path) -> "Trial":
         content = json.loads((folder / "trial.json").read_text())
-        known = {field.name for field in fields(cls)}
+        known = {known.name for known in fields(cls)}
         return cls(folder, **{name: value for name, value in content.items() if name in known})
 
     def evaluations(self) -> list[dict[str, Any]]:

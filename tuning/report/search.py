@@ -28,6 +28,7 @@ from minbert.tuning.search import Search
 from minbert.tuning.space import Choice, Distribution, LogUniform, Uniform
 from minbert.tuning.trial import METRIC, Trial, best
 
+HIDDEN = ("trackers", "cache", "device")  # options of all trials that say nothing about them
 SHOWN = 10  # trials in the table of the best
 HIGHLIGHTED = 5  # learning curves in colour
 
@@ -89,7 +90,7 @@ def _summary(search: Search, trials: Sequence[Trial]) -> str:
 def _settings(search: Search) -> Table:
     rows = [("algorithm", search.algorithm), ("scheduler", search.scheduler), ("seed", str(search.seed))]
     rows += [(name, _describe(kind)) for name, kind in search.space.items()]
-    rows += [(name, setting(value)) for name, value in search.base.items() if name not in search.space]
+    rows += [(name, setting(value)) for name, value in search.base.items() if name not in HIDDEN]
     return Table(("option", "value"), rows, text_columns=2)
 
 
@@ -167,8 +168,9 @@ def _against(search: Search, scored: Sequence[Trial]) -> list[Any]:
 
 
 def _decades(kind: LogUniform) -> dict[str, Any]:
-    """Ticks at 1, 2 and 5 times the powers of ten: plotly's own for a logarithmic axis say little over short ranges."""
-    ticks = [m * 10.0**e for e in range(-12, 12) for m in (1, 2, 5)]
+    """Ticks at the powers of ten, over short ranges at 2 and 5 times as well: plotly's own say little there."""
+    steps = (1, 2, 5) if kind.high / kind.low < 300 else (1,)
+    ticks = [m * 10.0**e for e in range(-12, 12) for m in steps]
     ticks = [tick for tick in ticks if kind.low * 0.999 <= tick <= kind.high * 1.001]
     return {"tickvals": ticks, "ticktext": [f"{tick:.0e}".replace("e-0", "e-").replace("e+0", "e") for tick in ticks]}
 
