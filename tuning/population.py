@@ -49,7 +49,7 @@ class Population(PopulationBasedTraining):
         donor = sorted(upper_quantile, key=lambda other: other.config["name"])[random.integers(len(upper_quantile))]
         parameters = explore(self.search.space, donor.config["parameters"], random)
         taken_over = self.take_over(name, donor.config["name"], parameters)
-        tune_controller.pause_trial(trial, should_checkpoint=False)
+        tune_controller.pause_trial(trial)
         trial.set_config(trial.config | taken_over)
         state.last_perturbation_time = self._trial_state[donor].last_perturbation_time
         state.last_train_time = self._trial_state[donor].last_train_time

@@ -85,10 +85,10 @@ class Search(BaseModel):
 
     def check(self) -> None:
         """Raises UserError if a trial would have a configuration that is refused, or the algorithm is not installed."""
-        if self.algorithm == "tpe" and find_spec("optuna") is None:
-            raise UserError("algorithm=tpe needs Optuna: pip install -e '.[optuna]', or optuna")
         if self.scheduler == "pbt":
             self._check_population()
+        if self.algorithm == "tpe" and find_spec("optuna") is None:
+            raise UserError("algorithm=tpe needs Optuna: pip install -e '.[optuna]', or optuna")
         numbers = range(min(self.samples, 1000))
         for number in numbers:
             drawn = draw(self.space, self.seed, number) if self.algorithm == "tpe" else self.parameters(number)

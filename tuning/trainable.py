@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from ray import tune
 
 from minbert.trainer.run_folder import RunFolder
@@ -13,6 +14,7 @@ from minbert.tuning.attempt import FINISHED, USER_MISTAKE, Attempt, Train
 from minbert.tuning.take_over import take_over
 from minbert.tuning.trial import METRIC, Trial
 
+PATIENCE = 300.0  # seconds in which the worker that had a trial before saves and leaves
 HEARTBEAT = 1.0  # seconds after which Ray hears of a trial that has nothing to report: only then can it be ended
 
 
@@ -32,17 +34,19 @@ class TrialWorker(tune.Trainable):
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self.attempt.end()
+        self._end()
         _free_memory()
         self._begin(new_config)
         return True
 
     def cleanup(self) -> None:
-        self.attempt.end()
+        self._end()
 
     def _begin(self, config: dict[str, Any]) -> None:
         """Start or go on; the run's folder says from where, and evaluations that were told are not told again."""
         folder = Path(config["folder"])
+        self.lock = FileLock(folder / ".trial.lock", timeout=PATIENCE, thread_local=False)
+        self.lock.acquire()  # another worker may not have left yet
         trial = Trial.read(folder)
         self.best, self.taken_over = trial.score, len(trial.taken_over)
         if trial.taken_over:
@@ -50,9 +54,14 @@ class TrialWorker(tune.Trainable):
             take_over(RunFolder(folder), donor, config["options"], len(trial.taken_over))
         self.attempt = Attempt(self.train_run, folder, config["options"], trial.step)
 
+    def _end(self) -> None:
+        self.attempt.end()
+        self.lock.release()
+
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
-        """The run has checkpoints of its own; Ray asks for one when a trial makes room for another."""
-        return {"step": self.best}
+        """The run has checkpoints of its own; Ray asks for one when the trial makes room, and may go on elsewhere."""
+        self._end()
+        return {"best": self.best}
 
     def load_checkpoint(self, checkpoint: dict[str, Any] | None) -> None:
         """The run's folder says from where it goes on."""

@@ -1,0 +1,195 @@
+"""Population-based training: what changes, what is taken over, and what a kill in the middle leaves."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from minbert.launch.main import main
+from minbert.trainer.checkpoint import published
+from minbert.trainer.config import RunConfig
+from minbert.trainer.run_folder import RunFolder, read_config_file
+from minbert.tuning.space import EXPLORED, Choice, check_space, explore, paper_space, parse_space
+from minbert.tuning.take_over import DONE, STAGING, take_over
+from minbert.tuning.trial import Trial, read_trials
+
+TINY = ["--train-limit", "60", "--eval-limit", "20", "--batch-size", "8", "--trackers"]
+OPTIONS = {"train_limit": 60, "eval_limit": 20, "batch_size": 8, "trackers": (), "steps": 12, "eval_every": 3}
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 2**31), times=st.integers(1, 20))
+def test_exploring_stays_within_the_space_and_changes_only_what_may_change(seed, times):
+    space = paper_space(RunConfig()) | check_space(parse_space(["clip=0.5,1,2"]))
+    random = np.random.default_rng(seed)
+    before = {name: kind.at(random.random()) for name, kind in space.items()}
+    after = before
+    for _ in range(times):
+        after = explore(space, after, random)
+    for name, kind in space.items():
+        if name not in EXPLORED:
+            assert after[name] == before[name]
+        elif isinstance(kind, Choice):
+            assert after[name] in kind.values
+        else:
+            assert kind.low <= after[name] <= kind.high
+
+
+def test_exploring_changes_something():
+    space = check_space(parse_space(["lr=loguniform(1e-6,1)"]))
+    found = {explore(space, {"lr": 1e-3}, np.random.default_rng(seed))["lr"] for seed in range(50)}
+    assert {0.0008, 0.0012} < found
+
+
+# Taking over
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """A run that is ahead, at step 9 of 12, and one that is behind."""
+    folder = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINBERT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        for name, steps, lr in (("ahead", 9, 1e-3), ("behind", 6, 1e-5)):
+            words = ["--steps", str(steps), "--eval-every", "3", "--lr", str(lr)]
+            assert main(["train", "--run", str(folder / name), *TINY, *words]) == 0
+    return folder
+
+
+@pytest.fixture
+def pair(runs, tmp_path) -> tuple[RunFolder, RunFolder]:
+    shutil.copytree(runs, tmp_path / "runs")
+    return RunFolder(tmp_path / "runs" / "behind"), RunFolder(tmp_path / "runs" / "ahead")
+
+
+def files(run: RunFolder) -> dict[str, bytes]:
+    kept = [run.config_file, run.best_model, run.metrics_file, *run.checkpoints.rglob("*")]
+    return {str(path.relative_to(run.path)): path.read_bytes() for path in kept if path.is_file()}
+
+
+def train_on(run: RunFolder, *words: str) -> dict:
+    assert main(["train", "--run", str(run.path), *TINY, "--steps", "12", "--eval-every", "3", *words]) == 0
+    return load_file(run.best_model)
+
+
+def test_a_run_that_takes_over_ends_as_the_other_would_with_the_new_options(pair):
+    behind, ahead = pair
+    options = OPTIONS | {"lr": 5e-4}
+    take_over(behind, ahead, options, 1)
+    assert [path.name for path in published(behind.checkpoints)] == [published(ahead.checkpoints)[-1].name]
+    assert read_config_file(behind.config_file).optimizer.lr == 5e-4
+    assert not (behind.path / STAGING).exists()
+    taken = train_on(behind, "--lr", "5e-4")
+    wanted = train_on(ahead, "--lr", "5e-4", "--head-lr", "5e-4", "--force")
+    assert taken.keys() == wanted.keys()
+    assert all(taken[name].equal(wanted[name]) for name in wanted)
+    theirs = [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in ahead.read_metrics()]
+    assert [{k: v for k, v in r.items() if k != "tokens_per_second"} for r in behind.read_metrics()] == theirs
+    before = files(behind)
+    take_over(behind, ahead, options, 1)  # again, as after a kill: it is done
+    assert files(behind) == before
+
+
+@pytest.mark.parametrize("moves", range(6))
+def test_a_kill_while_taking_over_leaves_what_the_next_start_finishes(pair, monkeypatch, moves):
+    behind, ahead = pair
+    other = RunFolder(behind.path.with_name("other"))
+    shutil.copytree(behind.path, other.path)
+    take_over(other, ahead, OPTIONS | {"lr": 5e-4}, 1)
+    replace, done = os.replace, 0
+
+    def replace_some(source, target):
+        nonlocal done
+        if done == moves:
+            raise KeyboardInterrupt
+        done += 1
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", replace_some)
+        take_over(behind, ahead, OPTIONS | {"lr": 5e-4}, 1)
+    take_over(behind, ahead, OPTIONS | {"lr": 5e-4}, 1)
+    found, wanted = files(behind), files(other)
+    assert found.pop("config.yaml").replace(b"behind", b"other") == wanted.pop("config.yaml")
+    assert found == wanted
+    assert json.loads((behind.path / DONE).read_text())["number"] == 1
+
+
+def test_a_damaged_checkpoint_is_not_taken_over(pair):
+    behind, ahead = pair
+    older, newest = published(ahead.checkpoints)
+    shard = next(newest.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    take_over(behind, ahead, OPTIONS, 1)
+    assert [path.name for path in published(behind.checkpoints)] == [older.name]
+    shutil.rmtree(ahead.checkpoints)
+    kept = files(behind)
+    take_over(behind, ahead, OPTIONS | {"lr": 5e-4}, 2)  # nothing to take over but the options
+    changed = {name for name, content in files(behind).items() if kept.get(name) != content}
+    assert changed == {"config.yaml"}
+
+
+# A search
+
+
+@pytest.mark.xdist_group("ray")
+def test_a_population_that_is_killed_goes_on(tmp_path):
+    folder = tmp_path / "s"
+    words = [sys.executable, "-m", "minbert.launch.main", "tune", "--search", str(folder), *TINY, "--scheduler", "pbt"]
+    words += ["--samples", "3", "--epochs", "8", "--grace", "0.2", "--space", "lr=loguniform(1e-6,5e-3)"]
+    words += ["hidden_layers=1,2"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 120
+    while not any(trial.taken_over for trial in _read(folder)):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    trials = _read(folder)
+    assert [trial.status for trial in trials] == ["finished"] * 3
+    took_over = [trial for trial in trials if trial.taken_over]
+    assert took_over
+    for trial in took_over:
+        last = trial.taken_over[-1]
+        config = read_config_file(trial.folder / "config.yaml")
+        assert trial.parameters == last["parameters"]
+        assert (config.optimizer.lr, config.heads.hidden_layers) == (
+            trial.parameters["lr"],
+            trial.parameters["hidden_layers"],
+        )
+        steps = [record["step"] for record in trial.evaluations()]
+        assert steps == sorted(set(steps))
+        assert trial.step == trial.steps == steps[-1]
+
+
+def _read(folder: Path) -> list[Trial]:
+    try:
+        return read_trials(folder / "trials")
+    except (json.JSONDecodeError, FileNotFoundError):
+        return []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--space", "hidden_layers=1,2"], "the space has none of them"),
+        (["--algorithm", "tpe"], "does not go with it"),
+        (["--concurrent", "2"], "all trials take turns"),
+    ],
+)
+def test_mistakes_are_explained(words, message, tmp_path, capsys):
+    assert main(["tune", "--search", str(tmp_path / "s"), "--scheduler", "pbt", *words]) == 2
+    assert message in capsys.readouterr().err
