@@ -45,7 +45,7 @@ def main(arguments: list[str]) -> int:
         Console().print(table(reports))
     else:
         print(f"There are no runs in {', '.join(map(str, options.folders))}.")
-    alone = runs == list(options.folders) and len(runs) == 1
+    alone = len(options.folders) == 1 and runs[:1] == list(options.folders)
     return reports[0].exit_code if alone else ExitCode.FINISHED
 
 
@@ -93,8 +93,9 @@ def resubmit(reports: Sequence[Report]) -> None:
 
     groups: dict[str, list[Path]] = {}
     for report in reports:
-        if not report.active and not report.finished and report.state != "not submitted":
-            submission = Records(report.run).submission()
+        submission = Records(report.run).submission()
+        is_run = (report.run / "config.yaml").exists()  # a search goes on by `minbert tune --slurm`
+        if submission and is_run and not report.active and not report.finished:
             key = json.dumps([submission.folder, submission.settings], sort_keys=True)
             groups.setdefault(key, []).append(report.run)
     if not groups:

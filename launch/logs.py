@@ -20,7 +20,7 @@ PATIENCE = 5.0  # seconds between two looks at the job
 
 @dataclass(frozen=True)
 class LogsOptions:
-    """Print what a run has printed: rank 0's output and the batch script's, or another rank's log."""
+    """Print what a run or a job of a search has printed: rank 0 and the batch script, or the log of another rank."""
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Run folder."""
@@ -32,8 +32,8 @@ class LogsOptions:
 
 def main(arguments: list[str]) -> int:
     options = parse(LogsOptions, arguments, "logs")
-    if not (options.run / "config.yaml").exists():
-        raise UserError(f"{options.run} is not a run folder: it has no config.yaml")
+    if not (options.run / "config.yaml").exists() and Records(options.run).submission() is None:
+        raise UserError(f"{options.run} is neither a run folder nor a search with a job")
     shown = show(options.run, options.rank, {})
     if not options.follow and not shown:
         raise UserError(f"{options.run} has printed nothing as rank {options.rank} yet")

@@ -273,7 +273,7 @@ def _submit(folder: Path, search: Search, job: dict[str, Any], retry: bool) -> i
     code = take_snapshot(folder / "code")
     (job_id,) = submit([folder], [SearchJob(folder)], settings, folder / "slurm", code, [None], folder.name)
     print(f"Search: {folder}   job {job_id}")
-    print(f"Its output: {folder / 'slurm' / f'{job_id}_0_log.out'}")
+    print(f"Watch: minbert jobs {shlex.quote(str(folder))}   minbert logs {shlex.quote(str(folder))} --follow")
     return ExitCode.FINISHED
 
 

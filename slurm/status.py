@@ -77,14 +77,20 @@ def is_active(run: Path) -> bool:
 
 
 def find_runs(folders: Iterable[Path], depth: int = 3) -> list[Path]:
-    """Run folders among `folders` and below them. Raises UserError for a folder that is not there."""
+    """Run folders, and those of searches with a job, among `folders` and below them, each before what lies in it.
+
+    Raises UserError for a folder that is not there.
+    """
     found: list[Path] = []
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder} is no folder")
         if (folder / "config.yaml").exists():
             found.append(folder)
-        elif depth:
+            continue
+        if Records(folder).file.exists():
+            found.append(folder)
+        if depth:
             below = sorted(path for path in folder.iterdir() if path.is_dir() and path.name not in ("code", "slurm"))
             found += find_runs(below, depth - 1)
     return found
@@ -100,12 +106,15 @@ def _report(
     life = lives[-1] if lives else None
     state, detail, nodes, active = _state(submission, lives, queued, accounted)
     step, score, when = _progress(run)
+    trial = _trial(run) if submission is None else {}
+    if trial:
+        state, detail = trial["status"], trial["error"] or "trial"
     earlier = submission.earlier_lives if submission else 0
-    total = submission.total_steps if submission else None
+    total = submission.total_steps if submission else trial.get("steps")
     left = None
     if state == "running" and life and step is not None and total and when > life.started and step > life.first_step:
         left = max(0.0, (total - step) * (when - life.started) / (step - life.first_step) - (time.time() - when))
-    if active or state == "not submitted":
+    if active or state == "not submitted" or (trial and state in ("pending", "running")):
         code = GOING_ON
     else:
         told = life is not None and life.ending == state and life.exit_code is not None
@@ -187,6 +196,14 @@ def _open(submission: Submission, lives: list[Life]) -> bool:
 
 def _active(queued: Mapping[str, Queued]) -> set[str]:
     return {job_id for job_id, job in queued.items() if job.state in ACTIVE}
+
+
+def _trial(run: Path) -> dict[str, Any]:
+    """What a search knows of the run, if it is a trial of one."""
+    try:
+        return json.loads((run / "trial.json").read_text())
+    except FileNotFoundError:
+        return {}
 
 
 def _progress(run: Path) -> tuple[int | None, float | None, float]:

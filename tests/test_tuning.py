@@ -348,7 +348,7 @@ def test_another_search_in_the_same_folder_is_refused(tmp_path, capsys):
 
 
 @pytest.mark.xdist_group("slurm")
-def test_a_search_on_two_nodes_is_requeued_and_goes_on(devcluster, tmp_path, monkeypatch):
+def test_a_search_on_two_nodes_is_requeued_and_goes_on(devcluster, tmp_path, monkeypatch, capsys):
     from minbert.slurm.status import look
 
     for name, value in devcluster.environment.items():
@@ -373,9 +373,38 @@ def test_a_search_on_two_nodes_is_requeued_and_goes_on(devcluster, tmp_path, mon
     devcluster.run("scontrol", "update", f"jobid={report.job_id}", "starttime=now")
     wait(lambda: look([folder])[0].finished)
     assert "Ray runs on n1, n2: 2 cores" in _output(folder)
+    capsys.readouterr()
+    assert main(["jobs", str(folder)]) == 0
+    shown = capsys.readouterr().out
+    assert f" {report.job_id}" in shown
+    assert shown.count("trial-000") == 4
+    assert main(["logs", str(folder)]) == 0
+    assert "4 of 4" in capsys.readouterr().out or "[4/4]" in _output(folder)
     assert all(trial.status in ("finished", "stopped") for trial in _read(folder))
     assert len(_read(folder)) == 4
     assert (folder / "best.yaml").exists()
+
+
+@pytest.mark.xdist_group("slurm")
+def test_a_search_is_cancelled_and_goes_on_here(devcluster, tmp_path, monkeypatch, capsys):
+    for name, value in devcluster.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    folder = tmp_path / "s"
+    words = small_search(folder, "--samples", "2", "--epochs", "10", "--scheduler", "none")
+    finish([*words, "--slurm", "--cpus-per-task", "1", "--time", "30"])
+    deadline = time.monotonic() + 120
+    while not any(trial.step for trial in _read(folder)):
+        assert time.monotonic() < deadline, _output(folder)
+        time.sleep(0.5)
+    assert main(["tune", "--search", str(folder), "--slurm"]) == 2
+    assert "has a job already" in capsys.readouterr().err
+    assert main(["cancel", str(folder)]) == 0
+    while "cancelled" not in (main(["jobs", str(folder)]), capsys.readouterr().out)[1]:
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    assert "go on from their checkpoints" in finish(command(folder))
+    assert [trial.status for trial in _read(folder)] == ["finished"] * 2
 
 
 def _read(folder: Path) -> list[Trial]:
