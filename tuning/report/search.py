@@ -246,12 +246,12 @@ def _parallel(search: Search, scored: Sequence[Trial]) -> Chart:
             )
     drawn = figure(
         *traces,
-        xaxis={"tickvals": list(range(len(names))), "ticktext": names, "range": [-0.2, len(names) - 0.4]}
+        xaxis={"tickvals": list(range(len(names))), "ticktext": names, "range": [-0.1, len(names) - 0.7]}
         | {"side": "top", "zeroline": False, "gridwidth": 2},
         yaxis={"visible": False, "range": [-0.08, 1.08]},
         annotations=notes,
         hovermode="closest",
-        margin={"l": 16, "r": 40, "t": 40, "b": 16},
+        margin={"l": 64, "r": 64, "t": 40, "b": 16},
     )
     note = "Each line is a trial; the higher its score, the darker and thicker."
     return Chart("Every trial's configuration", drawn, note, wide=True, height=420)
