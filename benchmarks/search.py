@@ -2,8 +2,8 @@
 
 Both sides train the same trials one at a time, and take turns within one run. By hand is `minbert train` as a new
 process for every trial, with and without the prediction files, which a search does not write. Start-up of a trial of
-the search is the time from the end of the one before (for the first: from the start of the command) to its first step,
-which is read from the files of its run folder:
+the search is the time from the end of the one before (for the first: from the start of the command) to the end of its
+first step, when its metrics file is made:
 
     python benchmarks/search.py --trials 6 --rounds 2
 """
@@ -25,6 +25,8 @@ from minbert.tuning.space import draw, parse_space
 from minbert.tuning.trial import Trial, read_trials
 
 SPACE = ("lr=loguniform(2e-4,2e-3)", "hidden_layers=1,2", "head_dropout=uniform(0,0.3)")
+# Of both sides. The first line of the metrics tells when the first step is over.
+LIKE = ("--trackers", "--log-every", "1", "--evaluations", "2")
 # The same as `minbert train`, without what follows the training.
 WITHOUT_PREDICTIONS = """
 import sys
@@ -72,7 +74,7 @@ def main() -> None:
 
 def _search(options: Options, folder: Path) -> None:
     words = ["tune", "--search", str(folder), "--samples", str(options.trials), "--concurrent", "1"]
-    words += ["--scheduler", "none", "--epochs", str(options.epochs), "--trackers"]
+    words += ["--scheduler", "none", "--epochs", str(options.epochs), *LIKE]
     _run([sys.executable, "-m", "minbert.launch.main", *words, "--space", *SPACE])
 
 
@@ -80,7 +82,7 @@ def _by_hand(options: Options, folder: Path, trials: int, predictions: bool) -> 
     space = parse_space(SPACE)
     command = ["-m", "minbert.launch.main", "train"] if predictions else ["-c", WITHOUT_PREDICTIONS]
     for number in range(trials):
-        words = ["--run", str(folder / str(number)), "--epochs", str(options.epochs), "--trackers"]
+        words = ["--run", str(folder / str(number)), "--epochs", str(options.epochs), *LIKE]
         words += [f"--{name.replace('_', '-')}={value}" for name, value in draw(space, 0, number).items()]
         _run([sys.executable, *command, *words])
 
@@ -90,14 +92,14 @@ def _run(command: list[str]) -> None:
 
 
 def _startups(trials: list[Trial], started: float) -> list[float]:
-    """Seconds from the end of the trial before to the moment when a trial's metrics file appeared, less the share of
-    the training that had passed by then."""
+    """Seconds from the end of the trial before to the end of a trial's first step, when its metrics file is born."""
     found = []
     for trial in trials:
-        file = trial.folder / "metrics.jsonl"
-        written = (trial.folder / "config.yaml").stat().st_mtime
-        found.append(written - started)
-        started = max(trial.ended, file.stat().st_mtime)
+        born = subprocess.run(
+            ["stat", "--format=%.6W", trial.folder / "metrics.jsonl"], capture_output=True, check=True
+        )
+        found.append(float(born.stdout) - started)
+        started = trial.ended
     return found
 
 
