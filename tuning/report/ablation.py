@@ -47,14 +47,14 @@ def ablation_report(folder: Path) -> Report:
     columns = next((list(row.scores) for row in rows.values() if row.scores), None)
     if columns is None:
         raise UserError(f"no run of {folder} is finished yet")
-    sections = [Section("The ablation", [_summary(ablation, trials), _settings(ablation)])]
+    sections = [Section("The ablation", [_summary(ablation), _settings(ablation)])]
     if tuple(columns[:-1]) == PAPER_TASKS and "added" in ablation.groups:
         sections.append(Section("The paper's table beside ours", _beside_paper(rows)))
     for group, variants in ablation.groups.items():
         members = [rows[name] for name in variants]
         sections.append(Section(TITLES[group], [_table(members, columns), _differences(members)]))
     sections += [
-        Section("Differences by task", [_by_task(ablation, rows, trials)]),
+        Section("Differences by task", [_by_task(rows)]),
         Section("Learning curves", [_curves(ablation, trials)]),
         Section("All runs", [_all(trials, columns)]),
     ]
@@ -76,7 +76,7 @@ def _warnings(trials: Sequence[Trial]) -> list[str]:
     return warnings
 
 
-def _summary(ablation: Ablation, trials: Sequence[Trial]) -> str:
+def _summary(ablation: Ablation) -> str:
     return (
         "Scores are mean ± standard deviation over the seeds, each run's at its evaluation with the best overall score "
         "on the dev splits. Differences to the baseline are taken seed by seed; their intervals are those of a paired "
@@ -145,7 +145,7 @@ def _differences(rows: Sequence[Row]) -> Chart | str:
     return Chart("Difference to the baseline", drawn, note, wide=True, height=100 + 34 * len(shown))
 
 
-def _by_task(ablation: Ablation, rows: Mapping[str, Row], trials: Sequence[Trial]) -> Chart:
+def _by_task(rows: Mapping[str, Row]) -> Chart:
     """What an extension gives to one task and takes from another."""
     import plotly.graph_objects as go
 

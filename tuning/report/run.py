@@ -50,7 +50,7 @@ def run_report(run: RunFolder, config: RunConfig, split: Split = "dev", mistakes
         found = answers(run, config, split)
     except UserError as error:
         warnings.append(f"The model's answers are missing: {error}")
-    sections = [Section("The run", _summary(run, records, found, split)), Section("Curves", _curves(records))]
+    sections = [Section("The run", _summary(run, found, split)), Section("Curves", _curves(records))]
     sections += [
         Section(f"{answer.task.title[0].upper()}{answer.task.title[1:]}", _task(answer, mistakes)) for answer in found
     ]
@@ -62,7 +62,7 @@ def run_report(run: RunFolder, config: RunConfig, split: Split = "dev", mistakes
     return Report(Page(f"Run {run.path.name}", subtitle, sections, warnings), _csv(records))
 
 
-def _summary(run: RunFolder, records: Sequence[dict], found: Sequence[Answers], split: Split) -> list[Any]:
+def _summary(run: RunFolder, found: Sequence[Answers], split: Split) -> list[Any]:
     parts: list[Any] = []
     if found:
         rows = [[a.task.name, a.task.metric, str(len(a.examples)), number(a.score)] for a in found]

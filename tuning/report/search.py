@@ -51,11 +51,11 @@ def search_report(folder: Path) -> Report:
         Section("Learning curves", [_curves(scored)]),
         Section("All trials", [_all(search, trials)]),
     ]
-    page = Page(f"Search {folder.name}", _subtitle(search, trials), sections, _warnings(search, trials))
+    page = Page(f"Search {folder.name}", _subtitle(trials), sections, _warnings(search, trials))
     return Report(page, _rows(search, trials))
 
 
-def _subtitle(search: Search, trials: Sequence[Trial]) -> str:
+def _subtitle(trials: Sequence[Trial]) -> str:
     winner = best(trials)
     return f"{len(trials)} trials, best {METRIC} {winner.score:.3f} ({winner.name})"
 
