@@ -265,7 +265,7 @@ def test_the_page_of_an_ablation(tmp_path, browser):
     names = ["baseline", "siamese", "unfrozen", "siamese+two_hidden_layers", "siamese+two_hidden_layers+unfrozen"]
     groups = {"alone": names[:3], "added": [names[0], names[1], names[3], names[4]]}
     changes = {name: {} for name in names}
-    ablation = Ablation(baseline=dict(PAPER_BASELINE), variants=changes, groups=groups, seeds=[0, 1, 2])
+    ablation = Ablation(baseline=dict(PAPER_BASELINE), extensions={}, variants=changes, groups=groups, seeds=[0, 1, 2])
     ablation.write(folder)
     for trial in ablation.trials(folder):
         score = 0.5 + 0.02 * names.index(trial.variant) + 0.01 * trial.seed
@@ -316,7 +316,7 @@ def test_mistakes_are_explained(tmp_path, capsys):
     assert "is no run, search or ablation" in said(str(tmp_path))
     Search(samples=2, space=parse_space(["lr=1e-3,1e-4"])).write(tmp_path / "s")
     assert "no trial" in said(str(tmp_path / "s"))
-    Ablation(baseline={}, variants={"baseline": {}}, groups={}, seeds=[0]).write(tmp_path / "a")
+    Ablation(baseline={}, extensions={}, variants={"baseline": {}}, groups={}, seeds=[0]).write(tmp_path / "a")
     assert "is finished yet" in said(str(tmp_path / "a"))
     RunFolder(tmp_path / "r").write_config(RunConfig())
     assert "has logged nothing yet" in said(str(tmp_path / "r"))

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from filelock import FileLock, Timeout
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -403,8 +404,19 @@ def test_a_search_is_cancelled_and_goes_on_here(devcluster, tmp_path, monkeypatc
     while "cancelled" not in (main(["jobs", str(folder)]), capsys.readouterr().out)[1]:
         assert time.monotonic() < deadline
         time.sleep(0.5)
+    while _is_locked(folder):  # the job is over for SLURM a moment before its processes are
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
     assert "go on from their checkpoints" in finish(command(folder))
     assert [trial.status for trial in _read(folder)] == ["finished"] * 2
+
+
+def _is_locked(folder: Path) -> bool:
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            return False
+    except Timeout:
+        return True
 
 
 def _read(folder: Path) -> list[Trial]:

@@ -125,11 +125,13 @@ def run_trials(
 
     def describe(trial: Trial) -> dict[str, Any]:
         by_name[trial.name] = trial
+        trial.write()  # the worker reads from where it goes on
         return {
             "name": trial.name,
             "folder": str(trial.folder.absolute()),
             "options": options(trial),
             "parameters": trial.parameters,
+            "taken_over": list(trial.taken_over),
         }
 
     def take_over(name: str, donor: str, parameters: Parameters) -> dict[str, Any]:

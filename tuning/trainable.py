@@ -48,10 +48,10 @@ class TrialWorker(tune.Trainable):
         self.lock = FileLock(folder / ".trial.lock", timeout=PATIENCE, thread_local=False)
         self.lock.acquire()  # another worker may not have left yet
         trial = Trial.read(folder)
-        self.best, self.taken_over = trial.score, len(trial.taken_over)
-        if trial.taken_over:
-            donor = RunFolder(folder.parent / trial.taken_over[-1]["donor"])
-            take_over(RunFolder(folder), donor, config["options"], len(trial.taken_over))
+        self.best, self.taken_over = trial.score, len(config["taken_over"])
+        if self.taken_over:
+            donor = RunFolder(folder.parent / config["taken_over"][-1]["donor"])
+            take_over(RunFolder(folder), donor, config["options"], self.taken_over)
         self.attempt = Attempt(self.train_run, folder, config["options"], trial.step)
 
     def _end(self) -> None:
