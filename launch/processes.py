@@ -19,9 +19,9 @@ from pathlib import Path
 
 from minbert.data.errors import UserError, disk_trouble
 from minbert.launch.exit_codes import ExitCode
+from minbert.trainer.stop import leave_terminal, stop_signals
 
 ERROR_FILE = "MINBERT_ERROR_FILE"
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 POLL = 0.05  # seconds between two looks at the workers
 PATIENCE = 2.0  # seconds of waiting, after a failure, that need no explanation
 TERM_GRACE = 5.0  # seconds from SIGTERM to SIGKILL for workers that outlive a failure
@@ -134,8 +134,8 @@ def launch(
 ) -> int:
     """Runs `command` in `processes` processes with the environment torch.distributed's `env://` expects.
 
-    Rank 0 writes to this terminal, rank K to `log_dir/rank-K.log` (appended). SIGINT, SIGTERM, SIGUSR1 and SIGUSR2
-    are forwarded once each, and the workers may take as long as they like to save; a third SIGINT or SIGTERM kills
+    Rank 0 writes to this terminal, rank K to `log_dir/rank-K.log` (appended). The signals that ask to stop are
+    forwarded once each, and the workers may take as long as they like to save; a third SIGINT or SIGTERM kills
     them. After a failure the other workers have `grace` seconds to end by themselves. Call it from the main thread.
 
     Args:
@@ -154,7 +154,12 @@ def launch(
     store = _host_store()
     environment = _environment(env or {}, processes, store.port)
     requests: list[int] = []
-    handlers = {s: signal.signal(s, lambda number, _: requests.append(number)) for s in FORWARDED}
+
+    def take(number: int, frame: object) -> None:
+        leave_terminal(number)
+        requests.append(number)
+
+    handlers = {number: signal.signal(number, take) for number in stop_signals()}
     guard = subprocess.Popen(["/bin/sh", "-c", GUARD], stdin=subprocess.PIPE, start_new_session=True)
     workers: list[Worker] = []
     try:

@@ -7,6 +7,7 @@ from minbert.launch.exit_codes import ExitCode
 from minbert.launch.options import parse_run_config
 from minbert.launch.processes import launch
 from minbert.trainer.config import RunConfig
+from minbert.trainer.distributed import require_devices
 from minbert.trainer.preparation import new_run_path, prepare
 
 
@@ -19,6 +20,7 @@ def main(arguments: list[str]) -> int:
 
 def start(config: RunConfig, force: bool) -> int:
     """Train the run that `config` describes, in a new folder or from where its folder stands."""
+    require_devices(config.parallel, config.parallel.processes)
     run = prepare(config, force)
     print(f"Run folder: {run.path}", flush=True)
     if config.parallel.processes == 1:

@@ -59,9 +59,8 @@ def own_cache(tmp_path_factory, monkeypatch):
 @pytest.fixture(autouse=True)
 def own_signals():
     """A run that was asked to stop keeps its handlers to the end of its process, which here is not the end."""
-    handlers = {
-        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-    }
+    stop = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+    handlers = {number: signal.getsignal(number) for number in stop}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)

@@ -1,6 +1,7 @@
 """minBERT against transformers.BertModel on the real MiniLM weights, padded and unpadded, values and gradients."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -164,3 +165,16 @@ def test_missing_weights_are_named(minilm, tmp_path, ours):
     )
     with pytest.raises(UserError, match=r"lacks the weights layers\.3"):
         load_weights(Bert(read_config(tmp_path)), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_damaged_weights_are_named(minilm, tmp_path, ours, name):
+    (tmp_path / "config.json").write_bytes((minilm / "config.json").read_bytes())
+    if name == "pytorch_model.bin":
+        torch.save(to_transformers(ours.state_dict()), tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes((minilm / name).read_bytes())
+    for size in (10**6, 100, 0):
+        os.truncate(tmp_path / name, size)
+        with pytest.raises(UserError, match=rf"{name} is damaged"):
+            load_weights(Bert(read_config(tmp_path)), tmp_path)

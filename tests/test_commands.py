@@ -191,6 +191,7 @@ MISTAKES = [
     ("train --accumulation 33", "accumulation=33 parts of a batch_size=32 would be empty"),
     ("train --extend-to 20", "extend_to needs lr_schedule=constant, not linear"),
     ("train --max-length 513", "max_length=513, but the encoder has 512 positions"),
+    ("train --device cuda", "PyTorch sees no CUDA device here"),
     ("train --trackers tensorbord", "did you mean 'tensorboard'?"),
     ("train --trackers clearml", "pip install clearml"),
     ("train --data {tmp}/nothing", "data folder {tmp}/nothing does not exist"),

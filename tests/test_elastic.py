@@ -2,6 +2,8 @@
 runs whose processes are asked to stop, in whatever way."""
 
 import os
+import pty
+import select
 import shutil
 import signal
 import socket
@@ -22,6 +24,7 @@ from minbert.trainer import train as training
 from minbert.trainer.checkpoint import published, read_manifest, verify
 from minbert.trainer.preparation import prepare
 from minbert.trainer.run_folder import RunFolder
+from minbert.trainer.stop import StopRequest
 
 WORKER = Path(__file__).with_name("deepspeed_worker.py")
 SMALL = ["--train-limit", 120, "--eval-limit", 40, "--batch-size", 8, "--log-every", 1, "--trackers"]
@@ -218,6 +221,38 @@ def test_a_signal_to_the_launcher_saves_on_all_processes(tmp_path, number):
     assert process.returncode == ExitCode.INTERRUPTED, said
     last = RunFolder(run).read_metrics()[-1]["step"]
     assert read_manifest(published(run / "checkpoints")[-1]).step == last  # not one step is lost
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_lost_terminal_saves_on_all_processes(tmp_path, processes):
+    """As when the connection to the machine breaks; the run's own output then goes nowhere."""
+    run, (terminal, inside) = tmp_path / "run", pty.openpty()
+
+    def own_terminal() -> None:
+        os.setsid()
+        os.close(os.open(os.ttyname(1), os.O_RDWR))  # becomes the controlling terminal
+
+    command = ["train", "--run", run, *SMALL, "--processes", processes, "--steps", 5000, "--eval-every", 5000]
+    command = [sys.executable, "-m", "minbert.launch.main", *map(str, command)]
+    process = subprocess.Popen(command, stdin=inside, stdout=inside, stderr=inside, preexec_fn=own_terminal)
+    os.close(inside)
+    while not any(record["step"] >= 2 for record in RunFolder(run).read_metrics()):
+        if select.select([terminal], [], [], 0.05)[0]:
+            os.read(terminal, 4096)  # a terminal that nobody reads would hold the run up
+    os.close(terminal)
+    assert process.wait(timeout=100) == ExitCode.INTERRUPTED
+    last = RunFolder(run).read_metrics()[-1]["step"]
+    assert read_manifest(published(run / "checkpoints")[-1]).step == last
+
+
+def test_under_nohup_the_end_of_the_terminal_is_nothing():
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.signal is None
+    finally:
+        signal.signal(signal.SIGHUP, handler)
 
 
 @pytest.mark.parametrize("rank", [0, 1])

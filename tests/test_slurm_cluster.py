@@ -6,13 +6,14 @@ end like one undisturbed run.
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,6 +95,41 @@ def at_step(run: Path, step: int) -> None:
     eventually(lambda: has_reached(run, step), f"step {step}", run)
 
 
+@contextmanager
+def held(step: int, *runs: Path) -> Iterator[None]:
+    """The runs' processes stand still from this step on: however fast the machine is, none of them ends meanwhile.
+
+    SLURM wakes those that it asks to end.
+    """
+    waiting = set(runs)
+    end = time.monotonic() + PATIENCE
+    try:
+        while waiting:
+            for run in [run for run in waiting if any(r["step"] >= step for r in RunFolder(run).read_metrics())]:
+                for process in processes(run):
+                    process.suspend()
+                waiting.remove(run)
+            if time.monotonic() > end:
+                raise AssertionError("\n".join(f"step {step} was waited for\n{output(run)}" for run in waiting))
+            time.sleep(0.05)
+        yield
+    finally:
+        for run in runs:
+            wake(run)
+
+
+def wake(run: Path) -> None:
+    for process in processes(run):
+        with suppress(psutil.NoSuchProcess):
+            process.resume()
+
+
+def awaits(process: psutil.Process, number: signal.Signals) -> bool:
+    """Whether this signal was sent to a process that stands still."""
+    (mask,) = re.findall(r"^ShdPnd:\s*(\w+)$", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
 def output(run: Path) -> str:
     submission = Records(run).submission()
     return Path(submission.folder, f"{submission.job_id}_0_log.out").read_text()
@@ -171,32 +207,24 @@ def test_two_nodes_train_as_one_machine_does(runs):
 def disturbed(cluster, runs, whole, alone) -> dict[str, Path]:
     """Four runs at once, two on each node, each ended in its own way."""
     found = {name: runs / name for name in ("time", "requeue", "signal", "killed")}
-
-    def disturb(name: str) -> None:
-        job = job_id(found[name])
-        if name == "time":
-            cluster.run("scontrol", "update", f"jobid={job}", "timelimit=1")  # most of it is over
-        elif name == "requeue":
-            cluster.run("scontrol", "requeue", job)
-        elif name == "signal":
-            cluster.run("scancel", "--signal=TERM", job)
-        else:
-            processes(found[name])[-1].send_signal(signal.SIGKILL)
-
-    for name, run in found.items():
-        size = [*LONG, "--tasks-per-node", 2] if name in ("signal", "killed") else LONGER
-        submit(run, *size, "--time", "30m", "--signal-before", 20)
-    waiting = set(found)
-
-    def all_disturbed() -> bool:
-        for name in [name for name in waiting if has_reached(found[name], 20)]:
-            disturb(name)
-            waiting.remove(name)
-        return not waiting
-
-    eventually(all_disturbed, "step 20 of all", found["killed"])
-    eventually(lambda: lives(found["time"])[0].ended, "the warning", found["time"])
-    cluster.run("scontrol", "update", f"jobid={job_id(found['time'])}", "timelimit=30")
+    with drained(cluster):
+        for name, run in found.items():
+            size = [*LONG, "--tasks-per-node", 2] if name in ("signal", "killed") else LONGER
+            submit(run, *size, "--time", "30m", "--signal-before", 20)
+    with held(20, *found.values()):
+        job = job_id(found["time"])
+        # Limits are in minutes. The last half minute is for SLURM to notice the limit before it is over.
+        limit = (time.time() - lives(found["time"])[0].started + 30) // 60 + 1
+        cluster.run("scontrol", "update", f"jobid={job}", f"timelimit={limit:.0f}")
+        cluster.run("scontrol", "requeue", job_id(found["requeue"]))
+        cluster.run("scancel", "--signal=TERM", job_id(found["signal"]))
+        processes(found["killed"])[-1].kill()
+        for name in ("signal", "killed"):
+            wake(found[name])
+        (process,) = processes(found["time"])
+        eventually(lambda: awaits(process, signal.SIGUSR2), "the warning", found["time"])
+    eventually(lambda: lives(found["time"])[0].ended, "the end of its first life", found["time"])
+    cluster.run("scontrol", "update", f"jobid={job}", "timelimit=30")
     return found
 
 
@@ -230,13 +258,14 @@ def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(disturbed, w
 
 def test_preempted_runs_go_on_where_the_site_requeues_and_where_it_cancels(cluster, runs, whole):
     first, second = runs / "preempted", runs / "cancelled-by-site"
-    submit(first, *LONG, "--tasks-per-node", 2, "--slurm-parameters", "nodelist=n1")
-    submit(second, *LONG, "--tasks-per-node", 2, "--partition", "cancel", "--slurm-parameters", "nodelist=n2")
-    cluster.run("scontrol", "update", f"jobid={job_id(second)}", "requeue=0")
-    at_step(first, 20)
-    at_step(second, 20)
-    old = job_id(second)
-    cluster.run("sbatch", "-p", "urgent", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 3")
+    with drained(cluster):
+        submit(first, *LONG, "--tasks-per-node", 2, "--slurm-parameters", "nodelist=n1")
+        submit(second, *LONG, "--tasks-per-node", 2, "--partition", "cancel", "--slurm-parameters", "nodelist=n2")
+        cluster.run("scontrol", "update", f"jobid={job_id(second)}", "requeue=0")
+    with held(20, first, second):
+        old = job_id(second)
+        cluster.run("sbatch", "-p", "urgent", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 3")
+        eventually(lambda: all(lives(run)[0].ended for run in (first, second)), "their preemption", first)
     for run in (first, second):
         assert_finished_like(run, whole)
         assert [life.ending for life in lives(run)] == [Ending.PREEMPTED, Ending.FINISHED]
@@ -247,8 +276,8 @@ def test_preempted_runs_go_on_where_the_site_requeues_and_where_it_cancels(clust
 
 def test_a_lost_node_costs_the_steps_since_the_last_checkpoint(cluster, runs, whole):
     run = submit(runs / "lost-node", *LONG, "--nodes", 2)
-    at_step(run, 25)
-    cluster.kill_node("n2")
+    with held(25, run):
+        cluster.kill_node("n2")
     try:
         eventually(lambda: lives(run)[0].ended or report(run).state == "pending", "the loss to be noticed", run)
     finally:

@@ -17,7 +17,6 @@ from minbert.data.errors import UserError
 from minbert.data.examples import BadRows
 from minbert.data.plan import Schedule
 from minbert.data.tasks import TASKS
-from minbert.trainer.aggregators import parse_method
 
 TaskName = Literal["sst", "quora", "sts", "cfimdb"]
 assert set(get_args(TaskName)) == set(TASKS)
@@ -202,7 +201,7 @@ class RunConfig(Section):
                 f"accumulation={self.batch.accumulation} parts of a batch_size={self.batch.batch_size} would be empty"
             )
         try:
-            _, method, _ = parse_method(self.batch.aggregator)
+            source = self._weights_from()
         except UserError as error:
             raise ValueError(str(error)) from None
         if self.batch.aggregator != "sum" and self.batch.task_schedule != "all":
@@ -210,7 +209,7 @@ class RunConfig(Section):
                 f"aggregator={self.batch.aggregator} weighs the tasks of a step against each other, "
                 f"so it needs task_schedule=all, not {self.batch.task_schedule}"
             )
-        if self.batch.surgery_scope == "layer" and method.source != "gramian":
+        if self.batch.surgery_scope == "layer" and source != "gramian":
             raise ValueError(f"surgery_scope=layer needs gradient surgery, which {self.batch.aggregator} is not")
         if self.batch.task_weights is not None and len(self.batch.task_weights) != len(self.corpus.tasks):
             raise ValueError(f"task_weights needs one number for each of {', '.join(self.corpus.tasks)}")
@@ -218,11 +217,18 @@ class RunConfig(Section):
             raise ValueError(f"tasks names a task twice: {', '.join(self.corpus.tasks)}")
         return self
 
+    def _weights_from(self) -> str:
+        """What the aggregator takes its weights from, its `source`. Raises UserError if there is no such aggregator."""
+        if self.batch.aggregator == "sum":
+            return "losses"  # the default does without the import of PyTorch, which takes a second
+        from minbert.trainer.aggregators import parse_method
+
+        return parse_method(self.batch.aggregator)[1].source
+
     @property
     def trains_tasks_apart(self) -> bool:
         """Whether some backward passes are for one task only."""
-        surgery = parse_method(self.batch.aggregator)[1].source != "losses"
-        return surgery or self.batch.measure_every is not None or self.batch.task_schedule != "all"
+        return self._weights_from() != "losses" or self.batch.measure_every is not None or self.batch.task_schedule != "all"
 
 
 # Options by which a resumed run may differ from what its folder says.

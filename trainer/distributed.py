@@ -85,15 +85,24 @@ def pick_device(parallel: ParallelConfig) -> torch.device:
     if parallel.device == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # so that the libraries agree
         return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    require_devices(parallel, local_rank + 1)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def require_devices(parallel: ParallelConfig, processes: int) -> None:
+    """Raises UserError if this machine lacks what so many processes on it are configured to compute on."""
+    if parallel.device == "cpu":
+        return
     if not torch.cuda.is_available():
         if parallel.device == "cuda":
             raise UserError("device=cuda, but PyTorch sees no CUDA device here; `minbert doctor` tells more")
-        return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if local_rank >= torch.cuda.device_count():
+        return
+    if processes > torch.cuda.device_count():
         raise UserError(
-            f"process {local_rank} of this machine has no GPU of its own: there are {torch.cuda.device_count()}.\n"
+            f"{processes} processes on this machine would need a GPU each, and it has {torch.cuda.device_count()}.\n"
             f"Start at most that many processes, or set device=cpu."
         )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)

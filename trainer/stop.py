@@ -2,19 +2,37 @@
 
 import os
 import signal
+import stat
 from types import FrameType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # PyTorch takes seconds, in which a signal would find no handler
     from minbert.trainer.distributed import World
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 LEFT_AT_ONCE = 130
+
+
+def stop_signals() -> list[signal.Signals]:
+    """The signals that ask to stop. The end of the terminal is none for who ignores it, as under `nohup`."""
+    always = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
+    return always if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [*always, signal.SIGHUP]
+
+
+def leave_terminal(number: int) -> None:
+    """After SIGHUP: what would be written to a terminal that is gone, and raise errors, goes nowhere."""
+    if number != signal.SIGHUP:
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for output in (1, 2):
+        if stat.S_ISCHR(os.fstat(output).st_mode):
+            os.dup2(nowhere, output)
+    os.close(nowhere)
 
 
 class StopRequest:
     """Catches the signals while the block runs. A second one leaves at once, with `exit_code`, unless `patient`: a
-    batch system repeats itself, and kills what has taken too long.
+    batch system repeats itself, and kills what has taken too long. So does a terminal that is closed: its shell and the
+    system both send SIGHUP, which never counts as a second signal.
 
     Once there was a signal, that stays so after the block: a process that has saved and is about to end with the code
     that says so must not be killed by another signal before it gets there.
@@ -26,13 +44,13 @@ class StopRequest:
         self.patient = patient
 
     def __enter__(self) -> "StopRequest":
-        self.previous = {number: signal.getsignal(number) for number in SIGNALS}
+        self.previous = {number: signal.getsignal(number) for number in stop_signals()}
         self.catch()
         return self
 
     def catch(self) -> None:
         """Install the handlers; once more where a library has taken signals for itself."""
-        for number in SIGNALS:
+        for number in stop_signals():
             signal.signal(number, self._catch)
 
     def __exit__(self, *exception: object) -> None:
@@ -41,7 +59,8 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def _catch(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and not self.patient:
+        leave_terminal(number)
+        if self.signal is not None and not self.patient and number != signal.SIGHUP:
             os._exit(self.exit_code)
         self.signal = self.signal or number
 

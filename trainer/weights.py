@@ -11,8 +11,10 @@ import re
 import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -81,12 +83,14 @@ def read_config(folder: Path) -> BertConfig:
 
 def load_weights(bert: Bert, folder: Path) -> list[str]:
     """Read a checkpoint's weights into `bert`; returns the names of parameters that it lacks (a pooler, at most)."""
-    if (folder / "model.safetensors").exists():
-        raw = load_file(folder / "model.safetensors")
-    elif (folder / "pytorch_model.bin").exists():
-        raw = torch.load(folder / "pytorch_model.bin", map_location="cpu", weights_only=True)
-    else:
-        raise UserError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
+    names = ("model.safetensors", "pytorch_model.bin")
+    file = next((folder / name for name in names if (folder / name).exists()), None)
+    if file is None:
+        raise UserError(f"{folder} has neither {' nor '.join(names)}")
+    try:
+        raw = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:
+        raise UserError(f"{file} is damaged, or holds more than weights: {error}") from None
     try:
         missing = bert.load_state_dict(from_transformers(raw), strict=False).missing_keys
     except RuntimeError as error:

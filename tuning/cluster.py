@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 import psutil
 
 from minbert.data.errors import UserError
-from minbert.trainer.stop import SIGNALS
+from minbert.trainer.stop import stop_signals
 from minbert.tuning.attempt import INTERRUPTED
 
 # Ray replaces 127.0.0.1 by an address that other machines reach; another one of the loopback interface it leaves.
@@ -133,7 +133,7 @@ def _init(**options: Any) -> None:
     """`ray.init`, which takes SIGTERM for itself: the handlers stay those that were there."""
     import ray
 
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in stop_signals()}
     try:
         ray.init(**options)
     except SystemExit:  # Ray's own answer to SIGTERM

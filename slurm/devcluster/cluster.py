@@ -216,9 +216,9 @@ class DevCluster:
         if config.accounting:
             self._start_accounting()
         self._start("slurmctld", ["slurmctld", "-D", "-i"])
+        self._await("slurmctld", lambda: _answers(config.controller_address))
         for name in config.node_names:
             self._start_slurmd(name)
-        self._await("slurmctld", lambda: _answers(config.controller_address))
         for name in config.node_names:
             self._await_node(name)
         if config.accounting:
