@@ -168,12 +168,11 @@ def stopped_after(steps: int, run: Path, arguments: list) -> subprocess.Popen:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--aggregator", "gradvac"],
         ["--processes", 2, "--zero-stage", 2],
         ["--processes", 2, "--zero-stage", 3, "--aggregator", "famo"],
         ["--processes", 2, "--task-schedule", "proportional"],
     ],
-    ids=["one process", "zero 2", "zero 3", "data parallel"],
+    ids=["zero 2", "zero 3", "data parallel"],
 )
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tmp_path, arguments):
     budget = [*SMALL, "--steps", 24, "--eval-every", 8, *arguments]

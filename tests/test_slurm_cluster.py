@@ -6,7 +6,6 @@ end like one undisturbed run.
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -99,7 +98,7 @@ def at_step(run: Path, step: int) -> None:
 def held(step: int, *runs: Path) -> Iterator[None]:
     """The runs' processes stand still from this step on: however fast the machine is, none of them ends meanwhile.
 
-    SLURM wakes those that it asks to end.
+    SLURM wakes those that it warns or asks to end.
     """
     waiting = set(runs)
     end = time.monotonic() + PATIENCE
@@ -122,12 +121,6 @@ def wake(run: Path) -> None:
     for process in processes(run):
         with suppress(psutil.NoSuchProcess):
             process.resume()
-
-
-def awaits(process: psutil.Process, number: signal.Signals) -> bool:
-    """Whether this signal was sent to a process that stands still."""
-    (mask,) = re.findall(r"^ShdPnd:\s*(\w+)$", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE)
-    return bool(int(mask, 16) >> (number - 1) & 1)
 
 
 def output(run: Path) -> str:
@@ -221,9 +214,7 @@ def disturbed(cluster, runs, whole, alone) -> dict[str, Path]:
         processes(found["killed"])[-1].kill()
         for name in ("signal", "killed"):
             wake(found[name])
-        (process,) = processes(found["time"])
-        eventually(lambda: awaits(process, signal.SIGUSR2), "the warning", found["time"])
-    eventually(lambda: lives(found["time"])[0].ended, "the end of its first life", found["time"])
+        eventually(lambda: lives(found["time"])[0].ended, "the warning", found["time"])
     cluster.run("scontrol", "update", f"jobid={job}", "timelimit=30")
     return found
 
