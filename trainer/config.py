@@ -228,7 +228,8 @@ class RunConfig(Section):
     @property
     def trains_tasks_apart(self) -> bool:
         """Whether some backward passes are for one task only."""
-        return self._weights_from() != "losses" or self.batch.measure_every is not None or self.batch.task_schedule != "all"
+        surgery = self._weights_from() != "losses"
+        return surgery or self.batch.measure_every is not None or self.batch.task_schedule != "all"
 
 
 # Options by which a resumed run may differ from what its folder says.
