@@ -199,7 +199,7 @@ def _run_on_ray(folder: Path, ablation: Ablation, trials: Sequence[Trial], addre
     processes = parse_config(ablation.baseline, ABLATION_FILE).parallel.processes
     lost = partial(leave_without_ray, f"minbert ablate --ablation {shlex.quote(str(folder))} --ray")
     with StopRequest() as stop:
-        with existing_cluster(address) if address else own_cluster(folder, lost):
+        with existing_cluster(address, folder) if address else own_cluster(folder, lost):
             from minbert.tuning.driver import run_trials
 
             resources = ablation.resources

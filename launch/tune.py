@@ -78,7 +78,9 @@ def main(arguments: list[str]) -> int:
         from minbert.tuning.cluster import existing_cluster, own_cluster
 
         lost = partial(leave_without_ray, f"minbert tune --search {shlex.quote(str(folder))}")
-        start = partial(existing_cluster, own["address"]) if "address" in own else partial(own_cluster, folder, lost)
+        start = partial(own_cluster, folder, lost)
+        if "address" in own:
+            start = partial(existing_cluster, own["address"], folder)
         with StopRequest() as stop:
             code = run_search(folder, search, stop, start)
             stop.exit_code = code

@@ -2,9 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -27,6 +30,7 @@ from minbert.tuning.space import Choice, check_space, draw, grid, paper_space, p
 from minbert.tuning.trial import Trial, best, read_trials
 
 TINY = ["--train-limit", "60", "--eval-limit", "20", "--batch-size", "8", "--trackers"]
+TOKEN = "0123456789abcdef" * 4
 ray = pytest.mark.xdist_group("ray")  # two clusters of Ray at once would starve each other
 
 
@@ -221,6 +225,12 @@ def finish(words: list[str]) -> str:
     return done.stdout
 
 
+def refused(words: list[str]) -> str:
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stdout + done.stderr
+    return done.stderr
+
+
 def await_trials(folder: Path, process: subprocess.Popen, reached) -> list[Trial]:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
@@ -281,11 +291,51 @@ def test_a_search_that_is_killed_ends_as_if_it_had_not_been(tmp_path, undisturbe
             assert Trial.read(trial.folder) == trial
 
 
+@pytest.fixture
+def existing(tmp_path):
+    """A cluster of Ray that is not ours and has a token: its address. What lies in `tmp_path / "packages"` hides the
+    packages that are installed."""
+    with socket.create_server(("127.0.0.2", 0)) as free, socket.create_server(("127.0.0.2", 0)) as also_free:
+        port, client_port = (str(server.getsockname()[1]) for server in (free, also_free))
+    with tempfile.TemporaryDirectory(prefix="ray-") as temporary:
+        words = ["start", "--head", "--block", "--num-cpus", "2", "--node-ip-address", "127.0.0.2"]
+        words += ["--port", port, "--ray-client-server-port", client_port, "--include-dashboard", "false"]
+        words += ["--temp-dir", temporary, "--object-store-memory", str(100 * 2**20), "--disable-usage-stats"]
+        environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+        environment |= {"PYTHONPATH": str(packages := tmp_path / "packages")}
+        packages.mkdir()
+        output = Path(temporary, "output")
+        process = subprocess.Popen(
+            [str(Path(sys.executable).with_name("ray")), *words], env=environment, stdout=output.open("w")
+        )
+        deadline = time.monotonic() + 60
+        while "Ray runtime started" not in output.read_text():
+            assert process.poll() is None and time.monotonic() < deadline, output.read_text()
+            time.sleep(0.2)
+        yield f"127.0.0.2:{port}"
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        process.wait(timeout=60)
+        for child in psutil.wait_procs(children, timeout=30)[1]:
+            child.kill()
+
+
 @ray
-def test_a_broken_trial_is_shown_and_the_best_becomes_a_run(tmp_path):
+def test_a_search_on_an_existing_cluster(tmp_path, existing, monkeypatch):
+    """Also one that cannot be joined, or lacks this program; one trial is broken, and the other becomes a run."""
     folder = tmp_path / "s"
     space = ["--space", "max_length=64,4096", "--algorithm", "grid"]  # longer than the encoder's positions
-    output = finish(command(folder, *TINY, "--steps", "2", *space))
+    words = command(folder, *TINY, "--steps", "2", *space, "--address", existing)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN[::-1])
+    assert "One with authentication needs RAY_AUTH_TOKEN" in refused(words)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    older = tmp_path / "packages/minbert"
+    (older / "tuning").mkdir(parents=True)
+    (older / "__init__.py").touch()
+    (older / "tuning/__init__.py").write_text("raise ImportError('not in this version')")
+    assert "cannot import minbert there (not in this version)" in refused(words)
+    shutil.rmtree(older)
+    output = finish(words)
     assert "trial-0001 failed: max_length=4096, but the encoder has" in output
     trials = read_trials(folder / "trials")
     assert [trial.status for trial in trials] == ["finished", "failed"]

@@ -29,6 +29,7 @@ from minbert.tuning.attempt import INTERRUPTED
 LOOPBACK = "127.0.0.2"
 HEAD = ("gcs_server", "raylet")
 POLL = 0.5  # seconds between two looks at the head
+NODE_PATIENCE = 120.0  # seconds for a node to start a worker and import this program
 OBJECT_STORE = 100 * 2**20  # bytes: what passes through it are a few numbers
 
 SETTINGS = {
@@ -95,8 +96,9 @@ def own_cluster(
 
 
 @contextmanager
-def existing_cluster(address: str) -> Iterator[str]:
-    """Join a Ray cluster as a driver. Raises UserError if it does not answer."""
+def existing_cluster(address: str, folder: Path) -> Iterator[str]:
+    """Join a Ray cluster as a driver. Raises UserError if it does not answer, or a node of it could not run the trials
+    of the search in `folder`."""
     os.environ.update(SETTINGS)
     os.environ.setdefault("RAY_AUTH_MODE", "token" if _has_token() else "disabled")
     _knock(address)
@@ -111,9 +113,44 @@ def existing_cluster(address: str) -> Iterator[str]:
             "Start one by `ray start --head`, or leave --address out. One with authentication needs RAY_AUTH_TOKEN."
         ) from None
     try:
+        _look_around(address, folder)
         yield ray.get_runtime_context().gcs_address
     finally:
         ray.shutdown()
+
+
+def _look_around(address: str, folder: Path) -> None:
+    """Raises UserError naming the nodes that lack this program or the folder: there every trial would fail."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    def look(folder: str) -> str:  # not a function of this module, which may be what is missing
+        import sys
+        from importlib import import_module
+        from pathlib import Path
+
+        try:
+            import_module("minbert.tuning.trainable")
+        except ImportError as error:
+            return f"{sys.executable} cannot import minbert there ({error}): start Ray in the environment you use here"
+        return "" if Path(folder).is_dir() else f"there is no {folder} there: name a folder that all nodes share"
+
+    names = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
+    looking = {
+        ray.remote(look)
+        .options(num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
+        .remote(str(folder.absolute())): name
+        for node, name in names.items()
+    }
+    back, _ = ray.wait(list(looking), num_returns=len(looking), timeout=NODE_PATIENCE)
+    found = {name: f"no answer within {NODE_PATIENCE:.0f} s" for name in looking.values()}
+    for answer in back:
+        try:
+            found[looking[answer]] = ray.get(answer)
+        except ray.exceptions.RayError as error:
+            found[looking[answer]] = str(error).strip().splitlines()[-1]
+    if problems := [f"node {name}: {problem}" for name, problem in found.items() if problem]:
+        raise UserError("\n  ".join([f"the Ray cluster at {address} cannot run these trials:", *problems]))
 
 
 def _knock(address: str) -> None:
