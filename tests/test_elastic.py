@@ -231,6 +231,7 @@ def test_a_lost_terminal_saves_on_all_processes(tmp_path, processes):
     def own_terminal() -> None:
         os.setsid()
         os.close(os.open(os.ttyname(1), os.O_RDWR))  # becomes the controlling terminal
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
 
     command = ["train", "--run", run, *SMALL, "--processes", processes, "--steps", 5000, "--eval-every", 5000]
     command = [sys.executable, "-m", "minbert.launch.main", *map(str, command)]
