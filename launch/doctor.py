@@ -33,7 +33,7 @@ PACKAGES = (
     (SLURM, "submitit", False, "submitting runs"),
     (SEARCH, "ray", False, "hyperparameter search"),
     (TRANSLATION, "easynmt", False, "translating data"),
-    (TRANSLATION, "transformers", False, "EasyNMT, which needs one below 5"),
+    (TRAINING, "transformers", False, "--zero-stage 3, and EasyNMT, which needs one below 5"),
 )
 GIB = 2**30
 LOW_DISK = 5 * GIB
