@@ -131,7 +131,9 @@ def ended(devcluster) -> dict[str, str]:
     devcluster.run("scontrol", "update", f"jobid={jobs['late']}", "timelimit=0")
     submit(devcluster, "--nodelist=n1", "--partition=urgent", "--cpus-per-task=3", "--wrap", "true")
     devcluster.kill_node("n2")
-    wait_until(lambda: "down*" in devcluster.run("sinfo", "-h", "-n", "n2", "-o", "%t"), "the node's death to be seen")
+    # Asked for all nodes: what slurmctld answers about a single one may be as old as the last question about all.
+    nodes = ["sinfo", "--noheader", "--Node", "--format=%N %t"]
+    wait_until(lambda: "n2 down*" in devcluster.run(*nodes), "the node's death to be seen")
     devcluster.start_node("n2")
     yield jobs
     devcluster.run("scancel", *jobs.values())
