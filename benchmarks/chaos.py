@@ -102,7 +102,7 @@ class Chaos:
 
     def kill_runs(self) -> None:
         """Kill runs until there are enough kills, and let the last one finish."""
-        while len(self.kills) < self.options.kills:
+        while self.wants_more():
             self.runs += 1
             run = RunFolder(self.options.out / f"run-{self.runs}")
             before = len(self.violations)
@@ -113,11 +113,17 @@ class Chaos:
             if len(self.violations) == before:  # otherwise it is kept as it is
                 shutil.rmtree(run.path)
 
+    def wants_more(self) -> bool:
+        """Whether kills are missing: as many as asked for, and of as many kinds, whose turn may not have come as there
+        was nothing to load."""
+        kinds = {kill["kind"] for kill in self.kills}
+        return len(self.kills) < self.options.kills or len(kinds) < min(self.options.kills, len(KINDS))
+
     def live(self, run: RunFolder) -> bool:
         """Start a run, and kill it if kills are wanted and it is still training; whether it finished."""
         newest, kind = newest_step(run), None
         life = self.start(run)
-        if len(self.kills) < self.options.kills and newest < self.options.steps:
+        if self.wants_more() and newest < self.options.steps:
             kind = self.draw_kind(newest)
             try:
                 KINDS[kind](life, self.random)
@@ -125,7 +131,7 @@ class Chaos:
                 kind = None
         code = self.end(life)
         if code == ExitCode.FINISHED:
-            self.late += len(self.kills) < self.options.kills and newest < self.options.steps
+            self.late += self.wants_more() and newest < self.options.steps
             return True
         if kind is None:
             self.violations.append(f"{run.path.name}: exit code {code} of a life that nobody killed")
