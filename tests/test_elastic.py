@@ -2,7 +2,6 @@
 runs whose processes are asked to stop, in whatever way."""
 
 import os
-import pty
 import select
 import shutil
 import signal
@@ -185,9 +184,11 @@ def test_a_checkpoint_of_another_model_is_refused(deepspeed, tmp_path, capsys):
 # Signals
 
 
-def launched(run: Path, *arguments: object) -> subprocess.Popen:
+def launched(run: Path, *arguments: object, **options: object) -> subprocess.Popen:
+    """`options`: of Popen, in place of the pipe that takes what the run says."""
     command = [sys.executable, "-m", "minbert.launch.main", "train", "--run", run, *SMALL, *arguments]
-    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    options = options or {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(list(map(str, command)), **options)
 
 
 def one_process_per_task(run: Path, size: int) -> list[subprocess.Popen]:
@@ -224,23 +225,15 @@ def test_a_signal_to_the_launcher_saves_on_all_processes(tmp_path, number):
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_lost_terminal_saves_on_all_processes(tmp_path, processes):
+def test_a_lost_terminal_saves_on_all_processes(tmp_path, terminal, processes):
     """As when the connection to the machine breaks; the run's own output then goes nowhere."""
-    run, (terminal, inside) = tmp_path / "run", pty.openpty()
-
-    def own_terminal() -> None:
-        os.setsid()
-        os.close(os.open(os.ttyname(1), os.O_RDWR))  # becomes the controlling terminal
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
-
-    command = ["train", "--run", run, *SMALL, "--processes", processes, "--steps", 5000, "--eval-every", 5000]
-    command = [sys.executable, "-m", "minbert.launch.main", *map(str, command)]
-    process = subprocess.Popen(command, stdin=inside, stdout=inside, stderr=inside, preexec_fn=own_terminal)
-    os.close(inside)
+    run, (outside, inside) = tmp_path / "run", terminal
+    process = launched(run, "--processes", processes, "--steps", 5000, "--eval-every", 5000, **inside)
     while not any(record["step"] >= 2 for record in RunFolder(run).read_metrics()):
-        if select.select([terminal], [], [], 0.05)[0]:
-            os.read(terminal, 4096)  # a terminal that nobody reads would hold the run up
-    os.close(terminal)
+        assert process.poll() is None, "it ended before it was stopped"
+        if select.select([outside], [], [], 0.05)[0]:
+            outside.read(4096)  # a terminal that nobody reads would hold the run up
+    outside.close()
     assert process.wait(timeout=100) == ExitCode.INTERRUPTED
     last = RunFolder(run).read_metrics()[-1]["step"]
     assert read_manifest(published(run / "checkpoints")[-1]).step == last

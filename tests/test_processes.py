@@ -1,7 +1,6 @@
 """The launcher against real processes: what the user sees, what it returns, and that it leaves nothing behind."""
 
 import os
-import pty
 import signal
 import subprocess
 import sys
@@ -218,22 +217,15 @@ def test_a_signal_is_forwarded_once_and_the_save_awaited(tmp_path, number):
     assert "failed" not in output
 
 
-def test_ctrl_c_at_a_terminal_reaches_every_worker_once(tmp_path):
-    terminal, inside = pty.openpty()
+def test_ctrl_c_at_a_terminal_reaches_every_worker_once(tmp_path, terminal):
+    outside, inside = terminal
     body = '    print("terminal", sys.stdout.isatty())\n' + STOP_AND_SAVE
-
-    def own_terminal() -> None:
-        os.setsid()
-        os.close(os.open(os.ttyname(1), os.O_RDWR))  # becomes the controlling terminal
-
-    run = Run(tmp_path, body).start(stdin=inside, stdout=inside, stderr=inside, preexec_fn=own_terminal)
+    run = Run(tmp_path, body).start(**inside)
     run.notes("ready")
-    os.write(terminal, b"\x03")
+    outside.write(b"\x03")
     assert run.wait()[0] == ExitCode.INTERRUPTED
     assert run.notes("received") == ["[2]"] * 2
-    assert b"terminal True" in os.read(terminal, 4096)
-    os.close(terminal)
-    os.close(inside)
+    assert b"terminal True" in outside.read(4096)
 
 
 def test_the_third_request_kills(tmp_path):

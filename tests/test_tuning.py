@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 
 from minbert.data.errors import UserError
 from minbert.launch.main import main
+from minbert.slurm.status import look
 from minbert.trainer.config import RunConfig, parse_config
 from minbert.trainer.run_folder import read_config_file
 from minbert.tuning.ablation import DEFAULT, PAPER_BASELINE, extension, plan
@@ -219,26 +221,27 @@ def small_search(folder: Path, *words: str) -> list[str]:
     return command(folder, *TINY, *words, *space)
 
 
-def finish(words: list[str]) -> str:
+def ended(words: list[str], code: int) -> subprocess.CompletedProcess:
     done = subprocess.run(words, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def finish(words: list[str]) -> str:
+    return ended(words, 0).stdout
 
 
 def refused(words: list[str]) -> str:
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stdout + done.stderr
-    return done.stderr
+    said = ended(words, 2).stderr
+    assert "Traceback" not in said
+    return said
 
 
 def await_trials(folder: Path, process: subprocess.Popen, reached) -> list[Trial]:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         assert process.poll() is None, process.stdout.read()
-        try:
-            trials = read_trials(folder / "trials")
-        except (json.JSONDecodeError, FileNotFoundError):
-            trials = []
+        trials = _read(folder)
         if reached(trials):
             return trials
         time.sleep(0.2)
@@ -398,31 +401,39 @@ def test_another_search_in_the_same_folder_is_refused(tmp_path, capsys):
     assert all(name in said for name in ("holds another search", "space:", "batch_size: 8", "seed: 0"))
 
 
-@pytest.mark.xdist_group("slurm")
-def test_a_search_on_two_nodes_is_requeued_and_goes_on(devcluster, tmp_path, monkeypatch, capsys):
-    from minbert.slurm.status import look
+# Searches on SLURM
 
+
+@pytest.fixture
+def slurm(devcluster, monkeypatch):
+    """Everything here talks to the development cluster."""
     for name, value in devcluster.environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return devcluster
+
+
+def eventually(folder: Path, reached: Callable[[], bool], seconds: float) -> None:
+    """Wait, and show what the search's job has printed if it takes too long."""
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < deadline, _output(folder)
+        time.sleep(0.5)
+
+
+@pytest.mark.xdist_group("slurm")
+def test_a_search_on_two_nodes_is_requeued_and_goes_on(slurm, tmp_path, capsys):
     folder = tmp_path / "s"
     words = small_search(folder, "--samples", "4", "--epochs", "10", "--concurrent", "2")
     words += ["--slurm", "--nodes", "2", "--cpus-per-task", "1", "--cpus", "1", "--time", "30"]
     finish(words)
-
-    def wait(reached, seconds: float = 240.0) -> None:
-        deadline = time.monotonic() + seconds
-        while not reached():
-            assert time.monotonic() < deadline, _output(folder)
-            time.sleep(0.5)
-
-    wait(lambda: any(trial.step and not trial.over for trial in _read(folder)))
+    eventually(folder, lambda: any(trial.step and not trial.over for trial in _read(folder)), 240)
     report = look([folder])[0]
     assert report.nodes == "n[1-2]"
-    devcluster.run("scontrol", "requeue", report.job_id)
-    wait(lambda: look([folder])[0].state == "pending")
-    devcluster.run("scontrol", "update", f"jobid={report.job_id}", "starttime=now")
-    wait(lambda: look([folder])[0].finished)
+    slurm.run("scontrol", "requeue", report.job_id)
+    eventually(folder, lambda: look([folder])[0].state == "pending", 240)
+    slurm.run("scontrol", "update", f"jobid={report.job_id}", "starttime=now")
+    eventually(folder, lambda: look([folder])[0].finished, 240)
     assert "Ray runs on n1, n2: 2 cores" in _output(folder)
     capsys.readouterr()
     assert main(["jobs", str(folder)]) == 0
@@ -437,26 +448,16 @@ def test_a_search_on_two_nodes_is_requeued_and_goes_on(devcluster, tmp_path, mon
 
 
 @pytest.mark.xdist_group("slurm")
-def test_a_search_is_cancelled_and_goes_on_here(devcluster, tmp_path, monkeypatch, capsys):
-    for name, value in devcluster.environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def test_a_search_is_cancelled_and_goes_on_here(slurm, tmp_path, capsys):
     folder = tmp_path / "s"
     words = small_search(folder, "--samples", "2", "--epochs", "10", "--scheduler", "none")
     finish([*words, "--slurm", "--cpus-per-task", "1", "--time", "30"])
-    deadline = time.monotonic() + 120
-    while not any(trial.step for trial in _read(folder)):
-        assert time.monotonic() < deadline, _output(folder)
-        time.sleep(0.5)
+    eventually(folder, lambda: any(trial.step for trial in _read(folder)), 120)
     assert main(["tune", "--search", str(folder), "--slurm"]) == 2
     assert "has a job already" in capsys.readouterr().err
     assert main(["cancel", str(folder)]) == 0
-    while "cancelled" not in (main(["jobs", str(folder)]), capsys.readouterr().out)[1]:
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
-    while _is_locked(folder):  # the job is over for SLURM a moment before its processes are
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
+    eventually(folder, lambda: "cancelled" in (main(["jobs", str(folder)]), capsys.readouterr().out)[1], 120)
+    eventually(folder, lambda: not _is_locked(folder), 120)  # for SLURM the job is over before its processes are
     assert "go on from their checkpoints" in finish(command(folder))
     assert [trial.status for trial in _read(folder)] == ["finished"] * 2
 

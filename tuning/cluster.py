@@ -15,7 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -117,6 +117,11 @@ def existing_cluster(address: str, folder: Path) -> Iterator[str]:
         yield ray.get_runtime_context().gcs_address
     finally:
         ray.shutdown()
+
+
+def join_or_start(address: str | None, folder: Path, lost: Callable[[], NoReturn]) -> AbstractContextManager[str]:
+    """The existing cluster at `address`, or without one a cluster of its own for the search in `folder`."""
+    return existing_cluster(address, folder) if address else own_cluster(folder, lost)
 
 
 def _look_around(address: str, folder: Path) -> None:
