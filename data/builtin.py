@@ -14,14 +14,13 @@ import numpy as np
 
 from minbert.data.errors import DataError
 from minbert.data.examples import Examples
-from minbert.data.tasks import SPLITS, Split, Task
+from minbert.data.task import SPLITS, Split, Task
 
 SIZES: dict[str, dict[Split, int]] = {
     "sst": {"train": 2000, "dev": 400, "test": 400},
     "quora": {"train": 4000, "dev": 500, "test": 500},
     "sts": {"train": 2000, "dev": 400, "test": 400},
 }
-BUILTIN_TASKS = tuple(SIZES)
 
 T = TypeVar("T")
 Labelled = tuple[tuple[str, ...], float]  # the sentences of a row, and its label
@@ -33,19 +32,20 @@ def builtin_examples(task: Task, split: Split, seed: int = 0) -> Examples:
     No row occurs in two splits, nor twice, nor does a pair with its sentences exchanged. Raises DataError for a task
     that the corpus does not have.
     """
-    if task.name not in SIZES:
+    name = task.builtin
+    if name is None:
         raise DataError(f"the builtin corpus has the tasks {', '.join(SIZES)}, not {task.name}")
     start = 0
     for each in SPLITS[: SPLITS.index(split)]:
-        start += SIZES[task.name][each]
+        start += SIZES[name][each]
     # Labels were drawn in turn; in this order an evenly spread sub-sample would see some of them only.
-    rng = random.Random(f"minbert/{seed}/{task.name}/{split}")
-    rows = sorted(_corpus(task.name, seed)[start : start + SIZES[task.name][split]], key=lambda _: rng.random())
+    rng = random.Random(f"minbert/{seed}/{name}/{split}")
+    rows = sorted(_corpus(name, seed)[start : start + SIZES[name][split]], key=lambda _: rng.random())
     return Examples(
         task,
         split,
         "builtin",
-        [f"{task.name}-{split}-{row:05d}" for row in range(len(rows))],
+        [f"{name}-{split}-{row:05d}" for row in range(len(rows))],
         tuple(list(column) for column in zip(*(sentences for sentences, _ in rows), strict=True)),
         None if split == "test" else np.array([label for _, label in rows], dtype=np.float32),
     )

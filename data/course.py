@@ -1,4 +1,4 @@
-"""The course's files: tab-separated, quoted as csv, one header line, ids in the column `id`.
+"""Delimited files, quoted as csv, one header line: the course's, tab-separated, and a user's own.
 
 A file is read strictly. What makes the whole file unreadable (its encoding, its columns, an open quote) raises at once;
 what makes a row unusable is left to `collect`. Every message carries the line on which the record starts.
@@ -11,17 +11,7 @@ from pathlib import Path
 
 from minbert.data.errors import DataError
 from minbert.data.examples import SOURCES, BadRow, BadRows, Examples, Row, collect
-from minbert.data.tasks import SPLITS, TASKS, Split, Task
-
-
-def course_tasks(folder: Path) -> list[str]:
-    """The tasks whose train and dev files are in `folder`. Raises DataError if there is no such folder."""
-    _require_folder(folder)
-    return [
-        task.name
-        for task in TASKS.values()
-        if (folder / task.course.train).is_file() and (folder / task.course.dev).is_file()
-    ]
+from minbert.data.task import SPLITS, Split, Task
 
 
 def read_course(folder: Path, task: Task, split: Split, bad_rows: BadRows = "refuse") -> Examples:
@@ -30,28 +20,27 @@ def read_course(folder: Path, task: Task, split: Split, bad_rows: BadRows = "ref
     Train and dev need a label column; test is unlabelled unless it has one. Ids come lower-cased, sentences stripped.
     Raises DataError for a missing folder or file, an unreadable file, and bad rows as `collect` does.
     """
-    _require_folder(folder)
+    files = ", ".join(task.course.name(each) for each in SPLITS)
+    if not folder.is_dir():
+        raise DataError(f"data folder {folder} does not exist; of {task.name} it would hold {files}. {SOURCES}")
     path = folder / task.course.name(split)
     if not path.is_file():
-        files = ", ".join(task.course.name(each) for each in SPLITS)
         raise DataError(f"{path} does not exist; the files of {task.name} are {files}. {SOURCES}")
-    rows = _rows(path, task, split)
+    rows = (
+        row._replace(id=row.id.lower()) if isinstance(row, Row) else row
+        for row in read_delimited(path, task, split, "\t")
+    )
     return collect(task, split, str(path), rows, bad_rows, task.course.known_defects)
 
 
-def _require_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        files = ", ".join(task.course.train for task in TASKS.values())
-        raise DataError(f"data folder {folder} does not exist; it would hold {files} and so on. {SOURCES}")
-
-
-def _rows(path: Path, task: Task, split: Split) -> Iterator[Row | BadRow]:
-    records = _records(path)
+def read_delimited(path: Path, task: Task, split: Split, delimiter: str) -> Iterator[Row | BadRow]:
+    """The rows of a file, sentences stripped; without a column of ids, the row numbers are the ids."""
+    records = _records(path, delimiter)
     _, _, header = next(records, (1, 1, None))
     if header is None:
         raise DataError(f"{path} is empty")
-    id_at, *sentences_at, label_at = _find_columns(path, header, task, split)
-    for line, last_line, record in records:
+    id_at, *sentences_at, label_at = _find_columns(path, header, task, split, delimiter)
+    for number, (line, last_line, record) in enumerate(records):
         where = f"{path.name}:{line}"
         if len(record) != len(header):
             reason = f"{len(record)} fields where the header has {len(header)}"
@@ -60,28 +49,29 @@ def _rows(path: Path, task: Task, split: Split) -> Iterator[Row | BadRow]:
             yield BadRow(where, reason)
             continue
         sentences = tuple(record[at].strip() for at in sentences_at)
-        yield Row(
-            where, record[id_at].strip().lower(), sentences, None if label_at is None else record[label_at].strip()
-        )
+        identifier = str(number) if id_at is None else record[id_at].strip()
+        yield Row(where, identifier, sentences, None if label_at is None else record[label_at].strip())
 
 
-def _find_columns(path: Path, header: list[str], task: Task, split: Split) -> list[int | None]:
-    """Positions of the id, the sentences and the label, the last None for a test file without labels."""
+def _find_columns(path: Path, header: list[str], task: Task, split: Split, delimiter: str) -> list[int | None]:
+    """Positions of the id, the sentences and the label; None for a label that a test file, and for ids that a user's
+    file does without."""
     names = [name.strip() for name in header]
-    wanted = ["id", *task.sentences, task.label]
-    required = wanted[:-1] if split == "test" else wanted
+    wanted = [task.id, *task.sentences, task.label]
+    required = wanted[1 if task.files else 0 : -1 if split == "test" else None]
     missing = [name for name in required if name not in names]
     if missing:
         found = ", ".join(repr(name) for name in names)
-        hint = " It looks comma-separated, and must be tab-separated." if any("," in name for name in names) else ""
+        comma = delimiter == "\t" and any("," in name for name in names)
+        hint = " It looks comma-separated, and must be tab-separated." if comma else ""
         raise DataError(f"{path} has no column {', '.join(map(repr, missing))}; its columns are {found}.{hint}")
     return [names.index(name) if name in names else None for name in wanted]
 
 
-def _records(path: Path) -> Iterator[tuple[int, int, list[str]]]:
+def _records(path: Path, delimiter: str) -> Iterator[tuple[int, int, list[str]]]:
     """(first line, last line, fields) of each record that is not blank; lines count from 1."""
     # newline="\n": a lone carriage return in a quoted field is text and must not count as a line.
-    reader = csv.reader(io.StringIO(_decode(path), newline="\n"), delimiter="\t", strict=True)
+    reader = csv.reader(io.StringIO(decode(path), newline="\n"), delimiter=delimiter, strict=True)
     while True:
         line = reader.line_num + 1
         try:
@@ -101,7 +91,7 @@ def _records(path: Path) -> Iterator[tuple[int, int, list[str]]]:
             yield line, reader.line_num, record
 
 
-def _decode(path: Path) -> str:
+def decode(path: Path) -> str:
     try:
         data = path.read_bytes()
     except OSError as error:

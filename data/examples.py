@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from minbert.data.errors import DataError
-from minbert.data.tasks import Split, Task
+from minbert.data.task import Split, Task
 
 logger = logging.getLogger(__name__)
 
@@ -58,22 +58,30 @@ class Examples:
     source: str
     ids: list[str]
     sentences: tuple[list[str], ...]
-    labels: np.ndarray | None  # (n,) float32; None where the split is unlabelled
+    labels: np.ndarray | None  # (n,) float32, multilabel (n, classes); None where the split is unlabelled
     skipped: list[BadRow] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.ids)
 
 
-def parse_label(task: Task, raw: object) -> float:
-    """The label as a number. Raises ValueError, whose message is the reason, if it is none that the task allows."""
+def parse_label(task: Task, raw: object) -> float | list[float]:
+    """The label as a number, of a multilabel task as one 0 or 1 per class.
+
+    Raises ValueError, whose message is the reason, if it is none that the task allows.
+    """
+    if task.kind == "multilabel":
+        return _parse_several(task, raw)
     text = "" if raw is None else str(raw).strip()
     if not text:
         raise ValueError("label is missing")
+    if text in task.classes:
+        return float(task.classes.index(text))
     try:
         value = float(text)
     except ValueError:
-        raise ValueError(f"label {text!r} is not a number") from None
+        allowed = f", nor one of {', '.join(task.classes)}" if task.classes else ""
+        raise ValueError(f"label {text!r} is not a number{allowed}") from None
     low, high = task.label_range
     if not math.isfinite(value):
         raise ValueError(f"label {text} is not finite")
@@ -82,6 +90,17 @@ def parse_label(task: Task, raw: object) -> float:
     if task.kind != "regression" and not value.is_integer():
         raise ValueError(f"label {text} is not a whole number")
     return value
+
+
+def _parse_several(task: Task, raw: object) -> list[float]:
+    """Names joined by commas, or a list of them; none at all is a label, too, but not a missing one."""
+    if raw is None:
+        raise ValueError("label is missing")
+    names = [str(name).strip() for name in raw] if isinstance(raw, list | tuple) else str(raw).split(",")
+    names = [name for name in map(str.strip, names) if name]
+    if unknown := [name for name in names if name not in task.classes]:
+        raise ValueError(f"label {unknown[0]!r} is none of {', '.join(task.classes)}")
+    return [float(name in names) for name in task.classes]
 
 
 def collect(
@@ -102,7 +121,7 @@ def collect(
     rows, known_defects = list(rows), known_defects or {}
     labelled = split != "test" or any(isinstance(row, Row) and row.label not in (None, "", -1) for row in rows)
     good: list[Row] = []
-    labels: list[float] = []
+    labels: list[float | list[float]] = []
     bad: list[BadRow] = []
     known: list[BadRow] = []
     first_place: dict[str, str] = {}  # of each id
@@ -119,7 +138,7 @@ def collect(
             if labelled:
                 known.append(BadRow(row.where, known_defects[row.id]))
                 continue
-            label = 0.0
+            label = [0.0] * len(task.classes) if task.kind == "multilabel" else 0.0
         good.append(row)
         labels.append(label)
 
@@ -166,7 +185,7 @@ def fingerprint(examples: Examples) -> str:
     return digest.hexdigest()
 
 
-def _check(task: Task, row: Row, labelled: bool, first_place: dict[str, str]) -> float:
+def _check(task: Task, row: Row, labelled: bool, first_place: dict[str, str]) -> float | list[float]:
     """The row's label (0 in an unlabelled split). Raises ValueError with the reason for which it cannot be used."""
     if not row.id:
         raise ValueError("id is empty")

@@ -4,7 +4,6 @@ Columns and splits may carry the task's own names or the hub's. The library is o
 imported on use, and nothing but an explicit `hub` source reaches for the network.
 """
 
-import json
 from collections.abc import Container, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -12,19 +11,12 @@ from typing import TYPE_CHECKING
 
 from minbert.data.errors import DataError, UserError
 from minbert.data.examples import SOURCES, BadRows, Examples, Row, collect
-from minbert.data.tasks import TASKS, Split, Task
+from minbert.data.task import Split, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 _ID_COLUMNS = ("id", "idx")
-
-
-def saved_tasks(directory: Path) -> list[str]:
-    """The tasks saved in `directory` (one folder per task) with a train and a dev split. Raises DataError."""
-    if not directory.is_dir():
-        raise DataError(f"data folder {directory} does not exist. {SOURCES}")
-    return [task.name for task in TASKS.values() if _has_train_and_dev(directory / task.name, task)]
 
 
 def read_hub(task: Task, split: Split, directory: Path | None = None, bad_rows: BadRows = "refuse") -> Examples:
@@ -83,9 +75,10 @@ def _from_disk(library: ModuleType, task: Task, split: Split, directory: Path) -
 
 
 def _rows(name: str, dataset: "Dataset", task: Task, split: Split) -> Iterator[Row]:
-    found = {column: _name_in(dataset.column_names, column, task.hub.columns[column]) for column in task.hub.columns}
+    wanted = (*task.sentences, task.label)
+    found = {column: _name_in(dataset.column_names, column, task.hub.column(column)) for column in wanted}
     required = task.sentences if split == "test" else (*task.sentences, task.label)
-    missing = [f"{column!r} (or {task.hub.columns[column]!r})" for column in required if found[column] is None]
+    missing = [f"{column!r} (or {task.hub.column(column)!r})" for column in required if found[column] is None]
     if missing:
         columns = ", ".join(dataset.column_names)
         raise DataError(f"{name}, {split}: no column {', '.join(missing)}; its columns are {columns}")
@@ -95,14 +88,6 @@ def _rows(name: str, dataset: "Dataset", task: Task, split: Split) -> Iterator[R
     labels = [None] * len(plain) if found[task.label] is None else plain[found[task.label]]
     for row, (id_, texts, label) in enumerate(zip(ids, sentences, labels, strict=True)):
         yield Row(f"{split}:{row}", str(id_).strip().lower(), tuple((text or "").strip() for text in texts), label)
-
-
-def _has_train_and_dev(folder: Path, task: Task) -> bool:
-    try:
-        splits = json.loads((folder / "dataset_dict.json").read_text())["splits"]
-    except (OSError, ValueError, KeyError):
-        return False
-    return all(_name_in(splits, split, task.hub.splits[split]) is not None for split in ("train", "dev"))
 
 
 def _name_in(names: Container[str], own: str, hub: str) -> str | None:

@@ -1,0 +1,277 @@
+"""A task, as a declaration: which columns hold its sentences and its label, what a valid label is, and where its rows lie.
+
+Head, loss and metric follow from it, and everything else in the system (readers, heads, schedules, prediction files) is
+driven by it. Declarations are YAML files: those that come with the program lie in `data/tasks/`, a user's is named by
+its path. A run resolves them once and keeps what they said.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from minbert.data.errors import UserError
+
+Split = Literal["train", "dev", "test"]
+SPLITS: tuple[Split, ...] = ("train", "dev", "test")
+
+Kind = Literal["classification", "binary", "regression", "multilabel"]
+Loss = Literal["cross_entropy", "binary_cross_entropy", "squared_error", "absolute_error"]
+Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
+Values = Literal["index", "name", "float"]
+
+# What goes with each kind; the first is the default.
+LOSSES: Mapping[Kind, tuple[Loss, ...]] = {
+    "classification": ("cross_entropy",),
+    "binary": ("binary_cross_entropy",),
+    "regression": ("squared_error", "absolute_error"),
+    "multilabel": ("binary_cross_entropy",),
+}
+METRICS: Mapping[Kind, tuple[Metric, ...]] = {
+    "classification": ("accuracy", "f1", "matthews"),
+    "binary": ("accuracy", "f1", "matthews"),
+    "regression": ("pearson", "spearman"),
+    "multilabel": ("f1", "accuracy"),
+}
+VALUES: Mapping[Kind, tuple[Values, ...]] = {
+    "classification": ("name", "index"),
+    "binary": ("index", "name", "float"),
+    "regression": ("float",),
+    "multilabel": ("name",),
+}
+CORRELATIONS = ("pearson", "spearman", "matthews")  # from -1 to 1
+
+DECLARATIONS = Path(__file__).parent / "tasks"
+FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Files(Part):
+    """A user's own files, one for each split: csv, tsv, jsonl or parquet by their suffix; `test` may be missing."""
+
+    train: Path
+    dev: Path
+    test: Path | None = None
+
+    def name(self, split: Split) -> Path | None:
+        return {"train": self.train, "dev": self.dev, "test": self.test}[split]
+
+
+class CourseFiles(Part):
+    """Where the task lies in the course's folder.
+
+    `known_defects` lists rows of the distributed files that are broken for everybody, by id: labelled splits leave
+    them out with a notice whatever the policy for bad rows, unlabelled ones keep them, as the course scores every id.
+    """
+
+    train: str
+    dev: str
+    test: str
+    known_defects: dict[str, str] = {}
+
+    def name(self, split: Split) -> str:
+        return {"train": self.train, "dev": self.dev, "test": self.test}[split]
+
+
+class HubDataset(Part):
+    """The same task in a Hugging Face data set: `columns` maps the task's to the data set's, `splits` likewise."""
+
+    path: str
+    config: str | None = None
+    columns: dict[str, str] = {}
+    splits: dict[Split, str] = {"train": "train", "dev": "validation", "test": "test"}
+
+    def column(self, own: str) -> str:
+        return self.columns.get(own, own)
+
+
+class Predictions(Part):
+    """How predictions are written: predictions/{stem}-{split}-output.csv, its second column's header, and classes by
+    `name`, `index`, or as a `float`."""
+
+    stem: str | None = None
+    header: str = "Prediction"
+    values: Values | None = None
+
+
+class Task(Part):
+    """One task. `sentences` are one or two column names; `classes` name the labels 0, 1, ...; `range` is inclusive.
+
+    In a file a label is a class's number or name; of several labels (`multilabel`), names joined by commas, or a list.
+    `weight` is the task's in the mean over tasks that is the overall score.
+    """
+
+    name: Name
+    title: str = ""
+    kind: Kind
+    sentences: Annotated[tuple[str, ...], Field(min_length=1, max_length=2)]
+    label: str
+    id: str = "id"
+    classes: tuple[str, ...] = ()
+    range: tuple[float, float] | None = None
+    loss: Loss | None = None
+    metric: Metric | None = None
+    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    files: Files | None = None
+    builtin: Literal["sst", "quora", "sts"] | None = None
+    course: CourseFiles | None = None
+    hub: HubDataset | None = None
+    predictions: Predictions = Predictions()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, raw: Any) -> Any:
+        """What follows from the kind and the name, where it is left out."""
+        if not isinstance(raw, dict) or raw.get("kind") not in LOSSES:
+            return raw
+        kind, name = raw["kind"], raw.get("name")
+        filled = {key: value for key, value in raw.items() if value is not None}
+        filled = {"title": name, "loss": LOSSES[kind][0], "metric": METRICS[kind][0]} | filled
+        if kind == "binary":
+            filled.setdefault("classes", ("no", "yes"))
+        written = filled.get("predictions", {})
+        if isinstance(written, dict):
+            filled["predictions"] = {"stem": name, "values": VALUES[kind][0]} | written
+        return filled
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Task":
+        if self.name == "overall":
+            raise ValueError("name: 'overall' is the name of the mean over all tasks")
+        if self.kind == "regression":
+            if self.range is None or not self.range[0] < self.range[1]:
+                raise ValueError("range: a regression needs its lowest and highest label, such as [0, 5]")
+        elif self.range is not None:
+            raise ValueError(f"range: only a regression has one; a {self.kind} task has classes")
+        least = {"classification": 2, "binary": 2, "multilabel": 1}.get(self.kind, 0)
+        if self.kind != "regression" and (len(self.classes) < least or len(set(self.classes)) < len(self.classes)):
+            raise ValueError(f"classes: a {self.kind} task needs the names of its classes, at least {least}, all different")
+        if self.kind == "binary" and len(self.classes) != 2:
+            raise ValueError(f"classes: a binary task has two, first that of label 0, not {len(self.classes)}")
+        if self.kind == "regression" and self.classes:
+            raise ValueError("classes: a regression has none")
+        if self.kind == "multilabel" and any("," in name for name in self.classes):
+            raise ValueError("classes: a name with a comma cannot be told from two labels")
+        if len({*self.sentences, self.label}) < len(self.sentences) + 1:
+            raise ValueError(f"sentences and label must be different columns, not {', '.join((*self.sentences, self.label))}")
+        for key, value, allowed in (
+            ("loss", self.loss, LOSSES[self.kind]),
+            ("metric", self.metric, METRICS[self.kind]),
+            ("predictions.values", self.predictions.values, VALUES[self.kind]),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{key}: a {self.kind} task takes {' or '.join(allowed)}, not {value}")
+        for split in SPLITS:
+            path = self.files and self.files.name(split)
+            if path and path.suffix.lower() not in FORMATS:
+                raise ValueError(f"files.{split}: {path} must end in {', '.join(FORMATS)}")
+        return self
+
+    @property
+    def is_pair(self) -> bool:
+        return len(self.sentences) == 2
+
+    @property
+    def label_range(self) -> tuple[float, float]:
+        """Lowest and highest label; of classes, their numbers."""
+        return self.range if self.range is not None else (0.0, float(len(self.classes) - 1))
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that the head gives per example: a logit per class, or one."""
+        return len(self.classes) if self.kind in ("classification", "multilabel") else 1
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the shape and meaning of its head."""
+        return {"kind": self.kind, "sentences": len(self.sentences), "loss": self.loss} | (
+            {"range": list(self.label_range)} if self.range else {"classes": list(self.classes)}
+        )
+
+    def __str__(self) -> str:
+        return self.name
+
+    __repr__ = __str__
+
+
+def resolve_task(word: Any, folder: Path | None = None) -> Task:
+    """The task that `word` names: one of the program's or of `folder` by its name, or a YAML file by its path; or what
+    an earlier resolution left. Raises UserError for anything else."""
+    if isinstance(word, Task):
+        return word
+    if isinstance(word, Mapping):
+        return _parse(dict(word), f"task {word.get('name', '')}".strip())
+    if not isinstance(word, str):
+        raise UserError(f"a task is given by its name or its file, not by {word!r}")
+    if word.endswith((".yaml", ".yml")) or "/" in word:
+        return load_task(Path(word).expanduser())
+    known = {path.stem: path for place in (DECLARATIONS, folder) if place for path in sorted(place.glob("*.yaml"))}
+    if word not in known:
+        near = difflib.get_close_matches(word, known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(f"there is no task {word!r}; {hint}There are {', '.join(sorted(known))}, and FILE.yaml")
+    return load_task(known[word])
+
+
+def load_task(path: Path) -> Task:
+    """The declaration in a YAML file, paths in it relative to its folder. Raises UserError naming file and keys."""
+    return _load_own(path.name) if path.parent == DECLARATIONS else _load(path)
+
+
+@lru_cache
+def _load_own(name: str) -> Task:
+    return _load(DECLARATIONS / name)
+
+
+def _load(path: Path) -> Task:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the task {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} must hold the keys of a task: name, kind, sentences, label, ...")
+    if isinstance(raw.get("files"), dict):
+        base = path.absolute().parent
+        raw["files"] = {
+            split: str(base / Path(file).expanduser()) if isinstance(file, str) else file
+            for split, file in raw["files"].items()
+        }
+    return _parse(raw, str(path))
+
+
+def _parse(raw: dict[str, Any], where: str) -> Task:
+    try:
+        return Task.model_validate(raw)
+    except ValidationError as error:
+        raise UserError("\n".join(f"{where}: {_explain(problem)}" for problem in error.errors())) from None
+
+
+def _explain(problem: Mapping[str, Any]) -> str:
+    if problem["type"] == "value_error":
+        return problem["msg"].removeprefix("Value error, ")
+    place = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = _keys_at(problem["loc"][:-1])
+        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+        return f"unknown key {place!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}")
+    if problem["type"] == "string_pattern_mismatch":
+        return f"{place}: lower-case letters, digits and _, a letter first, not {problem['input']!r}"
+    return f"{place}: {re.sub('^I', 'i', problem['msg'])}" + (
+        "" if problem["type"] == "missing" else f", not {problem['input']!r}"
+    )
+
+
+def _keys_at(place: tuple[int | str, ...]) -> list[str]:
+    kinds = {"files": Files, "course": CourseFiles, "hub": HubDataset, "predictions": Predictions}
+    return list(kinds.get(str(place[0]), Task).model_fields if place else Task.model_fields)
