@@ -144,7 +144,7 @@ def _build(run, config, world):
     from minbert.trainer.step import TrainingStep
     from minbert.trainer.weights import find_checkpoint, load_weights
 
-    splits = {name: load_split(config, name, "train", load_tokenizer(run.encoder)) for name in config.corpus.tasks}
+    splits = {name: load_split(config, name, "train", load_tokenizer(run.encoder)) for name in config.corpus.names}
     seed_everything(config.seed)
     model = build_model(config, run)
     if config.encoder.model != "tiny":

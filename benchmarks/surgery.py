@@ -150,7 +150,7 @@ def _build(way: str, task: dict, world):
             "batch": config.batch.model_copy(update={"aggregator": method, "measure_every": 1 if "," in way else None})
         }
     )
-    splits = {name: load_split(config, name, "train", load_tokenizer(run.encoder)) for name in config.corpus.tasks}
+    splits = {name: load_split(config, name, "train", load_tokenizer(run.encoder)) for name in config.corpus.names}
     plan = build_plan(config, splits)
     seed_everything(task["seed"])
     model = build_model(config, run)

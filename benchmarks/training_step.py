@@ -59,7 +59,7 @@ def ours(options: Options, folder: Path):
     run = RunFolder(folder)
     config = run.read_config()
     world = World(0, 1, _device())
-    splits = {name: load_split(config, name, "train", load_tokenizer(run.encoder)) for name in config.corpus.tasks}
+    splits = {name: load_split(config, name, "train", load_tokenizer(run.encoder)) for name in config.corpus.names}
     seed_everything(options.seed)
     model = build_model(config, run)
     if options.model != "tiny":
@@ -76,7 +76,6 @@ def peer(options: Options, folder: Path):
     from torch import nn
     from transformers import BertConfig, BertModel
 
-    from minbert.data.tasks import TASKS
     from minbert.data.tokens import load_tokenizer
     from minbert.trainer.model import Head, example_losses
     from minbert.trainer.preparation import build_plan, load_split
@@ -85,7 +84,7 @@ def peer(options: Options, folder: Path):
 
     run = RunFolder(folder)
     config = run.read_config()
-    splits = {name: load_split(config, name, "train", load_tokenizer(run.encoder)) for name in config.corpus.tasks}
+    splits = {name: load_split(config, name, "train", load_tokenizer(run.encoder)) for name in config.corpus.names}
     plan = build_plan(config, splits)
     device = _device()
     torch.manual_seed(options.seed)
@@ -93,7 +92,9 @@ def peer(options: Options, folder: Path):
         bert = BertModel(BertConfig.from_pretrained(run.encoder))
     else:
         bert = BertModel.from_pretrained(find_checkpoint(options.model))
-    heads = nn.ModuleDict({name: Head(TASKS[name], bert.config.hidden_size, config.heads) for name in splits})
+    heads = nn.ModuleDict(
+        {name: Head(config.corpus.task(name), bert.config.hidden_size, config.heads) for name in splits}
+    )
     bert.to(device).train()
     heads.to(device).train()
     parameters = [*bert.parameters(), *heads.parameters()]
@@ -113,7 +114,7 @@ def peer(options: Options, folder: Path):
                 rows = plan.rows(name, number)
                 embeddings = torch.cat([embed(column, rows) for column in split.columns])
                 labels = torch.from_numpy(split.labels[rows]).to(device)
-                total = total + example_losses(TASKS[name], heads[name](embeddings).float(), labels).mean()
+                total = total + example_losses(config.corpus.task(name), heads[name](embeddings).float(), labels).mean()
                 tokens += int(sum(column.lengths[rows].sum() for column in split.columns))
         total.backward()
         optimizer.step()

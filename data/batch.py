@@ -77,7 +77,7 @@ class TokenisedSplit:
 
     ids: list[str]
     columns: tuple[Ragged, ...]
-    labels: np.ndarray | None  # (n,) float32; None where the split is unlabelled
+    labels: np.ndarray | None  # (n,) float32, multilabel (n, classes); None where the split is unlabelled
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -103,7 +103,7 @@ class Batch:
     """
 
     sentences: Sentences
-    labels: Tensor  # (B,) float32
+    labels: Tensor  # (B,) float32, multilabel (B, classes)
     weights: Tensor  # (B,) float32
     global_size: int
 

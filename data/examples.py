@@ -72,7 +72,7 @@ def parse_label(task: Task, raw: object) -> float | list[float]:
     """
     if task.kind == "multilabel":
         return _parse_several(task, raw)
-    text = "" if raw is None else str(raw).strip()
+    text = "" if raw is None else str(int(raw) if isinstance(raw, bool) else raw).strip()
     if not text:
         raise ValueError("label is missing")
     if text in task.classes:
@@ -80,8 +80,8 @@ def parse_label(task: Task, raw: object) -> float | list[float]:
     try:
         value = float(text)
     except ValueError:
-        allowed = f", nor one of {', '.join(task.classes)}" if task.classes else ""
-        raise ValueError(f"label {text!r} is not a number{allowed}") from None
+        classes = f" and no class ({', '.join(task.classes)})" if task.classes else ""
+        raise ValueError(f"label {text!r} is not a number{classes}") from None
     low, high = task.label_range
     if not math.isfinite(value):
         raise ValueError(f"label {text} is not finite")

@@ -31,7 +31,7 @@ def load_examples(source: str, task: Task, split: Split, bad_rows: BadRows = "re
         return read_hub(task, split, None if source == "hub" else _folder(source.removeprefix("hub:")), bad_rows)
     folder = _folder(source)
     if task.course is None:
-        raise DataError(f"the declaration of task {task.name} has no `course` files and no `files`: where are its rows?")
+        raise DataError(f"the declaration of task {task.name} has no `course` and no `files`: where are its rows?")
     return read_course(folder, task, split, bad_rows)
 
 

@@ -1,4 +1,4 @@
-"""A task, as a declaration: which columns hold its sentences and its label, what a valid label is, and where its rows lie.
+"""A task, as a declaration: the columns of its sentences and its label, what a valid label is, where its rows lie.
 
 Head, loss and metric follow from it, and everything else in the system (readers, heads, schedules, prediction files) is
 driven by it. Declarations are YAML files: those that come with the program lie in `data/tasks/`, a user's is named by
@@ -6,7 +6,6 @@ its path. A run resolves them once and keeps what they said.
 """
 
 import difflib
-import re
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -154,7 +153,7 @@ class Task(Part):
             raise ValueError(f"range: only a regression has one; a {self.kind} task has classes")
         least = {"classification": 2, "binary": 2, "multilabel": 1}.get(self.kind, 0)
         if self.kind != "regression" and (len(self.classes) < least or len(set(self.classes)) < len(self.classes)):
-            raise ValueError(f"classes: a {self.kind} task needs the names of its classes, at least {least}, all different")
+            raise ValueError(f"classes: a {self.kind} task needs the names of at least {least}, all different")
         if self.kind == "binary" and len(self.classes) != 2:
             raise ValueError(f"classes: a binary task has two, first that of label 0, not {len(self.classes)}")
         if self.kind == "regression" and self.classes:
@@ -162,7 +161,9 @@ class Task(Part):
         if self.kind == "multilabel" and any("," in name for name in self.classes):
             raise ValueError("classes: a name with a comma cannot be told from two labels")
         if len({*self.sentences, self.label}) < len(self.sentences) + 1:
-            raise ValueError(f"sentences and label must be different columns, not {', '.join((*self.sentences, self.label))}")
+            raise ValueError(
+                f"sentences and label must be different columns, not {', '.join((*self.sentences, self.label))}"
+            )
         for key, value, allowed in (
             ("loss", self.loss, LOSSES[self.kind]),
             ("metric", self.metric, METRICS[self.kind]),
@@ -203,6 +204,13 @@ class Task(Part):
     __repr__ = __str__
 
 
+def named(task: Task, label: Any) -> str:
+    """The name of a class's number, or of several labels given as 0 or 1 for each."""
+    if task.kind == "multilabel":
+        return ",".join(name for name, there in zip(task.classes, label, strict=True) if there)
+    return task.classes[int(label)]
+
+
 def resolve_task(word: Any, folder: Path | None = None) -> Task:
     """The task that `word` names: one of the program's or of `folder` by its name, or a YAML file by its path; or what
     an earlier resolution left. Raises UserError for anything else."""
@@ -217,8 +225,8 @@ def resolve_task(word: Any, folder: Path | None = None) -> Task:
     known = {path.stem: path for place in (DECLARATIONS, folder) if place for path in sorted(place.glob("*.yaml"))}
     if word not in known:
         near = difflib.get_close_matches(word, known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"there is no task {word!r}; {hint}There are {', '.join(sorted(known))}, and FILE.yaml")
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise UserError(f"there is no task {word!r}{hint} There are {', '.join(sorted(known))}, and FILE.yaml")
     return load_task(known[word])
 
 
@@ -267,9 +275,8 @@ def _explain(problem: Mapping[str, Any]) -> str:
         return f"unknown key {place!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}")
     if problem["type"] == "string_pattern_mismatch":
         return f"{place}: lower-case letters, digits and _, a letter first, not {problem['input']!r}"
-    return f"{place}: {re.sub('^I', 'i', problem['msg'])}" + (
-        "" if problem["type"] == "missing" else f", not {problem['input']!r}"
-    )
+    found = "" if problem["type"] == "missing" else f", not {problem['input']!r}"
+    return f"{place}: {problem['msg'][0].lower()}{problem['msg'][1:]}{found}"
 
 
 def _keys_at(place: tuple[int | str, ...]) -> list[str]:

@@ -9,7 +9,7 @@ import tyro
 from rich.console import Console
 
 from minbert.data.errors import UserError
-from minbert.data.tasks import Split
+from minbert.data.task import Split
 from minbert.launch.exit_codes import ExitCode
 from minbert.launch.options import open_option, parse
 from minbert.trainer.run_folder import RunFolder
@@ -44,5 +44,5 @@ def main(arguments: list[str]) -> int:
     if options.json:
         print(json.dumps(scores, indent=2))
     else:
-        Console().print(score_table(f"{run.path}, best model, {options.split}", {"score": scores}))
+        Console().print(score_table(f"{run.path}, best model, {options.split}", config.corpus.tasks, {"score": scores}))
     return ExitCode.FINISHED

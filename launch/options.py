@@ -62,7 +62,7 @@ def run_option_types() -> dict[str, Any]:
         name: (RunConfig if section is None else SECTIONS[section]).model_fields[name].rebuild_annotation()
         for name, section in OPTIONS.items()
     }
-    return types | {"config": Path, "force": bool}
+    return types | {"tasks": tuple[str, ...], "config": Path, "force": bool}
 
 
 def build_run_config(options: Mapping[str, Any]) -> RunConfig:
@@ -212,11 +212,15 @@ def quiet(section: type[BaseModel]) -> type[BaseModel]:
 
 
 def _open_fields(model: type[BaseModel]) -> dict[str, Any]:
-    return {
+    fields: dict[str, Any] = {
         name: (Annotated[field.rebuild_annotation(), _help_of(field.annotation)], None)
         for name, field in model.model_fields.items()
         if field.default is None
     }
+    if "tasks" in model.model_fields:
+        words = tyro.conf.arg(metavar="TASK|FILE ...", help=model.model_fields["tasks"].description)
+        fields["tasks"] = (Annotated[tuple[str, ...], words], model.model_fields["tasks"].default)
+    return fields
 
 
 def _help_of(kind: Any) -> Any:

@@ -12,10 +12,10 @@ import tyro
 from minbert.data.batch import TokenisedSplit
 from minbert.data.errors import UserError
 from minbert.data.files import replacing
-from minbert.data.tasks import TASKS, Split, Task
+from minbert.data.task import Split, Task
 from minbert.launch.exit_codes import ExitCode
 from minbert.launch.options import open_option, parse
-from minbert.trainer.config import TaskName
+from minbert.trainer.prediction_files import written
 from minbert.trainer.run_folder import RunFolder
 
 COLUMN = "prediction"
@@ -31,7 +31,7 @@ class PredictOptions:
     """Other data than the run's own: `builtin`, a folder with the course's files, `hub`, or `hub:DIR`."""
     splits: tuple[Split, ...] = ("dev", "test")
     """Splits to write prediction files for."""
-    task: Annotated[TaskName | None, open_option(f"{{{','.join(TASKS)}}}")] = None
+    task: Annotated[str | None, open_option("TASK")] = None
     """Task for --text or --csv; not needed if the run has only one."""
     text: Annotated[tuple[str, ...], open_option("SENTENCE [SENTENCE]")] = ()
     """Predict a sentence, or for a pair task two."""
@@ -68,21 +68,22 @@ def main(arguments: list[str]) -> int:
     return ExitCode.FINISHED
 
 
-def shown(task: Task, value: float) -> str:
-    return str(int(value)) if task.kind != "regression" else f"{value:.3f}"
+def shown(task: Task, value: float | list[float]) -> str:
+    return f"{value:.3f}" if task.kind == "regression" else written(task, value)
 
 
 def _task(run: RunFolder, wanted: str | None) -> Task:
-    trained = run.read_config().corpus.tasks
+    corpus = run.read_config().corpus
+    trained = corpus.names
     if wanted is None and len(trained) > 1:
         raise UserError(f"say which task: --task {' | '.join(trained)}")
     name = wanted or trained[0]
     if name not in trained:
         raise UserError(f"the run was not trained on {name}, only on {', '.join(trained)}")
-    return TASKS[name]
+    return corpus.task(name)
 
 
-def _predict_texts(run: RunFolder, task: Task, columns: list[list[str]]) -> list[float]:
+def _predict_texts(run: RunFolder, task: Task, columns: list[list[str]]) -> list:
     """Predictions for n examples given as one list of n texts per sentence column."""
     from minbert.trainer.distributed import World, pick_device
     from minbert.trainer.evaluation import predict

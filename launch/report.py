@@ -8,7 +8,7 @@ import tyro
 from pydantic import Field
 
 from minbert.data.errors import UserError
-from minbert.data.tasks import Split
+from minbert.data.task import Split
 from minbert.launch.exit_codes import ExitCode
 from minbert.launch.options import open_option, parse
 from minbert.trainer.run_folder import RunFolder

@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from minbert.data.tasks import TASKS, Split
+from minbert.data.task import Split
 from minbert.trainer.config import RunConfig
 from minbert.trainer.distributed import World, pick_device
 from minbert.trainer.evaluation import overall, predict, score
@@ -18,7 +18,11 @@ REPORTED: tuple[Split, ...] = ("dev", "test")
 def is_reported(run: RunFolder) -> bool:
     """Whether all prediction files are there, and of the best model."""
     config = run.read_config()
-    names = [prediction_file_name(config, TASKS[name], split) for name in config.corpus.tasks for split in REPORTED]
+    names = [
+        prediction_file_name(config, config.corpus.task(name), split)
+        for name in config.corpus.names
+        for split in REPORTED
+    ]
     files = [run.predictions / name for name in names]
     return all(file.exists() and file.stat().st_mtime >= run.best_model.stat().st_mtime for file in files)
 
@@ -28,7 +32,7 @@ def report(run: RunFolder) -> None:
     config = whole_splits(run.read_config())
     scores = predict_splits(run, config, REPORTED)["dev"]
     console = Console()
-    console.print(score_table("Best model, dev", {"score": scores}))
+    console.print(score_table("Best model, dev", config.corpus.tasks, {"score": scores}))
     console.print(f"Predictions: {run.predictions}   Model: {run.best_model}", highlight=False, soft_wrap=True)
 
 
@@ -50,13 +54,13 @@ def predict_splits(
     results: dict[Split, dict[str, float]] = {}
     for split in splits:
         scores: dict[str, float] = {}
-        for name in config.corpus.tasks:
-            task, tokenised = TASKS[name], load_split(config, name, split, tokenizer)
+        for name in config.corpus.names:
+            task, tokenised = config.corpus.task(name), load_split(config, name, split, tokenizer)
             predicted = predict(model, task, tokenised, world)
             if tokenised.labels is not None:
                 scores[name] = score(task, predicted, tokenised.labels)
             if write:
                 path = run.predictions / prediction_file_name(config, task, split)
                 write_predictions(path, task, tokenised.ids, predicted.tolist())
-        results[split] = scores | ({"overall": overall(scores)} if scores else {})
+        results[split] = scores | ({"overall": overall(config.corpus.tasks, scores)} if scores else {})
     return results

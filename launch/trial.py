@@ -59,7 +59,7 @@ def count_steps(config: RunConfig) -> int:
         return config.budget.steps
     key = config.corpus.model_dump_json()
     if key not in _sizes:
-        _sizes[key] = {name: range(len(load_examples_of(config, name, "train"))) for name in config.corpus.tasks}
+        _sizes[key] = {name: range(len(load_examples_of(config, name, "train"))) for name in config.corpus.names}
     return max(1, round(config.budget.epochs * build_plan(config, _sizes[key]).steps_per_epoch))
 
 

@@ -32,7 +32,7 @@ def run_stage(run: RunFolder, stage: int, steps: int, world: World, out: Path) -
     config = run.read_config()
     config = config.model_copy(update={"parallel": config.parallel.model_copy(update={"zero_stage": stage})})
     tokenizer = load_tokenizer(run.encoder)
-    splits = {name: load_split(config, name, "train", tokenizer) for name in config.corpus.tasks}
+    splits = {name: load_split(config, name, "train", tokenizer) for name in config.corpus.names}
     seed_everything(config.seed)
     model = build_model(config, run)
     engine = build_engine(build_accelerator(config, world), model, build_optimizer(model, config.optimizer))

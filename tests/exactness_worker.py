@@ -48,7 +48,7 @@ def run_case(run: RunFolder, case: dict, world: World, out: Path) -> None:
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     config = configured(run.read_config(), case)
     tokenizer = load_tokenizer(run.encoder)
-    splits = {name: load_split(config, name, "train", tokenizer) for name in config.corpus.tasks}
+    splits = {name: load_split(config, name, "train", tokenizer) for name in config.corpus.names}
     seed_everything(0)
     model = build_model(config, run)
     groups = parameter_groups(model, config.optimizer)

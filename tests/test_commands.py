@@ -14,6 +14,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import pytest
+from known_tasks import TASKS
 from pydantic import Field
 from safetensors import safe_open
 from scipy.stats import pearsonr
@@ -21,7 +22,6 @@ from scipy.stats import pearsonr
 from minbert.data.errors import UserError
 from minbert.data.files import replacing
 from minbert.data.sources import load_examples
-from minbert.data.tasks import TASKS
 from minbert.launch.main import main
 from minbert.launch.options import parse_run_config, read_options
 from minbert.trainer.prediction_files import prediction_file_name

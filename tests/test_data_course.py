@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from known_tasks import QUORA, SST, STS, TASKS
 
 from minbert.data.course import read_course
 from minbert.data.errors import DataError
 from minbert.data.examples import BadRow, Examples, fingerprint, limit
-from minbert.data.sources import available_tasks, load_examples
-from minbert.data.tasks import CFIMDB, QUORA, SPLITS, SST, STS, TASKS
+from minbert.data.sources import load_examples
+from minbert.data.task import SPLITS
 
 COUNTS = {
     "sst": (8544, 541, 2210),
@@ -56,10 +57,6 @@ def test_the_defect_of_quora_dev_is_left_out_where_labelled_and_kept_where_predi
     test = load_examples(str(course_data), QUORA, "test")
     assert test.skipped == []
     assert test.sentences[1][test.ids.index(DEFECT)] == ""
-
-
-def test_real_folder_has_all_tasks(course_data):
-    assert available_tasks(str(course_data)) == ["sst", "quora", "sts", "cfimdb"]
 
 
 # What is read
@@ -114,7 +111,7 @@ def test_a_test_file_may_have_labels(tmp_path):
 
 BAD = {
     "0\tx\tgood\t": "label is missing",
-    "0\tx\tgood\tfive": "label 'five' is not a number",
+    "0\tx\tgood\tfive": f"label 'five' is not a number and no class ({', '.join(SST.classes)})",
     "0\tx\tgood\tnan": "label nan is not finite",
     "0\tx\tgood\t5": "label 5 is outside 0..4",
     "0\tx\tgood\t-1": "label -1 is outside 0..4",
@@ -226,23 +223,13 @@ def test_missing_files_are_named_with_what_is_expected(tmp_path):
     with pytest.raises(DataError, match=r"sts-train\.csv does not exist; .*sts-dev\.csv.*'builtin'"):
         load_examples(str(tmp_path), STS, "train")
     for source in (str(tmp_path / "nowhere"), "bultin"):
-        with pytest.raises(DataError, match=rf"{source} does not exist.*quora-train\.csv.*'builtin'.*'hub'"):
+        with pytest.raises(DataError, match=rf"{source} does not exist.*sts-train\.csv.*'builtin'.*'hub'"):
             load_examples(source, STS, "train")
-        with pytest.raises(DataError, match="does not exist"):
-            available_tasks(source)
     with pytest.raises(DataError, match="no data folder"):
         load_examples("", STS, "train")
     write(tmp_path, SST.course.train)
     with pytest.raises(DataError, match="is empty"):
         load_examples(str(tmp_path), SST, "train")
-
-
-def test_available_tasks_need_train_and_dev(tmp_path):
-    with pytest.raises(DataError, match=r"no task; expected are ids-sst-train\.csv and ids-sst-dev\.csv"):
-        available_tasks(str(tmp_path))
-    for name in (STS.course.train, STS.course.dev, SST.course.train, CFIMDB.course.train, CFIMDB.course.dev):
-        write(tmp_path, name)
-    assert available_tasks(str(tmp_path)) == ["sts", "cfimdb"]
 
 
 # Sub-samples and fingerprints

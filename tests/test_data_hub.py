@@ -4,11 +4,11 @@ import sys
 
 import numpy as np
 import pytest
+from known_tasks import QUORA, SST, STS
 
 from minbert.data.errors import DataError, UserError
 from minbert.data.examples import BadRow
-from minbert.data.sources import available_tasks, load_examples
-from minbert.data.tasks import QUORA, SST, STS
+from minbert.data.sources import load_examples
 
 datasets = pytest.importorskip("datasets", reason="the optional library `datasets` is not installed")
 
@@ -29,7 +29,6 @@ def test_the_hub_names_are_understood(tmp_path):
         validation=GLUE | {"label": [1, 0, 0]},
         test=GLUE | {"label": [-1, -1, -1]},
     )
-    assert available_tasks(source) == ["quora"]
     train = load_examples(source, QUORA, "train")
     assert train.ids == ["10", "11", "12"]
     assert train.sentences == (["a", "b", "c"], ["d", "e", "f"])
@@ -43,7 +42,6 @@ def test_our_own_names_are_understood(tmp_path):
     columns = {"sentence1": ["a", "b"], "sentence2": ["c", "d"]}
     labelled = columns | {"similarity": [0.25, 5.0], "id": ["X1", "X2"]}
     source = save(tmp_path, STS, train=labelled, dev=labelled, test=columns)
-    assert available_tasks(source) == ["sts"]
     assert load_examples(source, STS, "dev").ids == ["x1", "x2"]
     assert load_examples(source, STS, "dev").labels.tolist() == [0.25, 5.0]
     test = load_examples(source, STS, "test")
@@ -78,10 +76,6 @@ def test_what_is_missing_is_named(tmp_path):
         load_examples(source, SST, "dev")
     with pytest.raises(DataError, match=r"sts does not exist; .*save_to_disk.*'builtin'"):
         load_examples(source, STS, "train")
-    with pytest.raises(DataError, match=r"no task; expected are sst/dataset_dict\.json"):
-        available_tasks(source)
-    with pytest.raises(DataError, match="does not exist"):
-        available_tasks(f"hub:{tmp_path / 'nowhere'}")
     (tmp_path / "sts").mkdir()
     with pytest.raises(DataError, match="cannot be read as a saved data set"):
         load_examples(source, STS, "train")
@@ -101,7 +95,6 @@ def test_the_hub_is_asked_for_the_declared_data_set(monkeypatch):
     examples = load_examples("hub", QUORA, "dev")
     assert asked == [("nyu-mll/glue", "qqp", "validation")]
     assert examples.source == "nyu-mll/glue (qqp)"
-    assert available_tasks("hub") == ["sst", "quora", "sts", "cfimdb"]
 
 
 def test_an_unreachable_hub_is_explained_in_one_line(monkeypatch):

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from known_tasks import QUORA, SST
 
 from minbert.data import tokens
 from minbert.data.builtin import builtin_examples
 from minbert.data.errors import UserError
 from minbert.data.examples import limit
-from minbert.data.tasks import QUORA, SST
 from minbert.data.tokens import (
     SPECIAL_TOKENS,
     Tokenizer,
@@ -240,7 +240,7 @@ import sys, time
 from pathlib import Path
 from minbert.data import tokens
 from minbert.data.builtin import builtin_examples
-from minbert.data.tasks import QUORA
+from minbert.data.task import resolve_task
 
 encode = tokens.Tokenizer.encode
 def slow(self, *arguments):
@@ -251,7 +251,7 @@ def slow(self, *arguments):
 tokens.Tokenizer.encode = slow
 
 tokenizer = tokens.load_tokenizer(Path(sys.argv[1]))
-split = tokens.tokenise(builtin_examples(QUORA, "train"), tokenizer, 32, Path(sys.argv[2]))
+split = tokens.tokenise(builtin_examples(resolve_task("quora"), "train"), tokenizer, 32, Path(sys.argv[2]))
 print(sum(int(column.ids.sum()) for column in split.columns), len(split))
 """
 

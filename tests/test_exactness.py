@@ -92,7 +92,7 @@ class Dense:
         batch = config.batch.model_copy(update={"batch_size": case.get("batch_size", config.batch.batch_size)})
         self.config = config.model_copy(update={"batch": batch})
         tokenizer = load_tokenizer(prepared.encoder)
-        self.splits = {name: load_split(self.config, name, "train", tokenizer) for name in config.corpus.tasks}
+        self.splits = {name: load_split(self.config, name, "train", tokenizer) for name in config.corpus.names}
         self.plan = build_plan(self.config, self.splits)
         seed_everything(0)
         self.model = build_model(self.config, prepared).train()

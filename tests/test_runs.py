@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from known_tasks import TASKS
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModel, AutoTokenizer
 
 from minbert.data.sources import load_examples
-from minbert.data.tasks import TASKS
 from minbert.launch.main import main
 from minbert.trainer.run_folder import RunFolder
 

@@ -136,7 +136,7 @@ def build_step(folder, options="", **arguments):
     run = prepare(parse_run_config([*text.split(), "--run", str(folder / name)]))
     config = run.read_config()
     world = World(0, 1, torch.device("cpu"))
-    splits = {task: load_split(config, task, "train", load_tokenizer(run.encoder)) for task in config.corpus.tasks}
+    splits = {task: load_split(config, task, "train", load_tokenizer(run.encoder)) for task in config.corpus.names}
     seed_everything(0)
     model = build_model(config, run).train()
     engine = build_engine(build_accelerator(config, world), model, build_optimizer(model, config.optimizer))

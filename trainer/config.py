@@ -6,20 +6,25 @@ that depends on others when the run starts; `config.yaml` in the run folder hold
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from minbert.data.errors import UserError
 from minbert.data.examples import BadRows
 from minbert.data.plan import Schedule
-from minbert.data.tasks import TASKS
-
-TaskName = Literal["sst", "quora", "sts", "cfimdb"]
-assert set(get_args(TaskName)) == set(TASKS)
+from minbert.data.task import Task, resolve_task
 
 
 class Section(BaseModel):
@@ -39,8 +44,10 @@ class CorpusConfig(Section):
 
     data: str = "builtin"
     """`builtin` (a small generated corpus), a folder with the course's files, `hub`, or `hub:DIR` (saved data sets)."""
-    tasks: Annotated[tuple[TaskName, ...], Field(min_length=1)] = ("sst", "quora", "sts")
-    """Tasks to train, in this order."""
+    task_folder: Path | None = None
+    """A folder with declarations of tasks of one's own, NAME.yaml, which `tasks` may name."""
+    tasks: Annotated[tuple[Task, ...], Field(min_length=1, validate_default=True)] = ("sst", "quora", "sts")
+    """Tasks to train, in this order: names, or YAML files with the declaration of one's own (docs/tasks.md)."""
     bad_rows: BadRows = "refuse"
     """What to do with rows that cannot be used: `refuse` to start, or `skip` and count them."""
     max_length: Annotated[int, Field(ge=8)] = 128
@@ -51,6 +58,23 @@ class CorpusConfig(Section):
     """Score this many examples per task during training."""
     cache: Path | None = None
     """Folder for tokenised data; the default is $MINBERT_CACHE, or minbert in the user's cache folder."""
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _resolve_tasks(cls, words: Any, info: ValidationInfo) -> Any:
+        if isinstance(words, str) or not isinstance(words, Iterable):
+            words = [words]
+        try:
+            return tuple(resolve_task(word, info.data.get("task_folder")) for word in words)
+        except UserError as error:
+            raise ValueError(f"tasks: {error}") from None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(task.name for task in self.tasks)
+
+    def task(self, name: str) -> Task:
+        return self.tasks[self.names.index(name)]
 
 
 class EncoderConfig(Section):
@@ -212,9 +236,9 @@ class RunConfig(Section):
         if self.batch.surgery_scope == "layer" and source != "gramian":
             raise ValueError(f"surgery_scope=layer needs gradient surgery, which {self.batch.aggregator} is not")
         if self.batch.task_weights is not None and len(self.batch.task_weights) != len(self.corpus.tasks):
-            raise ValueError(f"task_weights needs one number for each of {', '.join(self.corpus.tasks)}")
-        if len(set(self.corpus.tasks)) < len(self.corpus.tasks):
-            raise ValueError(f"tasks names a task twice: {', '.join(self.corpus.tasks)}")
+            raise ValueError(f"task_weights needs one number for each of {', '.join(self.corpus.names)}")
+        if len(set(self.corpus.names)) < len(self.corpus.tasks):
+            raise ValueError(f"tasks names a task twice: {', '.join(self.corpus.names)}")
         return self
 
     def _weights_from(self) -> str:

@@ -53,7 +53,7 @@ def from_deepspeed(source: Path, run: RunFolder) -> tuple[Path, list[str]]:
         flat = {kind: tensor.detach().float().flatten() for kind, tensor in tensors.items()}
         parts.append(Part(name, 0, flat, replicated=True))
     tokenizer = load_tokenizer(run.encoder)
-    splits = {name: load_split(config, name, "train", tokenizer) for name in config.corpus.tasks}
+    splits = {name: load_split(config, name, "train", tokenizer) for name in config.corpus.names}
     plan = build_plan(config, splits)
     manifest = Manifest(
         step=found.step,

@@ -1,13 +1,13 @@
 """Scores: every example predicted once, over all processes, and the paper's metrics of the predictions."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from minbert.data.batch import TokenisedSplit, make_batch
-from minbert.data.tasks import TASKS, Task
+from minbert.data.task import CORRELATIONS, Task
 from minbert.trainer.distributed import World
 from minbert.trainer.model import predictions
 
@@ -48,32 +48,55 @@ def outputs(
 
 
 def evaluate(
-    model, splits: Mapping[str, TokenisedSplit], world: World, stop: Callable[[], bool] = lambda: False
+    model,
+    tasks: Iterable[Task],
+    splits: Mapping[str, TokenisedSplit],
+    world: World,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
     """Score of each task, and `overall`; None if `stop` said so. The model must be in evaluation mode."""
     scores = {}
-    for name, split in splits.items():
-        predicted = predict(model, TASKS[name], split, world, stop)
+    for task in tasks:
+        predicted = predict(model, task, splits[task.name], world, stop)
         if predicted is None:
             return None
-        scores[name] = score(TASKS[name], predicted, split.labels)
-    return scores | {"overall": overall(scores)}
+        scores[task.name] = score(task, predicted, splits[task.name].labels)
+    return scores | {"overall": overall(tasks, scores)}
 
 
 def score(task: Task, predicted: Tensor, labels: np.ndarray) -> float:
-    """Accuracy or Pearson correlation; a constant prediction correlates with nothing: 0."""
+    """The task's metric of its predictions. A constant prediction correlates with nothing: 0.
+
+    F1 is of the positive class of a binary task, and else the mean over the classes (macro); the accuracy of several
+    labels counts examples of which all are right.
+    """
     truth = torch.from_numpy(labels).double()
     if task.metric == "accuracy":
-        return float((predicted == truth).double().mean())
+        right = predicted == truth
+        return float((right if right.ndim == 1 else right.all(1)).double().mean())
+    if task.metric in ("f1", "matthews"):
+        from sklearn import metrics  # takes a second to import
+
+        if task.metric == "matthews":
+            return float(metrics.matthews_corrcoef(truth.numpy(), predicted.numpy()))
+        average = "binary" if task.kind == "binary" else "macro"
+        return float(metrics.f1_score(truth.numpy(), predicted.numpy(), average=average, zero_division=0))
     if len(truth) < 2 or predicted.std() == 0 or truth.std() == 0:
         return 0.0
-    return float(torch.corrcoef(torch.stack([predicted.double(), truth]))[0, 1])
+    pair = torch.stack([predicted.double(), truth])
+    if task.metric == "spearman":
+        from scipy.stats import rankdata
+
+        pair = torch.from_numpy(rankdata(pair.numpy(), axis=1))
+    return float(torch.corrcoef(pair)[0, 1])
 
 
-def overall(scores: Mapping[str, float]) -> float:
-    """The paper's overall score: the mean over tasks, a correlation r counting as (r + 1) / 2."""
-    parts = [(value + 1) / 2 if TASKS[name].metric == "pearson" else value for name, value in scores.items()]
-    return sum(parts) / len(parts)
+def overall(tasks: Iterable[Task], scores: Mapping[str, float]) -> float:
+    """The paper's overall score: the mean over the tasks that have a score, weighted by the tasks' weights, a
+    correlation r counting as (r + 1) / 2."""
+    scored = [task for task in tasks if task.name in scores]
+    parts = [(task.weight, scores[task.name], task.metric in CORRELATIONS) for task in scored]
+    return sum(w * ((r + 1) / 2 if correlation else r) for w, r, correlation in parts) / sum(w for w, _, _ in parts)
 
 
 def _chunks(split: TokenisedSplit) -> list[np.ndarray]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minbert.data.batch import Batch, Sentences
-from minbert.data.tasks import Task
+from minbert.data.task import Task
 from minbert.trainer.bert import Bert, BertConfig, SentenceLayout, mean_pool
 from minbert.trainer.config import EncoderConfig, HeadsConfig
 
@@ -85,21 +85,26 @@ class MultitaskModel(nn.Module):
 
 
 def example_losses(task: Task, outputs: Tensor, labels: Tensor) -> Tensor:
-    """(B,) losses of the raw outputs (B, outputs): cross entropy, binary cross entropy, or squared error of
-    5 sigmoid(x) against the similarity (the paper, section on the three tasks)."""
+    """(B,) losses of the raw outputs (B, outputs): cross entropy, binary cross entropy (of several labels their mean),
+    or the error of the sigmoid, stretched over the labels' range (the paper, section on the three tasks)."""
     if task.kind == "classification":
         return F.cross_entropy(outputs, labels.long(), reduction="none")
     if task.kind == "binary":
         return F.binary_cross_entropy_with_logits(outputs[:, 0], labels, reduction="none")
-    return F.mse_loss(_scaled(task, outputs), labels, reduction="none")
+    if task.kind == "multilabel":
+        return F.binary_cross_entropy_with_logits(outputs, labels, reduction="none").mean(1)
+    error = F.mse_loss if task.loss == "squared_error" else F.l1_loss
+    return error(_scaled(task, outputs), labels, reduction="none")
 
 
 def predictions(task: Task, outputs: Tensor) -> Tensor:
-    """(B,) predicted class, 0 or 1, or similarity."""
+    """(B,) predicted class, 0 or 1, or similarity; of several labels (B, classes) 0 or 1."""
     if task.kind == "classification":
         return outputs.argmax(-1).float()
     if task.kind == "binary":
         return (outputs[:, 0] > 0).float()
+    if task.kind == "multilabel":
+        return (outputs > 0).float()
     return _scaled(task, outputs)
 
 

@@ -19,8 +19,8 @@ from minbert.data.batch import TokenisedSplit
 from minbert.data.errors import UserError
 from minbert.data.examples import Examples, limit
 from minbert.data.plan import BatchPlan
-from minbert.data.sources import available_tasks, load_examples
-from minbert.data.tasks import TASKS, Split
+from minbert.data.sources import load_examples
+from minbert.data.task import Split
 from minbert.data.tokens import (
     Tokenizer,
     build_vocabulary,
@@ -62,7 +62,7 @@ def prepare(config: RunConfig, force: bool = False) -> RunFolder:
     if run.config_file.exists() and _has_checkpoints(run):
         _refuse_other_settings(run, config, force)
     tokenizer = _prepare_encoder(run, config)
-    for name in config.corpus.tasks:
+    for name in config.corpus.names:
         for split in ("train", "dev"):
             load_split(config, name, split, tokenizer)
     run.write_config(config)
@@ -101,7 +101,7 @@ def _absolute(folder: str) -> str:
 def load_examples_of(config: RunConfig, task: str, split: Split) -> Examples:
     """A split's examples as the configuration wants them."""
     corpus = config.corpus
-    examples = load_examples(corpus.data, TASKS[task], split, corpus.bad_rows)
+    examples = load_examples(corpus.data, corpus.task(task), split, corpus.bad_rows)
     most = {"train": corpus.train_limit, "dev": corpus.eval_limit}.get(split)
     return examples if most is None else limit(examples, most)
 
@@ -125,7 +125,7 @@ def identity(config: RunConfig, run: RunFolder, splits: Mapping[str, TokenisedSp
     heads |= {"head_size": config.heads.hidden_size, "pooling": config.encoder.pooling}
     words = [path for path in sorted(run.encoder.iterdir()) if path.name in ("vocab.txt", "tokenizer.json")]
     return {
-        "model": shape | heads | {"tasks": list(config.corpus.tasks)},
+        "model": shape | heads | {"tasks": {task.name: task.identity for task in config.corpus.tasks}},
         "vocabulary": {path.name: f"SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}" for path in words},
         "data": {name: split.fingerprint() for name, split in splits.items()},
     }
@@ -137,7 +137,7 @@ def total_steps(config: RunConfig) -> int:
     if config.budget.steps is not None:
         return config.budget.steps
     tokenizer = load_tokenizer(RunFolder(config.run).encoder)
-    splits = {name: load_split(config, name, "train", tokenizer) for name in config.corpus.tasks}
+    splits = {name: load_split(config, name, "train", tokenizer) for name in config.corpus.names}
     return max(1, round(config.budget.epochs * build_plan(config, splits).steps_per_epoch))
 
 
@@ -198,15 +198,15 @@ def _refuse_other_settings(run: RunFolder, config: RunConfig, force: bool) -> No
 
 def _prepare_encoder(run: RunFolder, config: RunConfig) -> Tokenizer:
     """Write the encoder's config.json and tokenizer into the run folder, unless a checkpoint relies on them."""
-    missing = set(config.corpus.tasks) - set(available_tasks(config.corpus.data))
+    missing = [task.name for task in config.corpus.tasks if task.builtin is None and task.files is None]
     if missing and config.corpus.data == "builtin":
-        raise UserError(f"the built-in corpus has no task {', '.join(sorted(missing))}; use --data or other --tasks")
+        raise UserError(f"the built-in corpus has no task {', '.join(missing)}; use --data or other --tasks")
     if not _has_checkpoints(run):
         shutil.rmtree(run.encoder, ignore_errors=True)  # an earlier start may have had other data or another model
         if config.encoder.model == "tiny":
             texts = (
                 text
-                for task in config.corpus.tasks
+                for task in config.corpus.names
                 for column in load_examples_of(config, task, "train").sentences
                 for text in column
             )

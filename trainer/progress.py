@@ -1,13 +1,13 @@
 """What a person sees of a run: a bar with the scores on a terminal, a line per evaluation elsewhere."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from rich.table import Table
 
-from minbert.data.tasks import TASKS
+from minbert.data.task import Task
 
 
 class Progress:
@@ -51,14 +51,15 @@ class Progress:
         self.console.print(f"step {step:>6}/{self.total}  {line}{mark}", highlight=False, soft_wrap=True)
 
 
-def score_table(title: str, columns: Mapping[str, Mapping[str, float]]) -> Table:
+def score_table(title: str, tasks: Iterable[Task], columns: Mapping[str, Mapping[str, float]]) -> Table:
     """Scores by task, one column per split."""
     table = Table(title=title, title_justify="left")
     for heading in ("task", "metric", *columns):
         table.add_column(heading, justify="left" if heading in ("task", "metric") else "right")
     names = list(next(iter(columns.values())))
+    known = {task.name: task for task in tasks}
     for name in names:
-        metric = TASKS[name].metric if name in TASKS else "mean, r as (r + 1) / 2"
-        shown = TASKS[name].title if name in TASKS else name
+        metric = known[name].metric if name in known else "mean, r as (r + 1) / 2"
+        shown = known[name].title if name in known else name
         table.add_row(shown, metric, *(f"{scores[name]:.3f}" for scores in columns.values()))
     return table

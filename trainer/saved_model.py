@@ -10,7 +10,6 @@ from torch import Tensor
 
 from minbert.data.errors import UserError
 from minbert.data.files import replacing
-from minbert.data.tasks import TASKS
 from minbert.data.tokens import Tokenizer, load_tokenizer
 from minbert.trainer.config import RunConfig
 from minbert.trainer.model import MultitaskModel
@@ -34,8 +33,7 @@ def build_model(config: RunConfig, run: RunFolder) -> MultitaskModel:
 
         dropout = config.encoder.encoder_dropout
         shape = replace(shape, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
-    tasks = [TASKS[name] for name in config.corpus.tasks]
-    return MultitaskModel(tasks, shape, config.encoder, config.heads, config.parallel.precision)
+    return MultitaskModel(config.corpus.tasks, shape, config.encoder, config.heads, config.parallel.precision)
 
 
 def load_model(run: RunFolder, device: torch.device) -> tuple[MultitaskModel, Tokenizer, dict]:

@@ -65,8 +65,8 @@ class Training:
         self.config, self.folder, self.world, self.stop = config, run, world, stop
         tokenizer = load_tokenizer(run.encoder)
         load = partial(load_split, config, tokenizer=tokenizer)
-        train_splits = {name: load(name, "train") for name in config.corpus.tasks}
-        self.dev_splits: Mapping[str, TokenisedSplit] = {name: load(name, "dev") for name in config.corpus.tasks}
+        train_splits = {name: load(name, "train") for name in config.corpus.names}
+        self.dev_splits: Mapping[str, TokenisedSplit] = {name: load(name, "dev") for name in config.corpus.names}
         self.plan = build_plan(config, train_splits)
         self.identity = identity(config, run, train_splits)
         resumed = newest_intact(run.checkpoints, world)
@@ -85,7 +85,7 @@ class Training:
             world,
             aggregator=config.batch.aggregator,
             accumulation=config.batch.accumulation,
-            task_weights=dict(zip(config.corpus.tasks, config.batch.task_weights or ())),
+            task_weights=dict(zip(config.corpus.names, config.batch.task_weights or ())),
             clip=config.optimizer.clip,
             per_layer=config.batch.surgery_scope == "layer",
         )
@@ -187,9 +187,12 @@ class Training:
 
         Returns False, and leaves everything as it was, if the run was asked to stop meanwhile.
         """
-        state, budget = self.state, self.config.budget
+        state, config = self.state, self.config
+        budget = config.budget
         self.engine.eval()
-        scores = evaluate(self.engine, self.dev_splits, self.world, stop=lambda: self.stop.agreed(self.world))
+        scores = evaluate(
+            self.engine, config.corpus.tasks, self.dev_splits, self.world, stop=lambda: self.stop.agreed(self.world)
+        )
         self.engine.train()
         if scores is None:
             return False

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minbert.trainer.config import TASKS
 from minbert.tuning.ablation import BASELINE, Ablation
 from minbert.tuning.trial import METRIC, Trial
 
@@ -95,5 +94,4 @@ def _spread(values: Sequence[float]) -> Spread:
 
 
 def _scores(record: dict[str, Any]) -> dict[str, float]:
-    names = [name for name in (*TASKS, "overall") if f"dev/{name}" in record]
-    return {name: record[f"dev/{name}"] for name in names}
+    return {name.removeprefix("dev/"): value for name, value in record.items() if name.startswith("dev/")}

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from minbert.data.errors import UserError
-from minbert.data.tasks import TASKS
-from minbert.tuning.ablation import BASELINE, TITLES, Ablation
+from minbert.data.task import Task
+from minbert.trainer.config import parse_config
+from minbert.tuning.ablation import ABLATION_FILE, BASELINE, TITLES, Ablation
 from minbert.tuning.comparison import Row, compare
 from minbert.tuning.report.page import (
     COLOURS,
@@ -54,7 +55,7 @@ def ablation_report(folder: Path) -> Report:
         members = [rows[name] for name in variants]
         sections.append(Section(TITLES[group], [_table(members, columns), _differences(members)]))
     sections += [
-        Section("Differences by task", [_by_task(rows)]),
+        Section("Differences by task", [_by_task(rows, parse_config(ablation.baseline, ABLATION_FILE).corpus.tasks)]),
         Section("Learning curves", [_curves(ablation, trials)]),
         Section("All runs", [_all(trials, columns)]),
     ]
@@ -145,18 +146,18 @@ def _differences(rows: Sequence[Row]) -> Chart | str:
     return Chart("Difference to the baseline", drawn, note, wide=True, height=100 + 34 * len(shown))
 
 
-def _by_task(rows: Mapping[str, Row]) -> Chart:
+def _by_task(rows: Mapping[str, Row], declared: Sequence[Task]) -> Chart:
     """What an extension gives to one task and takes from another."""
     import plotly.graph_objects as go
 
     base = rows[BASELINE].scores
     shown = [row for row in rows.values() if row.scores and base and row.variant != BASELINE][::-1]
-    tasks = [name for name in base if name != "overall"]
+    tasks = [task.name for task in declared]
     values = [[row.scores[task].mean - base[task].mean for task in tasks] for row in shown]
     limit = max([0.01, *(abs(value) for row in values for value in row)])
     heat = go.Heatmap(
         z=values,
-        x=[f"{task} ({TASKS[task].metric})" for task in tasks],
+        x=[f"{task.name} ({task.metric})" for task in declared],
         y=[_name(row.variant) for row in shown],
         zmin=-limit,
         zmax=limit,

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from minbert.data.examples import Examples
-from minbert.data.tasks import TASKS, Split, Task
+from minbert.data.task import Split, Task
 from minbert.data.tokens import tokenise
 from minbert.trainer.config import RunConfig
 from minbert.trainer.distributed import World, pick_device
@@ -25,8 +25,8 @@ BINS = 15
 
 @dataclass(frozen=True)
 class Answers:
-    """Of one task, n examples: `predicted` (n,) classes or similarities, `losses` (n,) as in training, and
-    `probabilities` (n, C) of a classifier's classes, None of a regression."""
+    """Of one task, n examples: `predicted` (n,) classes or similarities, of several labels (n, C) 0 or 1; `losses` (n,)
+    as in training; and `probabilities` (n, C) of a classifier's classes or of each label, None of a regression."""
 
     task: Task
     examples: Examples
@@ -45,11 +45,18 @@ class Answers:
 
     @property
     def correct(self) -> np.ndarray:
-        return self.predicted == self.labels
+        right = self.predicted == self.labels
+        return right if right.ndim == 1 else right.all(1)
 
     @property
     def score(self) -> float:
         return score(self.task, torch.from_numpy(self.predicted), self.labels)
+
+    @property
+    def metric(self) -> str:
+        """The score with its name, in words."""
+        words = {"accuracy": "Accuracy", "f1": "F1", "matthews": "Matthews correlation"}
+        return f"{words.get(self.task.metric, self.task.metric.capitalize() + ' correlation')} {self.score:.3f}"
 
     def worst(self, most: int) -> np.ndarray:
         """Row numbers of the mistakes with the highest loss, the worst first; of a regression, the largest errors."""
@@ -65,8 +72,8 @@ def answers(run: RunFolder, config: RunConfig, split: Split = "dev") -> list[Ans
     world = World(0, 1, pick_device(config.parallel))
     model, tokenizer, _ = load_model(run, world.device)
     found = []
-    for name in config.corpus.tasks:
-        task, examples = TASKS[name], load_examples_of(config, name, split)
+    for name in config.corpus.names:
+        task, examples = config.corpus.task(name), load_examples_of(config, name, split)
         tokenised = tokenise(examples, tokenizer, config.corpus.max_length, config.corpus.cache)
         raw = outputs(model, task, tokenised, world)
         losses = example_losses(task, raw, torch.from_numpy(tokenised.labels)).numpy()
@@ -105,4 +112,6 @@ def _probabilities(task: Task, raw: torch.Tensor) -> np.ndarray | None:
     if task.kind == "binary":
         positive = torch.sigmoid(raw[:, 0])
         return torch.stack([1 - positive, positive], 1).numpy()
+    if task.kind == "multilabel":
+        return torch.sigmoid(raw).numpy()
     return torch.softmax(raw, -1).numpy()

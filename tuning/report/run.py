@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from minbert.data.errors import UserError
-from minbert.data.tasks import Split
+from minbert.data.task import Split, named
 from minbert.trainer.config import RunConfig, flatten
 from minbert.trainer.conflicts import cosines, read_gramians
 from minbert.trainer.evaluation import overall
@@ -66,7 +66,7 @@ def _summary(run: RunFolder, found: Sequence[Answers], split: Split) -> list[Any
     parts: list[Any] = []
     if found:
         rows = [[a.task.name, a.task.metric, str(len(a.examples)), number(a.score)] for a in found]
-        mean = overall({answer.task.name: answer.score for answer in found})
+        mean = overall([a.task for a in found], {a.task.name: a.score for a in found})
         rows.append(["overall", "mean, a correlation r as (r + 1) / 2", "", number(mean)])
         parts.append(Table(("task", "metric", "examples", "score"), rows, f"Best model on {split}", text_columns=2))
     config, usual = flatten(run.read_config()), flatten(RunConfig())
@@ -123,11 +123,26 @@ def _lines(curves: dict[str, tuple[Sequence[int], Sequence[float]]], axis: dict[
 
 
 def _task(answer: Answers, mistakes: int) -> list[Any]:
+    if answer.task.kind == "multilabel":
+        return [_labels(answer), _worst(answer, mistakes)]
     if answer.probabilities is None:
         charts = [_similarities(answer), _residuals(answer)]
     else:
         charts = [_confusion(answer), _calibration(answer)]
     return [*charts, _worst(answer, mistakes)]
+
+
+def _labels(answer: Answers) -> Table:
+    """Of a task with several labels: each label's precision, recall and F1."""
+    from sklearn.metrics import precision_recall_fscore_support
+
+    columns = precision_recall_fscore_support(answer.labels, answer.predicted, zero_division=0)
+    rows = [
+        [name, str(int(count)), number(precision), number(recall), number(f1)]
+        for name, precision, recall, f1, count in zip(answer.task.classes, *columns)
+    ]
+    title = f"Labels. All of an example's are right in {answer.correct.mean():.1%} of the examples."
+    return Table(("label", "examples", "precision", "recall", "F1"), rows, title, text_columns=1)
 
 
 def _confusion(answer: Answers) -> Chart:
@@ -137,7 +152,7 @@ def _confusion(answer: Answers) -> Chart:
     classes = range(answer.probabilities.shape[1])
     counts = confusion_matrix(answer.labels.astype(int), answer.predicted.astype(int), labels=classes)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    names = [str(label) for label in classes]
+    names = list(answer.task.classes)
     heat = go.Heatmap(
         z=shares,
         x=names,
@@ -155,7 +170,7 @@ def _confusion(answer: Answers) -> Chart:
         xaxis={"title": {"text": "predicted"}, "type": "category", "constrain": "domain"},
         yaxis={"title": {"text": "label"}, "type": "category", "autorange": "reversed"},
     )
-    note = f"Shares of each label's examples, and their number. Accuracy {answer.score:.3f}."
+    note = f"Shares of each label's examples, and their number. {answer.metric}."
     return Chart("Confusion matrix", drawn, note, height=380)
 
 
@@ -226,7 +241,7 @@ def _similarities(answer: Answers) -> Chart:
         showlegend=False,
         hovermode="closest",
     )
-    note = f"Pearson correlation {answer.score:.3f}."
+    note = f"{answer.metric}."
     return Chart("Predicted against true similarity", drawn, note, height=380)
 
 
@@ -260,10 +275,12 @@ def _worst(answer: Answers, most: int) -> Table | str:
         if answer.probabilities is None:
             rows.append([*texts, f"{answer.labels[row]:.2f}", f"{answer.predicted[row]:.2f}"])
         else:
-            label, predicted = int(answer.labels[row]), int(answer.predicted[row])
-            sure = answer.probabilities[row]
-            rows.append([*texts, str(label), str(predicted), f"{sure[predicted]:.2f}", f"{sure[label]:.3f}"])
-    if answer.probabilities is not None:
+            task = answer.task
+            rows.append([*texts, named(task, answer.labels[row]), named(task, answer.predicted[row])])
+            if task.kind != "multilabel":
+                sure = answer.probabilities[row]
+                rows[-1] += [f"{sure[int(answer.predicted[row])]:.2f}", f"{sure[int(answer.labels[row])]:.3f}"]
+    if answer.probabilities is not None and answer.task.kind != "multilabel":
         header += ["confidence", "probability of the label"]
     title = "Worst mistakes" if answer.probabilities is not None else "Largest errors"
     return Table(header, rows, title, text_columns=len(answer.task.sentences))

@@ -102,7 +102,7 @@ def _describe(kind: Distribution) -> str:
 
 
 def _best(search: Search, scored: Sequence[Trial], folder: Path) -> list[Any]:
-    tasks = parse_config(search.base, "search.yaml").corpus.tasks
+    tasks = parse_config(search.base, "search.yaml").corpus.names
     rows = []
     for trial in scored[:SHOWN]:
         record = _best_record(trial)
@@ -325,7 +325,7 @@ def _all(search: Search, trials: Sequence[Trial]) -> Table:
 
 
 def _rows(search: Search, trials: Sequence[Trial]) -> list[list[Any]]:
-    tasks = parse_config(search.base, "search.yaml").corpus.tasks
+    tasks = parse_config(search.base, "search.yaml").corpus.names
     fields = ("trial", "number", "status", "score", "step", "steps", "started", "ended", "stopped_by", "error")
     rows: list[list[Any]] = [[*fields, *(f"dev/{name}" for name in tasks), *search.space]]
     for trial in trials:

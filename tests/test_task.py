@@ -1,0 +1,239 @@
+"""Tasks as declarations: what a wrong one is told, rows of one's own in every format, metrics against libraries, and
+a fourth task all the way from its files to predictions and a search."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from known_tasks import SST, STS, TASKS
+from scipy.stats import spearmanr
+from sklearn.metrics import f1_score, matthews_corrcoef
+
+from minbert.data.errors import DataError, UserError
+from minbert.data.sources import load_examples
+from minbert.data.task import Task, resolve_task
+from minbert.launch.main import main
+from minbert.trainer.config import RunConfig
+from minbert.trainer.evaluation import overall, score
+from minbert.trainer.model import example_losses, predictions
+from minbert.trainer.prediction_files import written
+
+MOOD = {
+    "name": "mood",
+    "kind": "classification",
+    "sentences": ["text"],
+    "label": "verdict",
+    "classes": ["bad", "neutral", "good"],
+    "metric": "f1",
+    "files": {"train": "train.csv", "dev": "dev.csv", "test": "test.csv"},
+}
+TOPICS = {"name": "topics", "kind": "multilabel", "sentences": ["text"], "label": "tags", "classes": ["a", "b", "c"]}
+
+
+def declare(folder: Path, **changes) -> Path:
+    content = {key: value for key, value in (MOOD | changes).items() if value is not None}
+    path = folder / f"{content.get('name', 'mood')}.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def test_declarations_of_the_program_survive_a_dump():
+    for task in TASKS.values():
+        assert Task.model_validate(json.loads(task.model_dump_json())) == task
+    assert (SST.outputs, STS.outputs, STS.label_range, SST.label_range) == (5, 1, (0, 5), (0, 4))
+
+
+WRONG = {
+    "kind": ("klassification", r"kind: input should be 'classification'.*not 'klassification'"),
+    "name": ("My Task", r"name: lower-case letters.*not 'My Task'"),
+    "classes": (["one"], r"classes: .*at least 2"),
+    "metric": ("pearson", r"metric: a classification task takes accuracy or f1 or matthews, not pearson"),
+    "loss": ("squared_error", r"loss: a classification task takes cross_entropy"),
+    "label": (None, r"label: field required"),
+    "range": ([0, 5], r"range: only a regression has one"),
+    "weight": (0, r"weight: input should be greater than 0, not 0"),
+    "sentences": (["a", "b", "c"], r"sentences: .*at most 2"),
+    "metrik": ("f1", r"unknown key 'metrik'; did you mean 'metric'\?"),
+    "files": ({"train": "a.csv", "dev": "b.xls"}, r"files\.dev: .*b\.xls must end in \.csv, \.tsv, \.jsonl, \.parquet"),
+    "predictions": ({"values": "float"}, r"predictions\.values: a classification task takes name or index, not float"),
+}
+
+
+@pytest.mark.parametrize(("key", "value", "message"), [(key, *rest) for key, rest in WRONG.items()])
+def test_a_wrong_declaration_names_file_and_key(tmp_path, key, value, message):
+    path = declare(tmp_path, **{key: value})
+    with pytest.raises(UserError, match=message) as error:
+        resolve_task(str(path))
+    assert str(error.value).startswith(f"{path}: ")
+
+
+def test_names_are_looked_up_in_a_folder_and_an_unknown_one_is_told_the_nearest(tmp_path):
+    declare(tmp_path)
+    config = RunConfig(corpus={"task_folder": tmp_path, "tasks": ["sst", "mood"]})
+    assert config.corpus.names == ("sst", "mood") and config.corpus.task("mood").files.train == tmp_path / "train.csv"
+    again = RunConfig(**json.loads(config.model_dump_json()))  # the declaration goes with the run
+    (tmp_path / "mood.yaml").unlink()
+    assert again == config
+    with pytest.raises(ValueError, match=r"there is no task 'quara'; did you mean 'quora'\?"):
+        RunConfig(corpus={"tasks": ["quara"]})
+    with pytest.raises(ValueError, match="names a task twice: sst, sst"):
+        RunConfig(corpus={"tasks": ["sst", "sst"]})
+
+
+ROWS = [{"id": "a", "text": "fine film", "verdict": "good"}, {"id": "b", "text": 'so, "so"', "verdict": 1}]
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix == ".parquet":
+        import pyarrow
+        from pyarrow import parquet
+
+        columns = {key: [str(row[key]) for row in rows] for key in rows[0]}
+        parquet.write_table(pyarrow.table(columns), path)
+    else:
+        import csv
+
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), delimiter="," if path.suffix == ".csv" else "\t")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "parquet"])
+def test_rows_of_ones_own_are_read(tmp_path, kind):
+    files = {split: f"{split}.{kind}" for split in ("train", "dev", "test")}
+    task = resolve_task(str(declare(tmp_path, files=files)))
+    write_rows(tmp_path / files["train"], ROWS)
+    write_rows(tmp_path / files["test"], [{"text": row["text"]} for row in ROWS])
+    train = load_examples("builtin", task, "train")
+    assert train.ids == ["a", "b"] and train.sentences == (["fine film", 'so, "so"'],)
+    assert train.labels.tolist() == [2, 1]
+    test = load_examples("builtin", task, "test")
+    assert test.ids == ["0", "1"] and test.labels is None
+    with pytest.raises(DataError, match=rf"dev\.{kind} does not exist; it is files\.dev of task mood"):
+        load_examples("builtin", task, "dev")
+    write_rows(tmp_path / files["dev"], [*ROWS, {"id": "c", "text": "x", "verdict": "goood"}])
+    with pytest.raises(DataError, match=rf"dev\.{kind}:\d: label 'goood' is not a number and no class \(bad, neu"):
+        load_examples("builtin", task, "dev")
+
+
+def test_broken_files_of_ones_own_are_located(tmp_path):
+    task = resolve_task(str(declare(tmp_path, files={"train": "t.jsonl", "dev": "d.parquet"})))
+    (tmp_path / "t.jsonl").write_text('{"text": "x", "verdict": 0}\n{"text": 7, "verdict": 0}\n[1]\n{broken\n')
+    with pytest.raises(DataError) as error:
+        load_examples("builtin", task, "train")
+    for line in (r"t.jsonl:2: no text in text", "t.jsonl:3: no JSON object", "t.jsonl:4: no JSON: Expecting"):
+        assert line in str(error.value)
+    (tmp_path / "d.parquet").write_bytes(b"PAR1 nothing")
+    with pytest.raises(DataError, match=r"d\.parquet cannot be read as parquet"):
+        load_examples("builtin", task, "dev")
+    with pytest.raises(DataError, match=r"names no file for test: files\.test"):
+        load_examples("builtin", task, "test")
+
+
+def test_several_labels_from_names_or_lists(tmp_path):
+    (tmp_path / "t.jsonl").write_text(
+        '{"text": "x", "tags": ["a", "c"]}\n{"text": "y", "tags": "b"}\n{"text": "z", "tags": ""}\n'
+    )
+    task = Task.model_validate(TOPICS | {"files": {"train": tmp_path / "t.jsonl", "dev": tmp_path / "t.jsonl"}})
+    labels = load_examples("builtin", task, "train").labels
+    assert labels.tolist() == [[1, 0, 1], [0, 1, 0], [0, 0, 0]]
+    raw = torch.tensor([[2.0, -1.0, 0.5], [-1.0, -2.0, -3.0], [0.1, 0.1, -0.1]])
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(raw, torch.from_numpy(labels), reduction="none")
+    assert torch.equal(example_losses(task, raw, torch.from_numpy(labels)), expected.mean(1))
+    answers = predictions(task, raw)
+    assert [written(task, row) for row in answers.tolist()] == ["a,c", "", "a,b"]
+    assert score(task, answers, labels) == f1_score(labels, answers.numpy(), average="macro", zero_division=0)
+    exact = Task.model_validate(TOPICS | {"metric": "accuracy"})
+    assert score(exact, answers, labels) == pytest.approx(1 / 3)
+
+
+def test_metrics_are_those_of_the_libraries():
+    random = np.random.default_rng(0)
+    truth, guess = random.integers(0, 3, 200), random.integers(0, 3, 200)
+    declared = {"name": "t", "sentences": ["x"], "label": "y"}
+    many = declared | {"kind": "classification", "classes": ["a", "b", "c"]}
+    two = declared | {"kind": "binary"}
+    for raw, labels, guesses, metric, expected in (
+        (many, truth, guess, "f1", f1_score(truth, guess, average="macro")),
+        (many, truth, guess, "matthews", matthews_corrcoef(truth, guess)),
+        (two, truth % 2, guess % 2, "f1", f1_score(truth % 2, guess % 2)),
+        (two, truth % 2, guess % 2, "matthews", matthews_corrcoef(truth % 2, guess % 2)),
+    ):
+        task = Task.model_validate(raw | {"metric": metric})
+        assert score(task, torch.from_numpy(guesses).float(), labels.astype(np.float32)) == expected
+    spearman = Task.model_validate(declared | {"kind": "regression", "range": [0, 5], "metric": "spearman"})
+    x, y = random.random(50).astype(np.float32), random.integers(0, 6, 50).astype(np.float32)
+    assert score(spearman, torch.from_numpy(x), y) == pytest.approx(spearmanr(x, y).statistic, abs=1e-12)
+
+
+def test_the_overall_score_weighs_tasks_and_maps_correlations():
+    heavy = SST.model_copy(update={"weight": 3.0})
+    assert overall([SST, STS], {"sst": 0.5, "sts": 0.2}) == pytest.approx((0.5 + 0.6) / 2)
+    assert overall([heavy, STS], {"sst": 0.5, "sts": 0.2}) == pytest.approx((3 * 0.5 + 0.6) / 4)
+    assert overall([heavy, STS], {"sts": 0.2}) == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize(("loss", "expected"), [("squared_error", 2.25), ("absolute_error", 1.5)])
+def test_a_regression_chooses_its_loss(loss, expected):
+    task = Task.model_validate(
+        {"name": "t", "sentences": ["x"], "label": "y", "kind": "regression", "range": [1, 3], "loss": loss}
+    )
+    assert predictions(task, torch.zeros(1, 1)).tolist() == [2.0]  # the middle of the range
+    assert example_losses(task, torch.zeros(1, 1), torch.tensor([0.5])).item() == expected
+
+
+WORDS = {"bad": "awful weak boring", "neutral": "long quiet old", "good": "lovely great charming"}
+
+
+def corpus(folder: Path) -> Path:
+    """A small fourth task: reviews of three moods."""
+    random = np.random.default_rng(0)
+    for split, count in (("train", 240), ("dev", 60), ("test", 20)):
+        rows = []
+        for number in range(count):
+            mood = MOOD["classes"][number % 3]
+            word, thing = random.choice(WORDS[mood].split()), random.choice(["plot", "cast", "ending"])
+            rows.append({"text": f"the {thing} was {word} , {number}", "verdict": mood})
+        write_rows(folder / f"{split}.csv", rows if split != "test" else [{"text": row["text"]} for row in rows])
+    return declare(folder)
+
+
+def test_a_fourth_task_from_its_files_to_predictions_and_a_search(tmp_path, capsys):
+    declaration, run = corpus(tmp_path), tmp_path / "run"
+    options = ["--train-limit", "200", "--eval-limit", "60", "--batch-size", "16", "--log-every", "5", "--trackers"]
+    command = [sys.executable, "-m", "minbert.launch.main", "train", "--run", str(run), "--tasks", "sst", "sts"]
+    command += [str(declaration), *options, "--steps", "60", "--eval-every", "30", "--aggregator", "pcgrad"]
+    done = subprocess.run(
+        [*command, "--processes", "2", "--zero-stage", "2", "--lr", "3e-3"], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "cosine/sst-mood" in (run / "metrics.jsonl").read_text()
+    declaration.unlink()  # the run has it
+
+    assert main(["evaluate", str(run), "--json"]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert list(scores) == ["sst", "sts", "mood", "overall"] and scores["mood"] > 0.9
+    lines = (run / "predictions" / "mood-test-output.csv").read_text().splitlines()
+    assert len(lines) == 21 and {line.split(" , ")[1].strip() for line in lines[1:]} <= set(MOOD["classes"])
+    assert main(["predict", str(run), "--task", "mood", "--text", "the plot was lovely , 3"]) == 0
+    assert capsys.readouterr().out.strip() == "good"
+    assert main(["export", str(run), str(tmp_path / "encoder")]) == 0
+    assert main(["report", str(run)]) == 0
+    assert "neutral" in (run / "report.html").read_text()
+
+    search = tmp_path / "search"
+    declare(tmp_path)
+    command = [sys.executable, "-m", "minbert.launch.main", "tune", "--search", str(search), "--samples", "2"]
+    command += ["--space", "lr=0.001,0.003", "--tasks", "sst", str(declaration), *options, "--steps", "6"]
+    done = subprocess.run([*command, "--evaluations", "2"], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    trial = json.loads((search / "trials" / "trial-0001" / "trial.json").read_text())
+    assert trial["status"] == "finished" and trial["score"] > 0
