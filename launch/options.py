@@ -12,7 +12,7 @@ from types import NoneType
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
-from pydantic import BaseModel, TypeAdapter, ValidationError, create_model
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, create_model
 
 from minbert.data.errors import UserError
 from minbert.trainer.config import OPTIONS, SECTIONS, RunConfig, parse_config
@@ -62,7 +62,7 @@ def run_option_types() -> dict[str, Any]:
         name: (RunConfig if section is None else SECTIONS[section]).model_fields[name].rebuild_annotation()
         for name, section in OPTIONS.items()
     }
-    return types | {"tasks": tuple[str, ...], "config": Path, "force": bool}
+    return types | {"tasks": Annotated[tuple[str, ...], Field(min_length=1)], "config": Path, "force": bool}
 
 
 def build_run_config(options: Mapping[str, Any]) -> RunConfig:
