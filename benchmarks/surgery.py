@@ -170,9 +170,9 @@ def _torchjd_step(method: str, model, optimizer, plan, splits, world):
     from torchjd import autojac
     from torchjd.aggregation import PCGrad, UPGrad
 
-    from minbert.data.batch import Sentences, make_batch
-    from minbert.trainer.bert import SentenceLayout
-    from minbert.trainer.model import example_losses
+    from minbert.data.batch import make_batch
+    from minbert.trainer.model import Forward
+    from minbert.trainer.objectives.supervised import example_losses
 
     aggregator = {"pcgrad": PCGrad, "upgrad": UPGrad}[method]()
     shared = [parameter for parameter in model.bert.parameters() if parameter.requires_grad]
@@ -182,16 +182,16 @@ def _torchjd_step(method: str, model, optimizer, plan, splits, world):
         for name, split in splits.items():
             rows = plan.rows(name, number)
             batches[name] = make_batch(split, rows, len(rows)).to(world.device)
-        sentences = Sentences.concatenate([batch.sentences for batch in batches.values()])
-        features = model.embed(sentences, SentenceLayout(sentences.lengths, world.device))
-        parts = features.split([len(batch.sentences.lengths) for batch in batches.values()])
+        pooled = Forward(model, batches).pooled
         losses = [
-            example_losses(model.tasks[name], model.heads[name](part), batch.labels).mean()
-            for (name, batch), part in zip(batches.items(), parts)
+            example_losses(model.tasks[name], model.heads[name](pooled[name]), batch.labels).mean()
+            for name, batch in batches.items()
         ]
         heads = [list(model.heads[name].parameters()) for name in batches]
         # A chunk of one avoids vmap, for which the oneDNN linear layers have no rule.
-        autojac.mtl_backward(losses, features=features, tasks_params=heads, shared_params=shared, parallel_chunk_size=1)
+        autojac.mtl_backward(
+            losses, features=list(pooled.values()), tasks_params=heads, shared_params=shared, parallel_chunk_size=1
+        )
         autojac.jac_to_grad(shared, aggregator)
         optimizer.step()
         optimizer.zero_grad()

@@ -77,7 +77,8 @@ def peer(options: Options, folder: Path):
     from transformers import BertConfig, BertModel
 
     from minbert.data.tokens import load_tokenizer
-    from minbert.trainer.model import Head, example_losses
+    from minbert.trainer.model import Head
+    from minbert.trainer.objectives.supervised import example_losses
     from minbert.trainer.preparation import build_plan, load_split
     from minbert.trainer.run_folder import RunFolder
     from minbert.trainer.weights import find_checkpoint

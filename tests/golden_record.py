@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 FOLDER = Path(__file__).parent / "golden"
-SHARED = "--steps 20 --eval-every 20 --log-every 1 --batch-size 8 --train-limit 300 --eval-limit 20 --max-length 48 --lr 1e-4"
+SHARED = "--steps 20 --eval-every 20 --log-every 1 --batch-size 8 --train-limit 300 --eval-limit 20 --max-length 48"
 RUNS = {
     "sum": "",
     "pcgrad": "--aggregator pcgrad",

@@ -181,7 +181,10 @@ MISTAKES = [
     ("train --steps 0", "--steps must be greater than or equal to 1, not '0'"),
     ("train --task-weights 1 -2 1", "--task-weights must be greater than 0, not '-2'"),
     ("train --task-weights 1 2", "task_weights needs one number for each of sst, quora, sts"),
-    ("train --tasks sst quoraa", "there is no task 'quoraa'; did you mean 'quora'? There are cfimdb, quora, sst, sts, and FILE.yaml"),
+    (
+        "train --tasks sst quoraa",
+        "there is no task 'quoraa'; did you mean 'quora'? There are cfimdb, quora, sst, sts",
+    ),
     ("train --tasks sst sst", "names a task twice"),
     ("train --zero-stage 4", "--zero-stage must be 0, 1, 2 or 3, not '4'"),
     ("train --freeze all", "--freeze must be 'none', 'embeddings' or 'encoder', or a valid integer, not 'all'"),

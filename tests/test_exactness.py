@@ -20,7 +20,7 @@ from minbert.data.batch import make_batch
 from minbert.data.tokens import load_tokenizer
 from minbert.launch.options import parse_run_config
 from minbert.launch.processes import launch
-from minbert.trainer.model import example_losses
+from minbert.trainer.objectives.supervised import example_losses
 from minbert.trainer.optimizer import parameter_groups
 from minbert.trainer.preparation import build_plan, load_split, prepare
 from minbert.trainer.random_state import seed_everything

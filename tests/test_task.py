@@ -20,7 +20,7 @@ from minbert.data.task import Task, resolve_task
 from minbert.launch.main import main
 from minbert.trainer.config import RunConfig
 from minbert.trainer.evaluation import overall, score
-from minbert.trainer.model import example_losses, predictions
+from minbert.trainer.objectives.supervised import example_losses, predictions
 from minbert.trainer.prediction_files import written
 
 MOOD = {

@@ -181,10 +181,17 @@ class Bert(nn.Module):
 
     def forward(self, sentences: Sentences, layout: SentenceLayout) -> Tensor:
         """Hidden states of the last layer, (N, H), token for token in the order of `sentences`."""
+        return self.encode(self.embed(sentences, layout), layout)
+
+    def embed(self, sentences: Sentences, layout: SentenceLayout) -> Tensor:
+        """Embeddings (N, H), in the order in which the layers work."""
         input_ids, positions, types = sentences.input_ids, layout.position, sentences.token_type_ids
         if layout.order is not None:
             input_ids, positions, types = input_ids[layout.order], positions[layout.order], types[layout.order]
-        hidden = self.embeddings(input_ids, positions, types)
+        return self.embeddings(input_ids, positions, types)
+
+    def encode(self, hidden: Tensor, layout: SentenceLayout) -> Tensor:
+        """From what `embed` gives to the last layer's hidden states (N, H), in the order of the sentences."""
         for layer in self.layers:
             hidden = layer(hidden, layout)
         return hidden if layout.restore is None else hidden.index_select(0, layout.restore)

@@ -115,8 +115,9 @@ class Engine:
         """The model itself, without its wrapper. At stage 3 its parameters are shards outside of its modules."""
         return self.model if isinstance(self.model, MultitaskModel) else self.model.module
 
-    def __call__(self, batches: Mapping[str, Batch]) -> dict[str, Tensor]:
-        return self.model(batches)
+    def __call__(self, batches: Mapping[str, Batch], *arguments: Any) -> dict[str, Tensor]:
+        """As `MultitaskModel.forward`."""
+        return self.model(batches, *arguments)
 
     def accumulating(self, last: bool) -> contextlib.AbstractContextManager:
         """Context of one of several forward and backward passes that add up; the `last` one reduces."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from minbert.data.batch import TokenisedSplit, make_batch
 from minbert.data.task import CORRELATIONS, Task
 from minbert.trainer.distributed import World
-from minbert.trainer.model import predictions
+from minbert.trainer.objectives.supervised import predictions
 
 TOKENS_PER_BATCH = 8192
 

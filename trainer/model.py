@@ -1,13 +1,13 @@
 """The multitask model: one encoder, one head per task, one forward pass for whatever tasks a step trains.
 
-Heads and losses are the paper's: a sentence head classifies the pooled embedding; a pair head sees the embeddings u and
-v of its two sentences, encoded separately.
+Heads are the paper's: a sentence head classifies the pooled embedding; a pair head sees the embeddings u and v of its
+two sentences, encoded separately. What a step minimises is an objective's to say (`trainer/objectives/`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minbert.data.batch import Batch, Sentences
@@ -68,46 +68,75 @@ class MultitaskModel(nn.Module):
         for module in frozen:
             module.requires_grad_(False)
 
-    def forward(self, batches: Mapping[str, Batch]) -> dict[str, Tensor]:
-        """Raw outputs (B, outputs) in fp32 for each task's batch; the encoder sees all sentences at once."""
-        sentences = Sentences.concatenate([batch.sentences for batch in batches.values()])
-        device = sentences.input_ids.device
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.low_precision):
-            embeddings = self.embed(sentences, SentenceLayout(sentences.lengths, device))
-            counts = [len(batch.sentences.lengths) for batch in batches.values()]
-            parts = dict(zip(batches, embeddings.split(counts)))
-            return {name: self.heads[name](part).float() for name, part in parts.items()}
+    def forward(
+        self, batches: Mapping[str, Batch], objective: "Objective | None" = None, step: int = 0
+    ) -> dict[str, Tensor]:
+        """Raw outputs (B, outputs) in fp32 for each task's batch; with an objective, its losses (B,) instead.
 
-    def embed(self, sentences: Sentences, layout: SentenceLayout) -> Tensor:
-        """Sentence embeddings (S, H)."""
-        hidden = self.bert(sentences, layout)
-        return mean_pool(hidden, layout) if self.pooling == "mean" else self.bert.pooler(hidden[layout.starts])
+        Objectives are evaluated in here, so that a wrapper (DDP, DeepSpeed) sees one forward pass whatever they do.
+        """
+        forward = Forward(self, batches, step)
+        return forward.outputs if objective is None else objective(forward)
 
 
-def example_losses(task: Task, outputs: Tensor, labels: Tensor) -> Tensor:
-    """(B,) losses of the raw outputs (B, outputs): cross entropy, binary cross entropy (of several labels their mean),
-    or the error of the sigmoid, stretched over the labels' range (the paper, section on the three tasks)."""
-    if task.kind == "classification":
-        return F.cross_entropy(outputs, labels.long(), reduction="none")
-    if task.kind == "binary":
-        return F.binary_cross_entropy_with_logits(outputs[:, 0], labels, reduction="none")
-    if task.kind == "multilabel":
-        return F.binary_cross_entropy_with_logits(outputs, labels, reduction="none").mean(1)
-    error = F.mse_loss if task.loss == "squared_error" else F.l1_loss
-    return error(_scaled(task, outputs), labels, reduction="none")
+Objective = Callable[["Forward"], dict[str, Tensor]]
 
 
-def predictions(task: Task, outputs: Tensor) -> Tensor:
-    """(B,) predicted class, 0 or 1, or similarity; of several labels (B, classes) 0 or 1."""
-    if task.kind == "classification":
-        return outputs.argmax(-1).float()
-    if task.kind == "binary":
-        return (outputs[:, 0] > 0).float()
-    if task.kind == "multilabel":
-        return (outputs > 0).float()
-    return _scaled(task, outputs)
+class Forward:
+    """One pass of the model over the batches of step `step`, in stages that are computed when they are asked for.
 
+    `embeddings` takes the place of the encoder's own, (N, H) in the same order; `sentences` that of the batches' own,
+    which are to be as many.
+    """
 
-def _scaled(task: Task, outputs: Tensor) -> Tensor:
-    low, high = task.label_range
-    return low + (high - low) * torch.sigmoid(outputs[:, 0])
+    def __init__(
+        self,
+        model: MultitaskModel,
+        batches: Mapping[str, Batch],
+        step: int = 0,
+        embeddings: Tensor | None = None,
+        sentences: Sentences | None = None,
+    ):
+        self.model, self.batches, self.step = model, batches, step
+        self.sentences = sentences or Sentences.concatenate([batch.sentences for batch in batches.values()])
+        self.device = self.sentences.input_ids.device
+        self.layout = SentenceLayout(self.sentences.lengths, self.device)
+        self._given = embeddings
+
+    def again(self, embeddings: Tensor | None = None, sentences: Sentences | None = None) -> "Forward":
+        """Another pass over the same batches: with dropout of its own, and with other embeddings or tokens."""
+        return Forward(self.model, self.batches, self.step, embeddings, sentences or self.sentences)
+
+    @cached_property
+    def embeddings(self) -> Tensor:
+        """What the first layer sees: word, position and type embeddings, normalised, after dropout; (N, H)."""
+        if self._given is not None:
+            return self._given
+        with self._arithmetic():
+            return self.model.bert.embed(self.sentences, self.layout)
+
+    @cached_property
+    def hidden(self) -> Tensor:
+        """States of the last layer, (N, H)."""
+        with self._arithmetic():
+            return self.model.bert.encode(self.embeddings, self.layout)
+
+    @cached_property
+    def pooled(self) -> dict[str, Tensor]:
+        """Sentence embeddings (S, H) of each task's batch."""
+        with self._arithmetic():
+            if self.model.pooling == "mean":
+                pooled = mean_pool(self.hidden, self.layout)
+            else:
+                pooled = self.model.bert.pooler(self.hidden[self.layout.starts])
+        counts = [len(batch.sentences.lengths) for batch in self.batches.values()]
+        return dict(zip(self.batches, pooled.split(counts)))
+
+    @cached_property
+    def outputs(self) -> dict[str, Tensor]:
+        """Raw outputs (B, outputs), fp32."""
+        with self._arithmetic():
+            return {name: self.model.heads[name](pooled).float() for name, pooled in self.pooled.items()}
+
+    def _arithmetic(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.model.low_precision)

@@ -15,7 +15,8 @@ from minbert.data.plan import BatchPlan, share
 from minbert.trainer.aggregators import Aggregator
 from minbert.trainer.distributed import World
 from minbert.trainer.engine import Engine, Gradient, gradient_norm
-from minbert.trainer.model import example_losses
+from minbert.trainer.model import Objective
+from minbert.trainer.objectives.supervised import supervised
 from minbert.trainer.surgery import Gramians, combine, drop_signs, gramians, shared_layers
 
 
@@ -48,9 +49,11 @@ class TrainingStep:
         task_weights: Mapping[str, float] | None = None,
         clip: float = 0.0,
         per_layer: bool = False,
+        objective: Objective = supervised,
     ):
         self.engine, self.plan, self.splits, self.world = engine, plan, splits, world
         self.accumulation, self.clip, self.per_layer = accumulation, clip, per_layer
+        self.objective = objective
         self.task_weights = task_weights or {}
         self.layers = shared_layers(list(engine.parameters))
         groups = max(1, len(self.layers)) if per_layer else 1
@@ -77,7 +80,7 @@ class TrainingStep:
         for part in range(self.accumulation):
             batches, last = self.batches(names, step, part), part == self.accumulation - 1
             with self.engine.accumulating(last):
-                losses = self._losses(batches)
+                losses = self._losses(batches, step)
                 if weights is None and self.aggregator.name != "sum":  # one part: its losses are the step's
                     weights = self._agree(self.aggregator.from_losses(self._global(losses), step))
                 total = sum(losses[name] * self._weight(weights, name) for name in names)
@@ -98,7 +101,7 @@ class TrainingStep:
             for part in range(self.accumulation):
                 batches, last = self.batches((name,), step, part), part == self.accumulation - 1
                 with self.engine.accumulating(last):
-                    loss = self._losses(batches)[name]
+                    loss = self._losses(batches, step)[name]
                     self.engine.backward(loss * self.world.size * self.task_weights.get(name, 1.0), last)
                 totals[name] += loss.detach()
             gradients.append(self.engine.take())
@@ -152,14 +155,10 @@ class TrainingStep:
             self._tokens += len(batches[name].sentences.input_ids)
         return batches
 
-    def _losses(self, batches: Mapping[str, Batch]) -> dict[str, Tensor]:
+    def _losses(self, batches: Mapping[str, Batch], step: int) -> dict[str, Tensor]:
         """This process's part of each task's mean loss over the global batch."""
-        outputs = self.engine(batches)
-        tasks = self.engine.module.tasks
-        return {
-            name: torch.dot(example_losses(tasks[name], outputs[name], batch.labels), batch.weights) / batch.global_size
-            for name, batch in batches.items()
-        }
+        losses = self.engine(batches, self.objective, step)
+        return {name: torch.dot(losses[name], batch.weights) / batch.global_size for name, batch in batches.items()}
 
     def _weigh_losses(self, step: int) -> Tensor | None:
         """The weights of an accumulated step, whose losses must be known before the first part's backward pass."""
@@ -172,7 +171,7 @@ class TrainingStep:
         names = self.plan.tasks(step)
         totals = dict.fromkeys(names, 0.0)
         for part in range(self.accumulation):
-            losses = self._losses(self.batches(names, step, part))
+            losses = self._losses(self.batches(names, step, part), step)
             totals = {name: totals[name] + losses[name] for name in names}
         return self._global(totals)
 

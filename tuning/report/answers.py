@@ -15,7 +15,7 @@ from minbert.data.tokens import tokenise
 from minbert.trainer.config import RunConfig
 from minbert.trainer.distributed import World, pick_device
 from minbert.trainer.evaluation import outputs, score
-from minbert.trainer.model import example_losses, predictions
+from minbert.trainer.objectives.supervised import example_losses, predictions
 from minbert.trainer.preparation import load_examples_of
 from minbert.trainer.run_folder import RunFolder
 from minbert.trainer.saved_model import load_model
