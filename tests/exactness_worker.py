@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import save_file
+from toy_objectives import OBJECTIVES
 
 from minbert.data.tokens import load_tokenizer
 from minbert.launch.processes import record_errors
@@ -64,6 +65,7 @@ def run_case(run: RunFolder, case: dict, world: World, out: Path) -> None:
         accumulation=config.batch.accumulation,
         clip=case.get("clip", 0.0),
         per_layer=config.batch.surgery_scope == "layer",
+        objective=OBJECTIVES[case.get("objective", "supervised")],
     )
     history = {}
     for number in range(case["steps"]):

@@ -15,12 +15,12 @@ import torch
 from exactness_worker import OPTIMIZERS
 from safetensors.torch import load_file
 from torchjd.aggregation import PCGrad, UPGrad
+from toy_objectives import OBJECTIVES
 
 from minbert.data.batch import make_batch
 from minbert.data.tokens import load_tokenizer
 from minbert.launch.options import parse_run_config
 from minbert.launch.processes import launch
-from minbert.trainer.objectives.supervised import example_losses
 from minbert.trainer.optimizer import parameter_groups
 from minbert.trainer.preparation import build_plan, load_split, prepare
 from minbert.trainer.random_state import seed_everything
@@ -60,7 +60,10 @@ ODD = [
         ("sum", {"broken_step": 1}),
     ]
 ]  # fmt: skip
-CASES = EVERYWHERE + ODD
+OBJECTIVE = [
+    case(stage, "pcgrad", objective=objective) for stage in (None, 2, 3) for objective in ("adversarial", "masked")
+]
+CASES = EVERYWHERE + ODD + OBJECTIVE
 
 
 @pytest.fixture(scope="session")
@@ -92,6 +95,7 @@ class Dense:
         batch = config.batch.model_copy(update={"batch_size": case.get("batch_size", config.batch.batch_size)})
         self.config = config.model_copy(update={"batch": batch})
         tokenizer = load_tokenizer(prepared.encoder)
+        self.objective = OBJECTIVES[case.get("objective", "supervised")]
         self.splits = {name: load_split(self.config, name, "train", tokenizer) for name in config.corpus.names}
         self.plan = build_plan(self.config, self.splits)
         seed_everything(0)
@@ -104,7 +108,7 @@ class Dense:
         for name, split in self.splits.items():
             chosen = rows(self.plan.rows(name, step))
             batch = make_batch(split, chosen, len(chosen))
-            found.append(example_losses(self.model.tasks[name], self.model({name: batch})[name], batch.labels).mean())
+            found.append(self.model({name: batch}, self.objective, step)[name].mean())
         return found
 
     def jacobian(self, losses: list[torch.Tensor]) -> torch.Tensor:

@@ -1,0 +1,109 @@
+"""The seam for objectives, in one process: each toy does what it says, and stages are computed once. That they are the
+same on several processes and under ZeRO is shown with the exactness of the step."""
+
+import pytest
+import torch
+from known_tasks import QUORA, SST
+from torch import Tensor
+from toy_objectives import OBJECTIVES, Taught, adversarial, masked, twice
+
+from minbert.data.batch import Batch, Sentences
+from minbert.trainer.bert import BertConfig
+from minbert.trainer.config import EncoderConfig, HeadsConfig
+from minbert.trainer.model import Forward, MultitaskModel
+from minbert.trainer.objectives.supervised import supervised
+
+SHAPE = dict(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+
+
+def build(dropout: float = 0.0) -> MultitaskModel:
+    torch.manual_seed(0)
+    shape = BertConfig(**SHAPE, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+    model = MultitaskModel([SST, QUORA], shape, EncoderConfig(), HeadsConfig(head_dropout=dropout))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.train()
+
+
+def batches() -> dict[str, Batch]:
+    def sentences(lengths: list[int]) -> Sentences:
+        ids = torch.randint(5, 50, (sum(lengths),))
+        return Sentences(ids, torch.zeros_like(ids), lengths)
+
+    torch.manual_seed(1)
+    return {
+        "sst": Batch(sentences([4, 7, 3]), torch.tensor([0.0, 4.0, 2.0]), torch.ones(3), 3),
+        "quora": Batch(sentences([5, 6, 8, 2]), torch.tensor([1.0, 0.0]), torch.ones(2), 2),
+    }
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_objective_gives_one_loss_per_example_and_gradients_to_all(name):
+    model, batch = build(), batches()
+    losses = model(batch, OBJECTIVES[name], 2)
+    assert {task: loss.shape for task, loss in losses.items()} == {"sst": (3,), "quora": (2,)}
+    sum(loss.sum() for loss in losses.values()).backward()
+    unused = ("bert.pooler",)  # the mean of the states is the sentence embedding
+    for parameter, value in model.named_parameters():
+        assert parameter.startswith(unused) or (value.grad is not None and value.grad.isfinite().all()), parameter
+
+
+def test_stages_are_those_of_the_plain_model_and_computed_once(monkeypatch):
+    model, batch = build(), batches()
+    forward = Forward(model, batch)
+    calls = []
+    monkeypatch.setattr(type(model.bert), "encode", _counted(type(model.bert).encode, calls))
+    supervised(forward)
+    assert torch.equal(forward.outputs["sst"], model(batch)["sst"])
+    assert len(calls) == 2  # once each
+    assert forward.hidden.shape == (35, 16)
+    assert torch.equal(forward.again(embeddings=forward.embeddings).outputs["quora"], forward.outputs["quora"])
+
+
+def _counted(function, calls: list):
+    def call(*arguments) -> Tensor:
+        calls.append(1)
+        return function(*arguments)
+
+    return call
+
+
+def test_the_ascent_step_raises_the_distance():
+    """The perturbation along the gradient moves the outputs further than one against it."""
+    model, batch = build(), batches()
+    forward = Forward(model, batch)
+    start = (forward.embeddings + 0.01 * torch.sin(1000 * forward.embeddings)).detach()
+
+    def distance(embeddings: Tensor) -> Tensor:
+        other = forward.again(embeddings=embeddings).outputs
+        return sum((other[name] - forward.outputs[name].detach()).square().sum() for name in other)
+
+    (gradient,) = torch.autograd.grad(distance(start.requires_grad_()), start)
+    assert distance(start + 1e-3 * gradient) > distance(start) > distance(start - 1e-3 * gradient)
+    plain, more = supervised(forward), adversarial(Forward(model, batch))
+    assert all((more[name] >= plain[name]).all() for name in plain) and more["sst"].sum() > plain["sst"].sum()
+
+
+def test_targets_made_from_the_step_change_with_it():
+    model, batch = build(), batches()
+    first, again, second = (model(batch, masked, step)["sst"] for step in (0, 0, 1))
+    assert torch.equal(first, again) and not torch.equal(first, second)
+
+
+def test_two_passes_have_dropout_of_their_own():
+    plain, two = build(), build(dropout=0.3)
+    assert torch.equal(plain(batches(), twice)["sst"], plain(batches(), supervised)["sst"])
+    torch.manual_seed(3)
+    with_penalty = two(batches(), twice)["sst"]
+    torch.manual_seed(3)
+    assert (with_penalty > two(batches(), supervised)["sst"]).all()
+
+
+def test_a_teacher_that_agrees_costs_nothing():
+    model = build()
+    taught = Taught(model)
+    assert sum(loss.sum() for loss in model(batches(), taught).values()) == 0
+    with torch.no_grad():
+        model.heads["sst"].layers[-1].bias += 1.0
+    assert torch.allclose(model(batches(), taught)["sst"], torch.ones(3))
+    assert not any(parameter.requires_grad for parameter in taught.teacher.parameters())

@@ -1,0 +1,62 @@
+"""Small objectives of the kinds that the interface must carry; what is random in them depends on content alone, so that
+they do not depend on how a batch is shared out."""
+
+from copy import deepcopy
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from minbert.trainer.model import Forward
+from minbert.trainer.objectives.supervised import supervised
+
+
+def adversarial(forward: Forward) -> dict[str, Tensor]:
+    """Asks for gradients with respect to embeddings: one ascent step from a perturbation, then smoothness."""
+    noisy = (forward.embeddings + 0.01 * torch.sin(1000 * forward.embeddings)).detach().requires_grad_()
+    distance = sum(
+        (forward.again(embeddings=noisy).outputs[name] - clean.detach()).square().sum()
+        for name, clean in forward.outputs.items()
+    )
+    (gradient,) = torch.autograd.grad(distance, noisy)
+    away = forward.again(embeddings=forward.embeddings + 0.1 * gradient)
+    return {
+        name: loss + (forward.outputs[name] - away.outputs[name]).square().mean(1)
+        for name, loss in supervised(forward).items()
+    }
+
+
+def masked(forward: Forward) -> dict[str, Tensor]:
+    """Looks at token states and makes its own targets, from the step: every third token is masked."""
+    ids, lengths = forward.sentences.input_ids, forward.sentences.lengths
+    chosen = (ids + forward.step) % 3 == 0
+    hidden = forward.again(sentences=replace(forward.sentences, input_ids=torch.where(chosen, 4, ids))).hidden
+    errors = (hidden - forward.hidden.detach()).square().mean(1) * chosen
+    sentence = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(ids.device)
+    per_sentence = torch.zeros(len(lengths), device=ids.device).index_add(0, sentence, errors)
+    parts = per_sentence.split([len(batch.sentences.lengths) for batch in forward.batches.values()])
+    own = {name: part.view(-1, len(batch)).sum(0) for (name, batch), part in zip(forward.batches.items(), parts)}
+    return {name: loss + own[name] for name, loss in supervised(forward).items()}
+
+
+def twice(forward: Forward) -> dict[str, Tensor]:
+    """Two passes with different dropout, which should agree."""
+    other = forward.again()
+    return {
+        name: loss + (forward.outputs[name] - other.outputs[name]).square().mean(1)
+        for name, loss in supervised(forward).items()
+    }
+
+
+class Taught:
+    """Follows a teacher, a copy of the model that is not trained."""
+
+    def __init__(self, teacher: torch.nn.Module):
+        self.teacher = deepcopy(teacher).eval().requires_grad_(False)
+
+    def __call__(self, forward: Forward) -> dict[str, Tensor]:
+        targets = self.teacher(forward.batches)
+        return {name: (forward.outputs[name] - targets[name]).square().mean(1) for name in forward.batches}
+
+
+OBJECTIVES = {"supervised": supervised, "adversarial": adversarial, "masked": masked, "twice": twice}
