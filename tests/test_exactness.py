@@ -176,6 +176,9 @@ def test_every_stage_equals_the_dense_process(prepared, processes):
         assert_same_weights(state, expected, TOLERANCE[wanted["optimizer"]])
         moved = max(float((state[name] - before[name]).abs().max()) for name in before)
         assert moved > 100 * TOLERANCE[wanted["optimizer"]], wanted["name"]
+        if "objective" in wanted:
+            plain = load_file(folder / f"stage{wanted['zero_stage']}-pcgrad-sgd.safetensors")
+            assert max(float((state[name] - plain[name]).abs().max()) for name in plain) > 100 * TOLERANCE["sgd"]
         for rank in range(processes):
             history = load_file(folder / f"{wanted['name']}-rank{rank}.safetensors")
             for number, found in losses.items():

@@ -21,7 +21,8 @@ def build(dropout: float = 0.0) -> MultitaskModel:
     shape = BertConfig(**SHAPE, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
     model = MultitaskModel([SST, QUORA], shape, EncoderConfig(), HeadsConfig(head_dropout=dropout))
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.5)
     return model.train()
 
 

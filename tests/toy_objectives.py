@@ -19,7 +19,7 @@ def adversarial(forward: Forward) -> dict[str, Tensor]:
         for name, clean in forward.outputs.items()
     )
     (gradient,) = torch.autograd.grad(distance, noisy)
-    away = forward.again(embeddings=forward.embeddings + 0.1 * gradient)
+    away = forward.again(embeddings=forward.embeddings + gradient / gradient.norm(dim=1, keepdim=True))
     return {
         name: loss + (forward.outputs[name] - away.outputs[name]).square().mean(1)
         for name, loss in supervised(forward).items()
