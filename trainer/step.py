@@ -140,7 +140,7 @@ class TrainingStep:
         if self.clip and result.grad_norm > self.clip:
             scale = self.clip / (result.grad_norm + 1e-6)
             torch._foreach_mul_([part for part in gradient if part is not None], scale)
-        self.engine.update(gradient, rate_factor)
+        self.engine.update(gradient, rate_factor, result.losses)
 
     def batches(self, names: tuple[str, ...], step: int, part: int) -> dict[str, Batch]:
         """This process's slice of part `part` of the step's batches."""

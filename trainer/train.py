@@ -170,7 +170,6 @@ class Training:
         """Log a skipped step; give up on a run that keeps skipping."""
         if not result.skipped:
             self.state.skipped = 0
-            self.state.updates += 1
             return
         self.state.skipped += 1
         losses = ", ".join(f"{name} {loss:g}" for name, loss in result.losses.items())
@@ -219,6 +218,7 @@ class Training:
     def _save(self, wait: bool = False) -> bool:
         window = self._window
         self.state.window = {"losses": dict(window.losses), "norms": window.norms, "skipped": window.skipped}
+        self.state.updates = self.engine.updates()
         return self.writer.save(self.state, wait)
 
     def _describe(self, state: TrainingState) -> Manifest:
