@@ -23,7 +23,7 @@ from minbert.launch.processes import launch
 from minbert.trainer.model import example_losses
 from minbert.trainer.optimizer import parameter_groups
 from minbert.trainer.preparation import build_plan, load_split, prepare
-from minbert.trainer.random_state import seed_everything
+from minbert.trainer.random_state import seed_everything, stream
 from minbert.trainer.run_folder import RunFolder
 from minbert.trainer.saved_model import build_model
 
@@ -129,7 +129,7 @@ class Dense:
 
 
 def dense_pcgrad(jacobian: torch.Tensor, step: int) -> torch.Tensor:
-    torch.manual_seed(step)  # the order of the tasks is drawn from seed 0 and the step
+    torch.manual_seed(stream(0, "aggregator", step))  # the order of the tasks is drawn from seed 0 and the step
     return PCGrad()(jacobian)
 
 

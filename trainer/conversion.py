@@ -22,6 +22,7 @@ from minbert.trainer.checkpoint import (
 from minbert.trainer.deepspeed_checkpoint import read
 from minbert.trainer.optimizer import parameter_groups
 from minbert.trainer.preparation import build_plan, identity, load_split
+from minbert.trainer.random_state import seed_everything, stream
 from minbert.trainer.run_folder import RunFolder
 from minbert.trainer.saved_model import build_model, save_model
 from minbert.trainer.saving import now, shard_name
@@ -37,7 +38,7 @@ def from_deepspeed(source: Path, run: RunFolder) -> tuple[Path, list[str]]:
     if existing := published(run.checkpoints):
         raise UserError(f"{run.path} has checkpoints already ({existing[-1].name}); convert into a new run folder")
     config = run.read_config()
-    torch.manual_seed(config.seed)
+    seed_everything(stream(config.seed, "weights"))
     model = build_model(config, run)
     own = dict(model.named_parameters())
     names = {id(parameter): name for name, parameter in own.items()}

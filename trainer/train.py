@@ -23,7 +23,7 @@ from minbert.trainer.metrics import MetricsWindow
 from minbert.trainer.optimizer import build_optimizer, rate_factor
 from minbert.trainer.preparation import build_plan, identity, load_split
 from minbert.trainer.progress import Progress
-from minbert.trainer.random_state import seed_everything
+from minbert.trainer.random_state import seed_everything, stream
 from minbert.trainer.resuming import newest_intact, refuse_another, restore
 from minbert.trainer.run_folder import RunFolder
 from minbert.trainer.saved_model import build_model, save_model
@@ -243,7 +243,7 @@ class Training:
 
     def _build_engine(self, pretrained: bool) -> Engine:
         """Model and optimizer, the same on every process; then random numbers of each process's own."""
-        seed_everything(self.config.seed)
+        seed_everything(stream(self.config.seed, "weights"))
         model = build_model(self.config, self.folder)
         if pretrained:
             missing = load_weights(model.bert, find_checkpoint(self.config.encoder.model))
@@ -251,7 +251,7 @@ class Training:
                 log.warning("%s has no weights for %s: they start at random", self.config.encoder.model, missing)
         model.to(self.world.device)
         engine = build_engine(self.accelerator, model, build_optimizer(model, self.config.optimizer))
-        seed_everything(self.config.seed + 1 + self.world.rank)
+        seed_everything(stream(self.config.seed, "dropout", self.world.rank))
         engine.train()
         return engine
 
