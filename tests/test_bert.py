@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModel, BertModel
@@ -12,6 +13,7 @@ from transformers import AutoModel, BertModel
 from minbert.data.batch import Sentences
 from minbert.data.errors import UserError
 from minbert.trainer.bert import Bert, BertConfig, SentenceLayout, mean_pool
+from minbert.trainer.linear import _OneDnnLinear
 from minbert.trainer.weights import (
     from_transformers,
     load_weights,
@@ -74,6 +76,20 @@ def test_gradients_equal_transformers(ours, reference, grouped):
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(parameter.grad, theirs[name], atol=1e-5, rtol=0, msg=lambda m: f"{name}: {m}")  # noqa: B023
     assert max(gradient.abs().max() for gradient in theirs.values()) > 1e-3
+
+
+def test_second_derivatives_of_the_linear_layer():
+    """As a gradient penalty, influence functions or Hessian-vector products need them."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(*shape, generator=generator, requires_grad=True) for shape in ((7, 5), (3, 5), (3,))]
+
+    def derivatives(function):
+        gradients = torch.autograd.grad(function(*tensors).tanh().square().sum(), tensors, create_graph=True)
+        return gradients, torch.autograd.grad(sum(gradient.square().sum() for gradient in gradients), tensors)
+
+    for found, expected in zip(derivatives(_OneDnnLinear.apply), derivatives(F.linear), strict=True):
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(0, 5))
