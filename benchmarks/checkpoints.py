@@ -96,7 +96,7 @@ def worker(folder: Path, task: dict) -> None:
     def train() -> None:
         nonlocal number
         for _ in range(task["steps"]):
-            step(number, 1.0)
+            step(number)
             number += 1
 
     train()

@@ -162,7 +162,7 @@ def _build(way: str, task: dict, world):
         return _torchjd_step(method, model, optimizer, plan, splits, world)
     engine = build_engine(build_accelerator(config, world), model, optimizer)
     step = TrainingStep(engine, plan, splits, world, aggregator=method)
-    return lambda number: step(number, 1.0, measure="," in way)
+    return lambda number: step(number, measure="," in way)
 
 
 def _torchjd_step(method: str, model, optimizer, plan, splits, world):

@@ -67,7 +67,7 @@ def ours(options: Options, folder: Path):
     model.to(world.device).train()
     engine = build_engine(build_accelerator(config, world), model, build_optimizer(model, config.optimizer))
     step = TrainingStep(engine, build_plan(config, splits), splits, world)
-    return lambda number: step(number, 1.0).tokens
+    return lambda number: step(number).tokens
 
 
 def peer(options: Options, folder: Path):

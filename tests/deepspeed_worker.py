@@ -39,7 +39,7 @@ def run_stage(run: RunFolder, stage: int, steps: int, world: World, out: Path) -
     engine.train()
     step = TrainingStep(engine, build_plan(config, splits), splits, world)
     for number in range(steps):
-        step(number, 1.0)
+        step(number)
     engine.model.save_checkpoint(str(out / "deepspeed"), tag=f"global_step{steps}")
     parts = owned(engine.parts(), world.rank, world.size)
     tensors = {f"{kind}/{p.name}[{p.start}:{p.start + p.length}]": t for p in parts for kind, t in p.tensors.items()}

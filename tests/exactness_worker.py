@@ -76,11 +76,11 @@ def run_case(run: RunFolder, case: dict, world: World, out: Path) -> None:
         if number == case.get("broken_step"):
             labels = splits["sts"].labels.copy()
             splits["sts"].labels[:] = float("nan")
-            result = step(number, 1.0)
+            result = step(number)
             assert result.skipped and "sts" in result.skipped, result.skipped
             splits["sts"].labels[:] = labels
             continue
-        result = step(number, 1.0)
+        result = step(number)
         assert result.skipped is None, result.skipped
         history[f"losses/{number}"] = torch.tensor(list(result.losses.values()), dtype=torch.float64)
         history[f"weights/{number}"] = torch.tensor(list(result.weights.values()), dtype=torch.float64)

@@ -26,6 +26,11 @@ from minbert.trainer.surgery import combine, drop_signs, gramians, uniform
 
 NAMES = {"bert.embeddings.word.weight": 40, "bert.layers.0.attention.qkv.weight": 33, "heads.sst.layers.1.bias": 9}
 LAYERS = ("embeddings", "layer 0")
+PARTS = dict(zip(NAMES, (*LAYERS, "heads.sst")))
+
+
+def cut(name: str, start: int, length: int) -> Shard:
+    return Shard(name, start, length, PARTS.get(name, "embeddings"), PARTS.get(name) != "heads.sst")
 
 
 class Held:
@@ -47,9 +52,7 @@ def cuts(draw):
         name: [0, *sorted(draw(st.lists(st.integers(0, size), min_size=processes - 1, max_size=processes - 1))), size]
         for name, size in NAMES.items()
     }
-    return [
-        [Shard(name, edges[p], edges[p + 1] - edges[p]) for name, edges in bounds.items()] for p in range(processes)
-    ]
+    return [[cut(name, edges[p], edges[p + 1] - edges[p]) for name, edges in bounds.items()] for p in range(processes)]
 
 
 def whole_gradients(tasks=3, seed=0):
@@ -61,7 +64,7 @@ def held_by(shards, gradients):
     return [[part[s.start : s.start + s.length].clone() for s, part in zip(shards, g)] for g in gradients]
 
 
-WHOLE = [Shard(name, 0, size) for name, size in NAMES.items()]
+WHOLE = [cut(name, 0, size) for name, size in NAMES.items()]
 
 
 @given(cuts())
@@ -109,14 +112,14 @@ def test_dropped_signs_follow_the_formula():
 
 
 def test_hashed_numbers_are_uniform_and_independent():
-    shard = Shard("bert.embeddings.word.weight", 5, 200_000)
+    shard = cut("bert.embeddings.word.weight", 5, 200_000)
     draws = uniform(shard, 1, torch.device("cpu")).double()
     counts = np.histogram(draws, bins=50, range=(0, 1))[0]
     assert ((counts - 4000) ** 2 / 4000).sum() < 100  # chi square with 49 degrees of freedom
     others = [
-        uniform(Shard(shard.name, 6, shard.length), 1, torch.device("cpu")),
+        uniform(cut(shard.name, 6, shard.length), 1, torch.device("cpu")),
         uniform(shard, 2, torch.device("cpu")),
-        uniform(Shard("bert.embeddings.position.weight", 5, shard.length), 1, torch.device("cpu")),
+        uniform(cut("bert.embeddings.position.weight", 5, shard.length), 1, torch.device("cpu")),
     ]
     for other in others:
         assert abs(np.corrcoef(draws, other)[0, 1]) < 0.01
@@ -157,7 +160,7 @@ def assert_same(first, second, tolerance=0.0):
 def test_measuring_does_not_change_the_update(folder, aggregator):
     plain, measured = build_step(folder, aggregator=aggregator), build_step(folder, aggregator=aggregator)
     for number in range(3):
-        first, second = plain(number, 1.0), measured(number, 1.0, measure=True)
+        first, second = plain(number), measured(number, measure=True)
         assert first.gramians is None and second.gramians.encoder.shape == (3, 3)
     # AdamW turns rounding errors of tiny gradients into parts of an update, which is 1e-3.
     assert_same(parameters(plain), parameters(measured), 1e-4)
@@ -165,7 +168,7 @@ def test_measuring_does_not_change_the_update(folder, aggregator):
 
 def test_surgery_per_layer_is_surgery_on_each_layers_gradients(folder):
     step = build_step(folder, aggregator="upgrad", per_layer=True)
-    result = step(0, 1.0)
+    result = step(0)
     from torchjd.aggregation import UPGradWeighting
 
     expected = torch.stack([UPGradWeighting()(g / g.diagonal().mean()) for g in result.gramians.by_layer])
@@ -175,12 +178,12 @@ def test_surgery_per_layer_is_surgery_on_each_layers_gradients(folder):
 
 def test_bf16_keeps_gradients_in_fp32(folder):
     full, low = build_step(folder, aggregator="pcgrad"), build_step(folder, "--precision bf16", aggregator="pcgrad")
-    first, second = full(0, 1.0), low(0, 1.0)
+    first, second = full(0), low(0)
     for name, loss in first.losses.items():
         assert second.losses[name] == pytest.approx(loss, rel=0.03)
         assert second.losses[name] != loss
     assert all(parameter.dtype == torch.float32 for parameter in low.engine.parameters.values())
-    low.engine.backward(low._losses(low.batches(low.plan.names, 1, 0))["sts"], True)
+    low.engine.backward(low._losses(low.batches(low.plan.names, 1, 0), 1)["sts"], True)
     assert {part.dtype for part in low.engine.take() if part is not None} == {torch.float32}
 
 
@@ -193,7 +196,7 @@ def silence(step, task):
 def test_a_task_without_gradient_has_no_say(folder):
     both, pair = build_step(folder, aggregator="upgrad"), build_step(folder, aggregator="upgrad")
     silence(both, "quora")
-    result = both(0, 1.0)
+    result = both(0)
     assert result.gramians.encoder[1].abs().max() == 0 and result.weights["quora"] == 1.0
     silence(pair, "quora")
     gramian = result.gramians.encoder[[0, 2]][:, [0, 2]]
@@ -205,16 +208,16 @@ def test_a_task_without_gradient_has_no_say(folder):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_skips_the_whole_step(folder, aggregator, value):
     step = build_step(folder, aggregator=aggregator)
-    step(0, 1.0)
+    step(0)
     before = parameters(step)
     moments = [state["exp_avg"].clone() for state in step.engine.optimizer.state.values()]
     labels, step.splits["sts"].labels = step.splits["sts"].labels, np.full(40, value, np.float32)
-    result = step(1, 1.0)
+    result = step(1)
     assert result.skipped and "sts" in result.skipped and "quora" not in result.skipped
     assert_same(before, parameters(step))
     assert all(torch.equal(a, s["exp_avg"]) for a, s in zip(moments, step.engine.optimizer.state.values()))
     step.splits["sts"].labels = labels
-    assert step(2, 1.0).skipped is None
+    assert step(2).skipped is None
     assert all(parameter.isfinite().all() for parameter in parameters(step).values())
 
 
@@ -239,8 +242,8 @@ def test_a_frozen_encoder_makes_surgery_a_sum_and_says_so(folder, caplog):
     surgery, plain = build_step(folder, frozen, aggregator="pcgrad"), build_step(folder, frozen, aggregator="sum")
     assert surgery.layers == ()
     for number in range(2):
-        surgery(number, 1.0)
-        plain(number, 1.0)
+        surgery(number)
+        plain(number)
     assert_same(parameters(surgery), parameters(plain), 1e-6)
     arguments = f"--train-limit 40 --eval-limit 10 --steps 1 --aggregator pcgrad {frozen} --trackers"
     with caplog.at_level(logging.WARNING):
@@ -251,7 +254,7 @@ def test_a_frozen_encoder_makes_surgery_a_sum_and_says_so(folder, caplog):
 def test_task_weights_scale_the_losses(folder):
     step = build_step(folder, aggregator="sum", task_weights={"sst": 2.0, "quora": 1.0, "sts": 0.5})
     plain = build_step(folder, aggregator="sum")
-    weighted, measured = step(0, 1.0, measure=True), plain(0, 1.0, measure=True)
+    weighted, measured = step(0, measure=True), plain(0, measure=True)
     scale = torch.tensor([2.0, 1.0, 0.5], dtype=torch.float64)
     torch.testing.assert_close(
         weighted.gramians.encoder, measured.gramians.encoder * scale[:, None] * scale, rtol=1e-4, atol=1e-6
@@ -262,7 +265,7 @@ def test_task_weights_scale_the_losses(folder):
 def test_measuring_does_not_change_the_weights_that_are_told(folder, aggregator):
     task_weights = {"sst": 2.0, "quora": 1.0, "sts": 0.5}
     plain, measured = (build_step(folder, aggregator=aggregator, task_weights=task_weights) for _ in range(2))
-    found = [plain(0, 1.0).weights, measured(0, 1.0, measure=True).weights]
+    found = [plain(0).weights, measured(0, measure=True).weights]
     assert found[0] == pytest.approx(found[1]) and found[0]["sst"] == pytest.approx(4 * found[0]["sts"])
 
 
@@ -272,7 +275,7 @@ def test_tokens_are_counted_once(folder, aggregator):
     step = build_step(folder, aggregator=aggregator, accumulation=2)
     rows = {name: step.plan.rows(name, 0) for name in step.plan.names}
     tokens = sum(int(column.lengths[rows[name]].sum()) for name in rows for column in step.splits[name].columns)
-    result = step(0, 1.0)
+    result = step(0)
     assert result.tokens == tokens and result.seconds > 0
     window = MetricsWindow(step.world)
     window.add(result)
@@ -282,7 +285,7 @@ def test_tokens_are_counted_once(folder, aggregator):
 
 def test_conflicts_are_recorded_and_read_back(folder, tmp_path):
     step = build_step(folder, aggregator="pcgrad")
-    results = [step(number, 1.0) for number in range(2)]
+    results = [step(number) for number in range(2)]
     record = summary(results[0])
     angles = cosines(results[0].gramians.encoder)
     assert record["cosine/sst-quora"] == pytest.approx(float(angles[0, 1]))

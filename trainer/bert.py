@@ -170,6 +170,12 @@ class Bert(nn.Module):
         self.pooler = Pooler(config)
         self.apply(self._initialise)
 
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """What may be frozen, or learn at a rate, by itself: `embeddings`, `layer 0`, ..., `pooler`."""
+        layers = {f"layer {number}": layer for number, layer in enumerate(self.layers)}
+        return {"embeddings": self.embeddings} | layers | {"pooler": self.pooler}
+
     def _initialise(self, module: nn.Module) -> None:
         """BERT's initialisation: normal weights of standard deviation `initializer_range`, zero biases."""
         if isinstance(module, nn.Linear | nn.Embedding):

@@ -6,9 +6,8 @@ hands back. So whatever is done to gradients is written once, for every number o
 """
 
 import contextlib
-import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +20,7 @@ from minbert.data.batch import Batch
 from minbert.trainer.config import RunConfig
 from minbert.trainer.distributed import World, world_size
 from minbert.trainer.model import MultitaskModel
-from minbert.trainer.optimizer import adam_state, head_group, set_rate
+from minbert.trainer.optimizer import adam_state
 from minbert.trainer.shards import Part
 
 # One entry per shard. None where a parameter had no part in the backward pass; counts as zero.
@@ -35,18 +34,8 @@ class Shard:
     name: str
     start: int
     length: int
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether the parameter belongs to the encoder, which the tasks share."""
-        return self.name.startswith("bert.")
-
-    @property
-    def layer(self) -> str:
-        """The part of the encoder that it belongs to: `embeddings`, `layer 0`, ..., `pooler`."""
-        if match := re.match(r"bert\.layers\.(\d+)\.", self.name):
-            return f"layer {match[1]}"
-        return self.name.split(".")[1]
+    part: str  # of the model
+    is_shared: bool  # whether that is the encoder's, which the tasks share
 
 
 def build_accelerator(config: RunConfig, world: World, **kwargs: Any) -> Accelerator:
@@ -108,8 +97,12 @@ class Engine:
     def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Any):
         self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
         self.parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        self.part_of = self.module.part_of
+        trained = {self.part_of[name] for name in self.parameters}
+        self.shared_parts = tuple(part for part in self.module.bert.parts if part in trained)
         self.shards: list[Shard] = self._shards()
-        self._absent: set[str] = set()  # groups that the update under way leaves as they are
+        self.peak_rates: dict[str, float] = {group["name"]: group["lr"] for group in optimizer.param_groups}
+        self._rates: Mapping[str, float] = {}  # of the update under way
         self.torch_optimizer.register_step_pre_hook(self._leave_out)
 
     @property
@@ -139,13 +132,15 @@ class Engine:
             parameter.grad = None
         return gradient
 
-    def update(self, gradient: Gradient, rate_factor: float, tasks: Iterable[str]) -> None:
-        """One optimizer step with this gradient, of these tasks, and `rate_factor` times the peak learning rates.
+    def update(self, gradient: Gradient, rates: Mapping[str, float]) -> None:
+        """One optimizer step with this gradient, at the learning rate of each part of the model.
 
-        The heads of other tasks stay as they are: no weight decay, and neither moments nor their bias correction move.
+        A part at rate zero, or without one, stays as it is: no weight decay, and neither moments nor their bias
+        correction move.
         """
-        set_rate(self.optimizer, rate_factor)
-        self._absent = {head_group(task) for task in set(self.module.tasks) - set(tasks)}
+        self._rates = rates
+        for group in self.optimizer.param_groups:
+            group["lr"] = rates.get(group["name"], 0.0)
         self._hand_back(gradient)
         self._step()
 
@@ -157,7 +152,7 @@ class Engine:
     def _leave_out(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Before the optimizer's step: it passes over what has no gradient. DeepSpeed calls it once for each group."""
         for group in optimizer.param_groups:
-            if group["name"] in self._absent:
+            if not self._rates.get(group["name"]):
                 for parameter in group["params"]:
                     parameter.grad = None
 
@@ -224,7 +219,11 @@ class Engine:
         return tensors
 
     def _shards(self) -> list[Shard]:
-        return [Shard(name, 0, parameter.numel()) for name, parameter in self.parameters.items()]
+        return [self._shard(name, 0, parameter.numel()) for name, parameter in self.parameters.items()]
+
+    def _shard(self, name: str, start: int, length: int) -> Shard:
+        part = self.part_of[name]
+        return Shard(name, start, length, part, part in self.shared_parts)
 
     def _step(self) -> None:
         self.optimizer.step()

@@ -38,6 +38,10 @@ class Head(nn.Module):
         return self.layers(embeddings)
 
 
+def head_part(task: str) -> str:
+    return f"heads.{task}"
+
+
 class MultitaskModel(nn.Module):
     """minBERT with a head for each of `tasks`."""
 
@@ -60,13 +64,24 @@ class MultitaskModel(nn.Module):
         self._freeze(encoder.freeze)
 
     def _freeze(self, freeze: str | int) -> None:
-        frozen: list[nn.Module] = [self.bert.pooler] if self.pooling == "mean" else []  # unused then: no gradient
-        if freeze == "encoder":
-            frozen = [self.bert]
-        elif freeze != "none":
-            frozen += [self.bert.embeddings, *self.bert.layers[: 0 if freeze == "embeddings" else freeze]]
-        for module in frozen:
-            module.requires_grad_(False)
+        lowest = {"none": 0, "embeddings": 1, "encoder": None}  # this many parts, from the embeddings up
+        names = list(self.bert.parts)[: lowest[freeze] if isinstance(freeze, str) else freeze + 1]
+        if self.pooling == "mean":
+            names.append("pooler")  # unused then: no gradient
+        for name in names:
+            self.bert.parts[name].requires_grad_(False)
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """Everything that may be frozen, or learn at a rate, by itself: the encoder's parts, which the tasks share, and
+        each task's head, `heads.TASK`."""
+        return self.bert.parts | {head_part(task): head for task, head in self.heads.items()}
+
+    @property
+    def part_of(self) -> dict[str, str]:
+        """The part that each parameter belongs to, by names."""
+        parts = {id(p): name for name, module in self.parts.items() for p in module.parameters()}
+        return {name: parts[id(parameter)] for name, parameter in self.named_parameters()}
 
     def forward(
         self, batches: Mapping[str, Batch], objective: "Objective | None" = None, step: int = 0

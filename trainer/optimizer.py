@@ -1,38 +1,42 @@
 """AdamW over named parameter groups, and the learning rate as a pure function of the step.
 
 Nothing about the schedule needs saving: the rate is computed from the step number, once per optimizer step, whatever
-the number of processes. Encoder ("trunk") and heads are separate groups, because they may learn at different rates,
-because what the tasks share is the trunk alone, and because a step leaves the heads of tasks that it does not train as
-they are.
+the number of processes. Every part of the model has groups of its own, because parts may learn at different rates, and
+because a step leaves those that it does not train as they are.
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from minbert.trainer.config import OptimizerConfig
-from minbert.trainer.model import MultitaskModel
+from minbert.trainer.model import MultitaskModel, head_part
 
 
 def parameter_groups(model: MultitaskModel, config: OptimizerConfig) -> list[dict]:
-    """Groups `trunk` and one `heads.TASK` for each task, each with and without weight decay (vectors, i.e. biases and
-    norms, have none)."""
+    """Groups named by the parts of the model, each with and without weight decay (vectors, i.e. biases and norms, have
+    none)."""
     groups = []
-    heads = [(head_group(task), head, config.head_lr) for task, head in model.heads.items()]
-    for part, module, peak in [("trunk", model.bert, config.lr), *heads]:
+    for part, module in model.parts.items():
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         for decayed in (True, False):
             chosen = [parameter for parameter in trainable if (parameter.ndim > 1) == decayed]
             if chosen:
                 decay = config.weight_decay if decayed else 0.0
-                groups.append({"params": chosen, "name": part, "lr": peak, "peak_lr": peak, "weight_decay": decay})
+                groups.append({"params": chosen, "name": part, "lr": peak_rate(part, config), "weight_decay": decay})
     return groups
 
 
-def head_group(task: str) -> str:
-    """The name of the groups with the parameters of a task's head."""
-    return f"heads.{task}"
+def peak_rate(part: str, config: OptimizerConfig) -> float:
+    return config.head_lr if part.startswith(head_part("")) else config.lr
+
+
+def rates(step: int, total: int, config: OptimizerConfig, parts: Iterable[str]) -> dict[str, float]:
+    """The learning rate of each part of the model at `step` (from 0) of `total`; zero means frozen."""
+    factor = rate_factor(step, total, config)
+    return {part: peak_rate(part, config) * factor for part in parts}
 
 
 def build_optimizer(model: MultitaskModel, config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -49,11 +53,6 @@ def rate_factor(step: int, total: int, config: OptimizerConfig) -> float:
         return 1.0
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
     return 1.0 - progress if config.lr_schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
 
 
 def adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:

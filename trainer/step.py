@@ -4,7 +4,7 @@ Methods that need only the losses (the plain sum, learned or random weights) tak
 one backward pass. Gradient surgery takes one gradient per task, each reduced over the processes, and combines them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from time import perf_counter
 
@@ -16,10 +16,10 @@ from minbert.data.plan import BatchPlan, share
 from minbert.trainer.aggregators import Aggregator
 from minbert.trainer.distributed import World
 from minbert.trainer.engine import Engine, Gradient, gradient_norm
-from minbert.trainer.model import Objective
+from minbert.trainer.model import Objective, head_part
 from minbert.trainer.objectives.supervised import supervised
 from minbert.trainer.random_state import stream
-from minbert.trainer.surgery import Gramians, combine, drop_signs, gramians, shared_layers
+from minbert.trainer.surgery import Gramians, combine, drop_signs, gramians
 
 
 @dataclass
@@ -54,16 +54,18 @@ class TrainingStep:
         clip: float = 0.0,
         per_layer: bool = False,
         objective: Objective = supervised,
+        rates: Callable[[int], Mapping[str, float]] | None = None,
     ):
         self.engine, self.plan, self.splits, self.world = engine, plan, splits, world
         self.accumulation, self.clip, self.per_layer = accumulation, clip, per_layer
         self.objective = objective
+        self.rates = rates or (lambda step: engine.peak_rates)
         self.task_weights = task_weights or {}
-        self.layers = shared_layers(list(engine.parameters))
+        self.layers = engine.shared_parts
         groups = max(1, len(self.layers)) if per_layer else 1
         self.aggregator = Aggregator(aggregator, len(plan.names), plan.seed, groups)
 
-    def __call__(self, step: int, rate_factor: float, measure: bool = False) -> StepResult:
+    def __call__(self, step: int, measure: bool = False) -> StepResult:
         """Train on step `step`'s batches. `measure` asks for the Gramian though the method may not need it."""
         started = perf_counter()
         if self.aggregator.source == "losses" and not measure:
@@ -71,7 +73,7 @@ class TrainingStep:
         else:
             result, gradient = self._surgery(step)
         if not result.skipped:
-            self._update(gradient, rate_factor, result)
+            self._update(gradient, step, result)
         if self.aggregator.wants_losses_after and not result.skipped:
             self.aggregator.observe(self._losses_without_gradient(step))
         result.seconds = perf_counter() - started
@@ -93,7 +95,7 @@ class TrainingStep:
                 # Processes average their gradients; what they hold are parts of a sum.
                 self.engine.backward(total * self.world.size, last)
             totals = {name: totals[name] + losses[name].detach() for name in names}
-        gradient = self.engine.take()
+        gradient = self._take(step)
         result = StepResult(_named(names, self._global(totals)), tokens)
         result.weights = {name: self._weight(weights, name) for name in names}
         return result, gradient
@@ -111,7 +113,7 @@ class TrainingStep:
                     loss = self._losses(batches, step)[name]
                     self.engine.backward(loss * self.world.size * self.task_weights.get(name, 1.0), last)
                 totals[name] += loss.detach()
-            gradients.append(self.engine.take())
+            gradients.append(self._take(step))
         losses = self._global(totals)
         products = gramians(self.engine, gradients, self.layers)
         result = StepResult(_named(names, losses), tokens, gramians=products)
@@ -131,6 +133,18 @@ class TrainingStep:
         per_task = [dict(zip(self.layers, column.tolist())) for column in by_layer.T]
         return result, combine(self.engine.shards, gradients, per_task, heads.tolist())
 
+    def _rates(self, step: int) -> dict[str, float]:
+        """The learning rates of the parts that the step trains; other tasks' heads have none."""
+        heads = {head_part(name) for name in self.plan.tasks(step)}
+        return {part: rate for part, rate in self.rates(step).items() if part in self.layers or part in heads}
+
+    def _take(self, step: int) -> Gradient:
+        """The gradient since the last one, without the parts that are frozen at this step: they have no say in
+        surgery, nor in the norm."""
+        rates = self._rates(step)
+        gradient = zip(self.engine.shards, self.engine.take(), strict=True)
+        return [part if rates.get(shard.part) else None for shard, part in gradient]
+
     def _weights(self, products: Gramians, losses: Tensor, step: int) -> Tensor:
         """Weights (T,), or (L, T) with surgery per layer."""
         if len(losses) == 1 or self.aggregator.name == "sum":
@@ -141,7 +155,7 @@ class TrainingStep:
             return torch.ones(len(losses), dtype=torch.float64)
         return self.aggregator.from_gramian(products.by_layer if self.per_layer else products.encoder, step)
 
-    def _update(self, gradient: Gradient, rate_factor: float, result: StepResult) -> None:
+    def _update(self, gradient: Gradient, step: int, result: StepResult) -> None:
         """Clip and step; or skip, if the gradient is not finite."""
         result.grad_norm = gradient_norm(self.engine, gradient)
         if not result.grad_norm < float("inf"):
@@ -151,7 +165,7 @@ class TrainingStep:
         if self.clip and result.grad_norm > self.clip:
             scale = self.clip / (result.grad_norm + 1e-6)
             torch._foreach_mul_([part for part in gradient if part is not None], scale)
-        self.engine.update(gradient, rate_factor, result.losses)
+        self.engine.update(gradient, self._rates(step))
 
     def batches(self, names: tuple[str, ...], step: int, part: int) -> dict[str, Batch]:
         """This process's slice of part `part` of the step's batches."""

@@ -29,12 +29,6 @@ class Gramians:
         return self.by_layer.sum(0)
 
 
-def shared_layers(module_names: Sequence[str]) -> tuple[str, ...]:
-    """The encoder's parts that have trainable parameters, in the order of the model; the same on every process."""
-    shards = [Shard(name, 0, 0) for name in module_names]
-    return tuple(dict.fromkeys(shard.layer for shard in shards if shard.is_shared))
-
-
 def gramians(engine: Engine, gradients: Sequence[Gradient], layers: Sequence[str]) -> Gramians:
     """Gramians of T gradients: products of blocks in float32, their sums in float64. Collective.
 
@@ -47,7 +41,7 @@ def gramians(engine: Engine, gradients: Sequence[Gradient], layers: Sequence[str
     for index, layer in enumerate(layers):
         products: dict[tuple[int, int], list[Tensor]] = {pair: [] for pair in pairs}
         for k, shard in enumerate(engine.shards):
-            if shard.is_shared and shard.layer == layer and shard.length:
+            if shard.part == layer and shard.length:
                 blocks = [None if g[k] is None else g[k].flatten().split(BLOCK) for g in gradients]
                 for i, j in pairs:
                     if blocks[i] is not None and blocks[j] is not None:
@@ -72,7 +66,7 @@ def combine(
     for k, shard in enumerate(shards):
         total = None
         for gradient, by_layer, head in zip(gradients, weights, heads, strict=True):
-            weight, part = by_layer[shard.layer] if shard.is_shared else head, gradient[k]
+            weight, part = by_layer[shard.part] if shard.is_shared else head, gradient[k]
             if part is None:
                 continue
             if total is None:

@@ -20,7 +20,7 @@ from minbert.trainer.distributed import World
 from minbert.trainer.engine import Engine, build_accelerator, build_engine
 from minbert.trainer.evaluation import evaluate
 from minbert.trainer.metrics import MetricsWindow
-from minbert.trainer.optimizer import build_optimizer, rate_factor
+from minbert.trainer.optimizer import build_optimizer, rate_factor, rates
 from minbert.trainer.preparation import build_plan, identity, load_split
 from minbert.trainer.progress import Progress
 from minbert.trainer.random_state import seed_everything, stream
@@ -88,6 +88,7 @@ class Training:
             task_weights=dict(zip(config.corpus.names, config.batch.task_weights or ())),
             clip=config.optimizer.clip,
             per_layer=config.batch.surgery_scope == "layer",
+            rates=self._rates,
         )
         if not self.training_step.layers and self.training_step.aggregator.source != "losses":
             log.warning("the encoder is frozen, so the tasks share nothing: %s is a plain sum", config.batch.aggregator)
@@ -152,14 +153,15 @@ class Training:
         state, batch = self.state, self.config.batch
         logged = (state.step + 1) % self.config.log_every == 0
         measured = batch.measure_every is not None and (state.step + 1) % batch.measure_every == 0
-        factor = self._rate_factor(state.step)
-        result = self.training_step(state.step, factor, measured)
+        result = self.training_step(state.step, measured)
         state.step += 1
         self._notice_skipped(result)
         self._window.add(result)
         if logged or measured:
-            rates = {"lr": self.config.optimizer.lr * factor, "head_lr": self.config.optimizer.head_lr * factor}
-            self._log({"step": state.step} | self._window.close() | rates | summary(result))
+            factor = rate_factor(state.step - 1, self.planned_steps, self.config.optimizer)
+            peaks = {"lr": self.config.optimizer.lr, "head_lr": self.config.optimizer.head_lr}
+            shown = {name: peak * factor for name, peak in peaks.items()}
+            self._log({"step": state.step} | self._window.close() | shown | summary(result))
             if self.world.is_main and (gramians := gramian_record(state.step, result)):
                 self.folder.append_gramians(gramians)
         if state.step % self.plan.steps_per_epoch == 0:
@@ -300,8 +302,8 @@ class Training:
     def total_steps(self) -> int:
         return self.config.budget.steps or max(1, round(self.state.epochs * self.plan.steps_per_epoch))
 
-    def _rate_factor(self, step: int) -> float:
-        return rate_factor(step, self.planned_steps, self.config.optimizer)
+    def _rates(self, step: int) -> dict[str, float]:
+        return rates(step, self.planned_steps, self.config.optimizer, self.engine.peak_rates)
 
     @property
     def planned_steps(self) -> int:

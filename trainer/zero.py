@@ -40,6 +40,13 @@ class ShardedEngine(DeepSpeedEngine):
 
     is_sharded = True
 
+    def update(self, gradient: Gradient, rates: Mapping[str, float]) -> None:
+        filled = [
+            torch.zeros(shard.length, device=self.accelerator.device) if part is None else part
+            for shard, part in zip(self.shards, gradient, strict=True)
+        ]
+        super().update(filled, rates)
+
     @property
     def torch_optimizer(self) -> torch.optim.Optimizer:
         return self.zero.optimizer
@@ -99,7 +106,7 @@ class ZeroEngine(ShardedEngine):
             room, start = int(self.zero.partition_size[group]), int(self.zero.first_offset[group])
             for parameter in parameters:
                 length = min(parameter.numel() - start, room)
-                shards.append(Shard(names[id(parameter)], start, length))
+                shards.append(self._shard(names[id(parameter)], start, length))
                 room, start = room - length, 0
         return shards
 
@@ -138,7 +145,7 @@ class Zero3Engine(ShardedEngine):
             for parameter in parameters:
                 start = rank * parameter.partition_numel()
                 length = max(0, min(parameter.partition_numel(), parameter.ds_numel - start))
-                shards.append(Shard(names[id(parameter)], start, length))
+                shards.append(self._shard(names[id(parameter)], start, length))
         return shards
 
     def parts(self) -> list[Part]:
