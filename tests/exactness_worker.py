@@ -60,6 +60,11 @@ def run_case(run: RunFolder, case: dict, world: World, out: Path) -> None:
     optimizer = OPTIMIZERS[case["optimizer"]](groups)
     engine = build_engine(build_accelerator(config, world), model, optimizer)
     engine.train()
+
+    def rates(number: int) -> dict[str, float]:
+        frozen = {"layer 0": 0.0} if number == case.get("frozen_at") else {}
+        return engine.peak_rates | frozen
+
     step = TrainingStep(
         engine,
         build_plan(config, splits),
@@ -70,6 +75,7 @@ def run_case(run: RunFolder, case: dict, world: World, out: Path) -> None:
         clip=case.get("clip", 0.0),
         per_layer=config.batch.surgery_scope == "layer",
         objective=OBJECTIVES[case.get("objective", "supervised")],
+        rates=rates,
     )
     history = {}
     for number in range(case["steps"]):

@@ -298,3 +298,28 @@ def test_conflicts_are_recorded_and_read_back(folder, tmp_path):
     steps, tasks, layers, values = read_gramians(tmp_path / "gramians.jsonl")
     assert (steps, tasks, layers) == ([0, 1], ["sst", "quora", "sts"], ["embeddings", "layer 0", "layer 1"])
     torch.testing.assert_close(values[1], results[1].gramians.by_layer)
+
+
+def test_a_part_at_rate_zero_stays_as_it_is_and_has_no_say(folder):
+    """Weights, moments and their bias correction; it is left out of the Gramian and of the gradient's norm."""
+    step, other = build_step(folder, aggregator="pcgrad"), build_step(folder, aggregator="pcgrad")
+    names = [name for name, part in step.engine.part_of.items() if part == "layer 1"]
+    assert names and set(step.engine.shared_parts) == {"embeddings", "layer 0", "layer 1"}
+    step(0)
+    before = {part.name: {kind: t.clone() for kind, t in part.tensors.items()} for part in step.engine.parts()}
+    counts = step.engine.updates()
+    step.rates = lambda number: step.engine.peak_rates | {"layer 1": 0.0, "heads.sts": 0.0}
+    other(0)
+    result, whole = step(1), other(1)
+    for part in step.engine.parts():
+        same = [torch.equal(tensor, before[part.name][kind]) for kind, tensor in part.tensors.items()]
+        frozen = step.engine.part_of[part.name] in ("layer 1", "heads.sts", "pooler")
+        assert all(same) if frozen else not any(same), part.name
+    moved = {name for name, count in step.engine.updates().items() if count > counts[name]}
+    assert moved == {"embeddings", "layer 0", "heads.sst", "heads.quora"}
+    place = result.gramians.layers.index("layer 1")
+    assert result.gramians.by_layer[place].abs().max() == 0 < whole.gramians.by_layer[place].abs().max()
+    assert result.grad_norm < whole.grad_norm
+    step.rates = lambda number: step.engine.peak_rates
+    step(2)
+    assert not any(torch.equal(step.engine.parameters[name].flatten(), before[name]["weight"]) for name in names)
