@@ -176,13 +176,69 @@ def test_the_cause_is_blamed_before_its_consequences(tmp_path, capfd):
     assert "then rank 0: exit code 1" in output
 
 
-def test_workers_that_ignore_sigterm_are_killed_after_a_failure(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr("minbert.launch.processes.TERM_GRACE", 0.5)
+def test_workers_that_hear_no_signal_are_killed_after_a_failure(tmp_path, capfd):
     body = "    if RANK == 1: sys.exit(3)\n    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n    wait()"
     run = Run(tmp_path, body, grace=0.2)
     code, output = run.here(capfd)
     assert code == 3 and "then rank 0: stopped" in output
     _gone(run.pids("pid"))
+
+
+def test_a_lost_connection_is_no_cause_even_if_told_long_before_the_death_is_seen(tmp_path, capfd, monkeypatch):
+    """Rank 1 is killed amid communication; here its death is noticed much later, as on a machine out of memory."""
+    monkeypatch.setattr("minbert.launch.processes.UNSEEN", -60.0)
+    body = ALL_REDUCE + "    if RANK == 1: os.kill(os.getpid(), signal.SIGKILL)\n    dist.all_reduce(total)\n"
+    code, output = Run(tmp_path, body, processes=2).here(capfd)
+    assert code == 128 + signal.SIGKILL
+    assert "rank 1 of 2 failed first: killed by SIGKILL" in output and "memory" in output
+    assert "then rank 0: exit code 1" in output and "Traceback" not in output
+
+
+SAVE = """
+    import torch
+    import torch.distributed as dist
+    from types import SimpleNamespace
+    from minbert.trainer import distributed, saving
+    from minbert.trainer.checkpoint import Manifest, TrainingState
+    from minbert.trainer.config import BudgetConfig, ParallelConfig
+    from minbert.trainer.shards import Part
+    world = distributed.start(ParallelConfig(device="cpu"))
+    part = Part("w", 0, {"weight": torch.zeros(4)}, replicated=True)
+    def describe(state):
+        return Manifest(state.step, "now", 2, None, state, {}, {}, {}, {}, {"w": [4]}, {})
+    holds = SimpleNamespace(parts=lambda: [part], state_dict=dict)
+    writer = saving.CheckpointWriter(FOLDER / "checkpoints", holds, holds, world, BudgetConfig(), describe)
+    write_hashed = saving.write_hashed
+    def slow(*arguments):
+        note("writes")
+        if RANK == SLOW == 1:
+            wait()
+        if RANK == SLOW == 0:
+            while not (FOLDER / "dies-1").exists(): time.sleep(0.01)
+            time.sleep(1.5)
+        return write_hashed(*arguments)
+    saving.write_hashed = slow
+    writer.save(TrainingState(step=7))
+    if RANK == 1:
+        reported = ["minbert/save/1/1"]
+        while not ((FOLDER / "writes-0").exists() and (SLOW or world.messages.store.check(reported))): time.sleep(0.01)
+        note("dies")
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        dist.barrier()
+    except RuntimeError:
+        writer.abandon()
+        raise
+"""
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_who_survives_a_killed_rank_finishes_the_checkpoint_if_that_is_possible(tmp_path, capfd, slow):
+    """It is, if the killed rank had written its part; otherwise nobody waits for it."""
+    code, output = Run(tmp_path, SAVE.replace("SLOW", str(slow)), grace=0.5).here(capfd)
+    assert code == 128 + signal.SIGKILL and "rank 1 of 2 failed first: killed by SIGKILL" in output
+    assert f"then rank 0: {'exit code 1' if slow == 0 else 'stopped'}" in output
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step-????????")] == ["step-00000007"] * (slow == 0)
 
 
 @pytest.mark.parametrize("end", ["os.abort()", "wait()"])
