@@ -13,7 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,14 +53,16 @@ def record_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         raise SystemExit(ExitCode.LEFT_AT_ONCE) from None
     except Exception as error:
-        mistake = disk_trouble(error) if isinstance(error, OSError) else error
-        if isinstance(mistake, UserError):
+        mistake = error if isinstance(error, UserError) else disk_trouble(error)
+        if mistake is not None:
             _leave_error(ExitCode.USER_MISTAKE, str(mistake))
-            print(f"minbert: {mistake}", file=sys.stderr)
+            with suppress(OSError):  # the log lies on the same disk
+                _say(f"minbert: {mistake}")
             raise SystemExit(ExitCode.USER_MISTAKE) from None
         text = traceback.format_exc()
         if not _leave_error(ExitCode.FAILED, text) or os.environ.get("RANK") != "0":
-            print(text, end="", file=sys.stderr)
+            with suppress(OSError):
+                _say(text.rstrip())
         raise SystemExit(ExitCode.FAILED) from error
 
 

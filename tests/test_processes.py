@@ -262,6 +262,18 @@ def test_a_users_mistake_is_told_once_and_plainly(tmp_path, capfd, condition):
     assert "Traceback" not in output and "failed" not in output
 
 
+def test_a_full_disk_is_told_with_the_file_and_without_a_traceback(tmp_path, capfd):
+    body = """
+    from minbert.data.files import naming
+    if RANK == 0: wait()
+    with naming(Path("/dev/full")), open("/dev/full", "wb", buffering=0) as file:
+        file.write(b"x")
+"""
+    code, output = Run(tmp_path, body, grace=0.2).here(capfd)
+    assert code == ExitCode.USER_MISTAKE and "Traceback" not in output
+    assert "(rank 1) /dev/full could not be written: No space left on device (the disk at /" in output
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_is_forwarded_once_and_the_save_awaited(tmp_path, number):
     run = Run(tmp_path, STOP_AND_SAVE, grace=0.1).start()

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from minbert.data.errors import UserError
-from minbert.data.files import flush_folder, replacing
+from minbert.data.files import flush_folder, naming, replacing
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -148,7 +148,7 @@ def damaged(folder: Path) -> list[Path]:
 def write_hashed(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, Any]:
     """Write a file, flushed to the disk; its size and SHA-256, taken of the memory it came from."""
     digest, size = hashlib.sha256(), 0
-    with path.open("wb", buffering=0) as file:
+    with naming(path), path.open("wb", buffering=0) as file:
         for chunk in map(memoryview, chunks):
             digest.update(chunk)
             size += len(chunk)

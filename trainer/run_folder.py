@@ -77,8 +77,9 @@ class RunFolder:
             "commit": commit,
             "uncommitted_changes": bool(diff),
         }
-        (self.path / "environment.json").write_text(json.dumps(record, indent=2) + "\n")
-        (self.path / "code.diff").write_text(diff)
+        for name, content in (("environment.json", json.dumps(record, indent=2) + "\n"), ("code.diff", diff)):
+            with replacing(self.path / name) as temporary:
+                temporary.write_text(content)
 
     def code_state(self) -> dict[str, Any]:
         """Commit and uncommitted changes of the code, as they were when the run was started last."""

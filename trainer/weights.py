@@ -15,10 +15,11 @@ from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from minbert.data.errors import UserError
+from minbert.data.files import replacing
 from minbert.trainer.bert import Bert, BertConfig
 
 TINY = dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512)  # BERT-tiny
@@ -107,13 +108,16 @@ def write_shape(folder: Path, config: BertConfig, tokenizer_from: Path | None = 
         if tokenizer_from is not None and (tokenizer_from / name).exists():
             shutil.copyfile(tokenizer_from / name, folder / name)
     described = {"model_type": "bert", "architectures": ["BertModel"], "hidden_act": "gelu"} | asdict(config)
-    (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+    with replacing(folder / "config.json") as temporary:
+        temporary.write_text(json.dumps(described, indent=2) + "\n")
 
 
 def save_checkpoint(folder: Path, config: BertConfig, state: dict[str, Tensor], tokenizer_from: Path) -> None:
     """Write an encoder with its tokenizer as a folder that `transformers` loads."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(to_transformers(state), folder / "model.safetensors", metadata={"format": "pt"})
+    with replacing(folder / "model.safetensors") as temporary:
+        # Not save_file: its errors do not say what the system said, such as that the disk is full.
+        temporary.write_bytes(save(to_transformers(state), {"format": "pt"}))
     write_shape(folder, config, tokenizer_from)
 
 
