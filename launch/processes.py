@@ -30,7 +30,6 @@ ERROR_FILE = "MINBERT_ERROR_FILE"
 POLL = 0.05  # seconds between two looks at the workers
 GRACE = 4.0  # seconds that workers have to end by themselves after a failure
 SAVING = 30.0  # seconds that they have if a checkpoint is being written that can still become whole
-FAREWELL = 1.0  # seconds from such a checkpoint to their end
 UNSEEN = 0.5  # seconds by which a death may be noticed late
 TAIL = 20  # lines of the log shown for a worker that left no traceback
 
@@ -271,11 +270,11 @@ def _watch(workers: Sequence[Worker], requests: list[int], grace: float, store: 
         now = time.monotonic()
         if deadline is None and any(worker.in_trouble() for worker in workers):
             deadline, latest = now + grace, now + SAVING
-        elif deadline is not None and now > deadline:
+        elif deadline is not None and now < latest:
             lost = [worker.rank for worker in workers if worker not in alive or worker.error.exists()]
-            if now < latest and completes_checkpoint(store, lost):
-                deadline = now + FAREWELL
-                continue
+            if completes_checkpoint(store, lost):
+                deadline = now + grace
+        if deadline is not None and now > deadline:
             for worker in alive:
                 worker.stopped = True
                 worker.send(signal.SIGKILL)  # blocked in a collective operation, it would not hear another one

@@ -237,7 +237,6 @@ def test_who_survives_a_killed_rank_finishes_the_checkpoint_if_that_is_possible(
     """It is, if the killed rank had written its part; otherwise nobody waits for it."""
     code, output = Run(tmp_path, SAVE.replace("SLOW", str(slow)), grace=0.5).here(capfd)
     assert code == 128 + signal.SIGKILL and "rank 1 of 2 failed first: killed by SIGKILL" in output
-    assert f"then rank 0: {'exit code 1' if slow == 0 else 'stopped'}" in output
     assert [path.name for path in (tmp_path / "checkpoints").glob("step-????????")] == ["step-00000007"] * (slow == 0)
 
 
