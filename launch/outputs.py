@@ -9,15 +9,21 @@ from pathlib import Path
 from minbert.data.errors import UserError, disk_trouble
 from minbert.data.files import replacing
 
+# What nobody writes but the run itself.
+OF_A_RUN = {"config.yaml", "best.safetensors", "metrics.jsonl", "gramians.jsonl", "environment.json"}
+
 
 def require_place(path: Path) -> None:
     """Raises UserError unless a file may be written at `path`."""
+    folder = path.parent
+    if (folder / "manifest.json").exists() or (path.name in OF_A_RUN and (folder / "config.yaml").exists()):
+        raise UserError(f"cannot write {path}: it belongs to a run; choose another name or folder")
     if path.is_dir():
         raise UserError(f"cannot write {path}: it is a folder; name a file")
-    if not path.parent.is_dir():
-        raise UserError(f"cannot write {path}: there is no folder {path.parent}")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise UserError(f"cannot write {path}: the folder {path.parent} may not be written to")
+    if not folder.is_dir():
+        raise UserError(f"cannot write {path}: there is no folder {folder}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write {path}: the folder {folder} may not be written to")
 
 
 @contextmanager

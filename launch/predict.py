@@ -71,7 +71,10 @@ def _predict_course_files(run: RunFolder, options: PredictOptions) -> None:
     folder, others = options.out or run.predictions, not _same_data(options.data, config.corpus.data)
     if folder == STANDARD or (not folder.is_dir() and folder.suffix in (".csv", ".tsv", ".txt")):
         raise UserError(f"--out {folder}: the course's files need a folder; a file goes with --csv")
-    if others and folder.resolve() == run.predictions.resolve():
+    whole = folder.resolve()
+    if whole.name == "predictions" and whole.parent != run.path.resolve() and (whole.parent / "config.yaml").exists():
+        raise UserError(f"--out {folder}: the folder belongs to another run")
+    if others and whole == run.predictions.resolve():
         raise UserError(
             f"{run.predictions} holds the predictions of the run's own data, {config.corpus.data}; "
             f"say with --out FOLDER where those of {options.data} go"

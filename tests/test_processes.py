@@ -11,7 +11,7 @@ import pytest
 
 from minbert.data.errors import UserError
 from minbert.launch.exit_codes import ExitCode
-from minbert.launch.processes import launch
+from minbert.launch.processes import GRACE, launch
 
 LAUNCHER = """
 import sys
@@ -178,9 +178,10 @@ def test_the_cause_is_blamed_before_its_consequences(tmp_path, capfd):
 
 def test_workers_that_hear_no_signal_are_killed_after_a_failure(tmp_path, capfd):
     body = "    if RANK == 1: sys.exit(3)\n    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n    wait()"
-    run = Run(tmp_path, body, grace=0.2)
+    run, start = Run(tmp_path, body, grace=GRACE), time.monotonic()
     code, output = run.here(capfd)
     assert code == 3 and "then rank 0: stopped" in output
+    assert time.monotonic() - start < 30
     _gone(run.pids("pid"))
 
 
