@@ -12,6 +12,7 @@ import pytest
 from minbert.data.errors import UserError
 from minbert.launch.exit_codes import ExitCode
 from minbert.launch.processes import GRACE, launch
+from minbert.slurm.verdict import Error
 
 LAUNCHER = """
 import sys
@@ -193,6 +194,12 @@ def test_a_lost_connection_is_no_cause_even_if_told_long_before_the_death_is_see
     assert code == 128 + signal.SIGKILL
     assert "rank 1 of 2 failed first: killed by SIGKILL" in output and "memory" in output
     assert "then rank 0: exit code 1" in output and "Traceback" not in output
+
+
+@pytest.mark.parametrize("told", ["Read error [127.0.0.1]:4711", "Socket closed [::1]:1", "Connection closed by peer"])
+def test_what_gloo_says_of_a_peer_that_is_gone_is_known(told):
+    assert Error(0, ExitCode.FAILED, f"RuntimeError: {told} GLHF!").lost_peer
+    assert not Error(0, ExitCode.USER_MISTAKE, told).lost_peer
 
 
 SAVE = """
