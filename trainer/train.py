@@ -246,9 +246,10 @@ class Training:
         seed_everything(stream(self.config.seed, "weights"))
         model = build_model(self.config, self.folder)
         if pretrained:
-            missing = load_weights(model.bert, find_checkpoint(self.config.encoder.model))
+            encoder = self.config.encoder
+            missing = load_weights(model.bert, find_checkpoint(encoder.model, encoder.revision))
             if missing and self.world.is_main:
-                log.warning("%s has no weights for %s: they start at random", self.config.encoder.model, missing)
+                log.warning("%s has no weights for %s: they start at random", encoder.model, missing)
         model.to(self.world.device)
         engine = build_engine(self.accelerator, model, build_optimizer(model, self.config.optimizer))
         seed_everything(stream(self.config.seed, "dropout", self.world.rank))
