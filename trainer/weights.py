@@ -50,9 +50,9 @@ def is_hub_name(model: str) -> bool:
 def find_checkpoint(model: str, revision: str | None = None) -> Path:
     """The folder of a checkpoint named by `minilm`, a path, or a hub name such as `bert-base-uncased`.
 
-    Only a hub name reaches for the network, to learn which commit is its newest or its `revision`. One that is a commit,
-    as a prepared run's, is taken from the hub's cache without asking, if that holds it. The folder of a hub name has the
-    name of its commit. Raises UserError.
+    Only a hub name reaches for the network, to learn which commit is its newest or its `revision`. A `revision` that is
+    a commit, as a prepared run's, is taken from the hub's cache without asking, if that holds it. The folder of a hub
+    name has the name of its commit. Raises UserError.
     """
     if model == "minilm":
         spec = importlib.util.find_spec(MINILM_PACKAGE)  # finds the package without importing it
