@@ -174,7 +174,7 @@ class Ours:
     def save(self, number: int) -> None:
         from minbert.trainer.checkpoint import TrainingState
 
-        self.writer.save(TrainingState(step=number, updates=number))
+        self.writer.save(TrainingState(step=number, updates=self.engine.updates()))
 
     def complete(self) -> None:
         assert self.writer.finish()

@@ -209,11 +209,14 @@ def _environment(extra: Mapping[str, str], processes: int, port: int) -> dict[st
     import torch
 
     cores = len(os.sched_getaffinity(0))
-    defaults = {"OMP_NUM_THREADS": str(max(1, cores // processes)), "PYTHONFAULTHANDLER": "1"}
-    if not torch.cuda.is_available():
-        defaults["GLOO_SOCKET_IFNAME"] = "lo"  # the host's name may resolve to an address that is not reachable
-        if processes > cores:
-            _say(f"note: {processes} processes share {cores} cores")
+    defaults = {
+        "OMP_NUM_THREADS": str(max(1, cores // processes)),
+        "PYTHONFAULTHANDLER": "1",
+        # The host's name may resolve to an address that is not reachable. gloo is there beside NCCL, too.
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    if processes > cores and not torch.cuda.is_available():
+        _say(f"note: {processes} processes share {cores} cores")
     fixed = {
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),

@@ -32,7 +32,11 @@ OPTIMIZERS = {"sgd": partial(torch.optim.SGD, lr=1.0), "adamw": partial(torch.op
 
 
 def configured(config: RunConfig, case: dict) -> RunConfig:
-    batch = {key: case[key] for key in ("aggregator", "batch_size", "accumulation", "surgery_scope") if key in case}
+    batch = {
+        key: case[key]
+        for key in ("aggregator", "batch_size", "accumulation", "surgery_scope", "task_schedule")
+        if key in case
+    }
     parallel = {"zero_stage": case["zero_stage"]}
     return config.model_copy(
         update={

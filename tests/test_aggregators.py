@@ -1,8 +1,10 @@
 """The methods, from Gramian or losses to weights: hard inputs, their properties, torchjd's dense aggregators."""
 
 import sys
+from collections.abc import Sequence
 from functools import partial
 
+import mpmath
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from torchjd import aggregation, scalarization
 
 from minbert.data.errors import UserError
 from minbert.trainer.aggregators import METHODS, Aggregator, parse_method, register
+from minbert.trainer.random_state import stream
 
 GRAMIAN = [name for name, method in METHODS.items() if method.source == "gramian"]
 DETERMINISTIC = [name for name in GRAMIAN if name not in ("pcgrad", "gradvac")]
@@ -24,7 +27,6 @@ DENSE = {
     "aligned_mtl": aggregation.AlignedMTL,
     "upgrad": aggregation.UPGrad,
     "dualproj": aggregation.DualProj,
-    "fairgrad": partial(aggregation.FairGrad, alpha=1.0),
     "config": aggregation.ConFIG,
 }
 NON_CONFLICTING = ["upgrad", "dualproj", "mgda", "nash_mtl"]  # the update lowers no task's progress to first order
@@ -71,7 +73,7 @@ def test_weights_are_finite_whatever_the_gradients(name, kind, tasks, seed, expo
 def test_weights_combine_to_torchjds_dense_result(name, kind, tasks, seed):
     rows = jacobian(kind, tasks, seed)
     found = weights(name, rows @ rows.T, step=seed)
-    torch.manual_seed(seed)
+    torch.manual_seed(stream(0, "aggregator", seed))
     torch.testing.assert_close(found @ rows, DENSE[name]()(rows), rtol=1e-6, atol=1e-6)
 
 
@@ -128,10 +130,54 @@ def test_nash_mtl_solves_its_equation(kind, tasks, seed, exponent):
     )
 
 
-def test_nash_mtl_agrees_with_torchjd():
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [("nash_mtl", aggregation.NashMTL(n_tasks=3, max_norm=0)), ("fairgrad:alpha=2", aggregation.FairGrad(alpha=2.0))],
+)
+def test_fair_methods_agree_with_torchjd(name, reference):
     rows = jacobian("random", 3, 4)
-    reference = aggregation.NashMTL(n_tasks=3, max_norm=0)(rows)
-    torch.testing.assert_close(weights("nash_mtl", rows @ rows.T) @ rows, reference, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(weights(name, rows @ rows.T) @ rows, reference(rows), rtol=1e-2, atol=1e-2)
+
+
+def fair_weights(gramian: Tensor, alpha: float, start: Tensor) -> list[float]:
+    """The a > 0 with G a = a ** (-1 / alpha), by Newton's method in log a with 50 digits."""
+    with mpmath.workdps(50):
+        g, size, power = mpmath.matrix(gramian.tolist()), len(gramian), 1 / mpmath.mpf(alpha)
+        x = mpmath.matrix([mpmath.log(float(a)) for a in start])
+        for _ in range(30):
+            a = x.apply(mpmath.exp)
+            ga = g * a
+            errors = mpmath.matrix([ga[i] * a[i] ** power - 1 for i in range(size)])
+            slope = mpmath.matrix(size, size)
+            for i in range(size):
+                for j in range(size):
+                    slope[i, j] = (g[i, j] * a[j] + (i == j) * ga[i] * power) * a[i] ** power
+            x -= mpmath.lu_solve(slope, errors)
+        assert max(map(abs, errors)) < 1e-40
+        return [float(value) for value in x.apply(mpmath.exp)]
+
+
+@pytest.mark.parametrize(
+    "norms", [(1, 1, 1), (1e5, 1, 1), (1, 1e-5, 1), (1e3, 1, 1e-2), (1e-2, 1e-2, 1e-2), (1e-4, 1e-4, 1e-4)]
+)
+@pytest.mark.parametrize(
+    ("name", "alpha"), [("nash_mtl", 1.0), ("fairgrad", 1.0), ("fairgrad:alpha=0.5", 0.5), ("fairgrad:alpha=2", 2.0)]
+)
+def test_fair_weights_are_right_however_long_the_gradients_are(name: str, alpha: float, norms: Sequence[float]):
+    for seed, kind in enumerate(["random", "conflicting", "random", "conflicting"]):
+        rows = (
+            torch.nn.functional.normalize(jacobian(kind, 3, seed)) * torch.tensor(norms, dtype=torch.float64)[:, None]
+        )
+        found = weights(name, rows @ rows.T)
+        expected = torch.tensor(fair_weights(rows @ rows.T, alpha, found), dtype=torch.float64)
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+def test_fairgrad_without_fairness_is_the_mean():
+    rows = jacobian("random", 3, 4)
+    assert weights("fairgrad:alpha=0", rows @ rows.T).tolist() == [1 / 3] * 3
+    with pytest.raises(UserError, match="alpha is a number from 0 on, not -1"):
+        Aggregator("fairgrad:alpha=-1", 3, 0)
 
 
 def test_random_choices_depend_on_seed_and_step_alone():
@@ -158,6 +204,16 @@ def test_loss_weights_are_the_derivative_of_the_methods_scalar():
     values = losses.clone().requires_grad_()
     scalarization.FAMO(3).double()(values).backward()
     torch.testing.assert_close(found, values.grad)
+
+
+def test_losses_that_are_not_finite_teach_famo_nothing():
+    """After an update that broke the model, its losses are looked at once more."""
+    aggregator, losses = Aggregator("famo", 3, 0), torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
+    aggregator.from_losses(losses, 0)
+    aggregator.observe(losses * 0.9)
+    expected = aggregator.from_losses(losses, 1)
+    aggregator.observe(torch.tensor([0.5, float("nan"), float("inf")], dtype=torch.float64))
+    assert torch.equal(aggregator.from_losses(losses, 2), expected) and expected.isfinite().all()
 
 
 def test_uncertainty_learns_to_lower_large_losses():

@@ -8,11 +8,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from minbert.data.errors import UserError
 from minbert.launch.exit_codes import ExitCode
-from minbert.launch.processes import GRACE, launch
+from minbert.launch.processes import GRACE, _environment, launch
 from minbert.slurm.verdict import Error
+from minbert.trainer.config import ParallelConfig
+from minbert.trainer.distributed import pick_device
 
 LAUNCHER = """
 import sys
@@ -351,6 +354,40 @@ def test_environment_and_logs(tmp_path, monkeypatch):
     assert (tmp_path / "rank-1.log").read_text() == "earlier\n7 1 1 2 2 127.0.0.1 x\n"
     assert not (tmp_path / "rank-1.error").exists()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_gloo_takes_the_loopback_beside_nccl_too(monkeypatch):
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    for has_gpus in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpus=has_gpus: has_gpus)
+        assert _environment({}, 1, 1234)["GLOO_SOCKET_IFNAME"] == "lo"
+        assert _environment({"GLOO_SOCKET_IFNAME": "ib0"}, 1, 1234)["GLOO_SOCKET_IFNAME"] == "ib0"
+
+
+@pytest.mark.parametrize("given", ["0,1", "GPU-6c1b", "", "-1", "NoDevFiles"])
+def test_gpus_that_pytorch_does_not_see_are_not_forgone_in_silence(monkeypatch, given):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    if given in ("", "-1", "NoDevFiles"):
+        assert pick_device(ParallelConfig()).type == "cpu"
+    else:
+        with pytest.raises(UserError, match=f"(?s)CUDA_VISIBLE_DEVICES={given}.*device=cpu does without"):
+            pick_device(ParallelConfig())
+    assert pick_device(ParallelConfig(device="cpu")).type == "cpu"
+
+
+def test_deterministic_kernels_are_asked_for():
+    """In a process of its own, as the choice is for the whole process."""
+    program = """
+import os, torch
+from minbert.trainer import distributed
+from minbert.trainer.config import ParallelConfig
+for flag in (False, True):
+    distributed.start(ParallelConfig(deterministic=flag))
+    print(torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
+"""
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=100)
+    assert said.stdout.splitlines() == ["False None", "True :4096:8"]
 
 
 def test_the_cores_are_shared_out(tmp_path, monkeypatch, capfd):

@@ -15,6 +15,7 @@ from minbert.trainer import train as training
 from minbert.trainer.conflicts import cosines, gramian_record, read_gramians, summary
 from minbert.trainer.distributed import World
 from minbert.trainer.engine import Shard, build_accelerator, build_engine
+from minbert.trainer.metrics import MetricsWindow
 from minbert.trainer.optimizer import build_optimizer
 from minbert.trainer.preparation import build_plan, load_split, prepare
 from minbert.trainer.random_state import seed_everything
@@ -255,6 +256,28 @@ def test_task_weights_scale_the_losses(folder):
     torch.testing.assert_close(
         weighted.gramians.encoder, measured.gramians.encoder * scale[:, None] * scale, rtol=1e-4, atol=1e-6
     )
+
+
+@pytest.mark.parametrize("aggregator", ["sum", "uncertainty"])
+def test_measuring_does_not_change_the_weights_that_are_told(folder, aggregator):
+    task_weights = {"sst": 2.0, "quora": 1.0, "sts": 0.5}
+    plain, measured = (build_step(folder, aggregator=aggregator, task_weights=task_weights) for _ in range(2))
+    found = [plain(0, 1.0).weights, measured(0, 1.0, measure=True).weights]
+    assert found[0] == pytest.approx(found[1]) and found[0]["sst"] == pytest.approx(4 * found[0]["sts"])
+
+
+@pytest.mark.parametrize("aggregator", ["sum", "uncertainty", "famo", "upgrad"])
+def test_tokens_are_counted_once(folder, aggregator):
+    """Not again where the losses are looked at before the first part's backward pass, or after the update."""
+    step = build_step(folder, aggregator=aggregator, accumulation=2)
+    rows = {name: step.plan.rows(name, 0) for name in step.plan.names}
+    tokens = sum(int(column.lengths[rows[name]].sum()) for name in rows for column in step.splits[name].columns)
+    result = step(0, 1.0)
+    assert result.tokens == tokens and result.seconds > 0
+    window = MetricsWindow(step.world)
+    window.add(result)
+    window.add(result)
+    assert window.close()["tokens_per_second"] == pytest.approx(tokens / result.seconds)  # whatever else took time
 
 
 def test_conflicts_are_recorded_and_read_back(folder, tmp_path):

@@ -13,6 +13,7 @@ Methods that torchjd has are taken from there.
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from minbert.data.errors import UserError
+from minbert.trainer.random_state import stream
 
 Weighting = Callable[[Tensor], Tensor]
 Source = Literal["losses", "gramian", "coordinates"]
@@ -65,31 +67,47 @@ def pcgrad(gramian: Tensor) -> Tensor:
 def nash_mtl(gramian: Tensor) -> Tensor:
     """The Nash bargaining solution: the weights a > 0 with G a = 1 / a.
 
-    They minimise the convex a' G a / 2 - sum log a, by Newton's method with a line search; the result is as good as
-    the arithmetic, with no state, where the reference solves a sequence of linearised problems and starts each step
-    from the last one's weights. A small ridge bounds them where gradients oppose each other exactly.
+    The reference solves a sequence of linearised problems and starts each step from the last one's weights; this is as
+    good as the arithmetic, with no state.
+    """
+    return fairgrad(gramian, 1.0)
+
+
+def fairgrad(gramian: Tensor, alpha: float) -> Tensor:
+    """The alpha-fair weights: a > 0 with G a = a ** (-1 / alpha); uniform ones for alpha = 0.
+
+    Alone, task i would get s_i = G_ii ** (-alpha / (1 + alpha)). In v = a / s the equations are M v = v ** (-1 / alpha)
+    with ones on M's diagonal, so neither tolerance nor ridge depends on how long the gradients are. They are the slope
+    of a convex function of v, divided by c; Newton's method with a line search solves them to the arithmetic's
+    precision. A small ridge bounds the weights where gradients oppose each other exactly.
     """
     count = len(gramian)
-    scale = gramian.diagonal().mean()
-    scaled = gramian / scale + 1e-9 * torch.eye(count, dtype=gramian.dtype)
-
-    def objective(a: Tensor) -> Tensor:
-        return 0.5 * a @ scaled @ a - a.log().sum()
-
-    a = scaled.diagonal().clamp_min(1e-12).rsqrt()
+    if alpha == 0:
+        return torch.full((count,), 1 / count, dtype=gramian.dtype)
+    squares = gramian.diagonal()
+    s, c = squares ** (-alpha / (1 + alpha)), squares ** ((1 - alpha) / (1 + alpha))
+    matrix = gramian * s * (s / c)[:, None] + 1e-9 * torch.eye(count, dtype=gramian.dtype)
+    v = torch.ones_like(squares)
     for _ in range(200):
-        slope = scaled @ a - 1 / a
-        step = torch.linalg.solve(scaled + torch.diag(a**-2), -slope)
-        decrement = -(slope @ step)
-        if decrement < 1e-20:
-            break
-        shrinking = step < 0
-        size = min(1.0, float((-0.99 * a / step)[shrinking].min())) if shrinking.any() else 1.0
-        start = objective(a)
-        while objective(a + size * step) > start - 1e-4 * size * decrement and size > 1e-12:
+        slope = matrix @ v - v ** (-1 / alpha)
+        step = torch.linalg.solve(matrix + torch.diag(v ** (-1 / alpha - 1) / alpha), -slope)
+        descent = -(c * slope) @ step
+        size = min(1.0, float((0.99 * v / (-step).clamp_min(1e-300)).min()))
+        # The slope along a convex function rises: where it has not become positive lies the near side of the minimum.
+        while (c * (matrix @ (v + size * step) - (v + size * step) ** (-1 / alpha))) @ step > 0.1 * descent:
             size /= 2
-        a = a + size * step
-    return a / scale.sqrt()
+            if size < 1e-6:  # nothing but rounding is left
+                return s * v
+        v = v + size * step
+        if size == 1 and (step / v).abs().max() < 1e-8:  # the error is of the order of its square
+            break
+    return s * v
+
+
+def _fairgrad(tasks: int, alpha: float) -> Weighting:
+    if not 0 <= alpha < float("inf"):
+        raise ValueError(f"alpha is a number from 0 on, not {alpha:g}")
+    return partial(fairgrad, alpha=alpha)
 
 
 @register("config", "Liu et al. 2025, ConFIG: Towards Conflict-free Training, equation 2")
@@ -136,7 +154,9 @@ _torchjd("imtl_g", "Liu et al. 2021, Towards Impartial Multi-task Learning, equa
 _torchjd("aligned_mtl", "Senushkin et al. 2023, Independent Component Alignment, section 3", "AlignedMTLWeighting")
 _torchjd("upgrad", "Quinton and Rey 2024, Jacobian Descent, equation 5", "UPGradWeighting")
 _torchjd("dualproj", "Lopez-Paz and Ranzato 2017, Gradient Episodic Memory, equation 11", "DualProjWeighting")
-_torchjd("fairgrad", "Ban and Ji 2024, Fair Resource Allocation, equation 4", "FairGradWeighting", False, alpha=1.0)
+METHODS["fairgrad"] = Method(
+    "gramian", _fairgrad, {"alpha": 1.0}, "Ban and Ji 2024, Fair Resource Allocation, equation 4"
+)
 METHODS["graddrop"] = Method(
     "coordinates", lambda tasks: None, {}, "Chen et al. 2020, Just Pick a Sign, algorithm 1"
 )  # combined in surgery.py
@@ -234,8 +254,9 @@ class Aggregator:
         return values.grad
 
     def observe(self, losses: Tensor) -> None:
-        """Losses (T,) of the step's batch after the update."""
-        self._scalarizer.update(losses)
+        """Losses (T,) of the step's batch after the update. Those that are not finite teach nothing."""
+        if losses.isfinite().all():
+            self._scalarizer.update(losses)
 
     def end_epoch(self) -> None:
         if self.name == "dwa":
@@ -267,7 +288,7 @@ class Aggregator:
         return weights
 
     def _seeded(self, step: int) -> "_Seeded":
-        return _Seeded(self.seed * 1_000_003 + step)
+        return _Seeded(stream(self.seed, "aggregator", step))
 
 
 class _Seeded:
@@ -278,7 +299,7 @@ class _Seeded:
 
     def __enter__(self) -> None:
         self.saved = torch.get_rng_state()
-        torch.default_generator.manual_seed(self.seed % 2**63)
+        torch.default_generator.manual_seed(self.seed)
 
     def __exit__(self, *exception: object) -> None:
         torch.set_rng_state(self.saved)

@@ -22,7 +22,7 @@ from typing import Any
 from minbert.data.errors import UserError
 from minbert.data.files import flush_folder, naming, replacing
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 AGGREGATOR = "aggregator.pt"
 UNFINISHED, DAMAGED, DELETED = ".unfinished", ".damaged", ".deleted"  # suffixes of folders that are no checkpoints
@@ -39,7 +39,7 @@ class TrainingState:
     best_step: int = 0
     stale_evaluations: int = 0  # since the best one
     skipped: int = 0  # steps in a row, up to now
-    updates: int = 0  # of the optimizer: steps that were not skipped
+    updates: dict[str, int] = field(default_factory=dict)  # of each of the optimizer's groups
     window: dict[str, Any] = field(default_factory=dict)  # what the next line of the log averages, so far
     trackers: dict[str, str] = field(default_factory=dict)  # each tracker's name for this run
 

@@ -60,6 +60,8 @@ class EncoderConfig(Section):
     """`tiny` (random weights), `minilm` (an installed package), a local BERT checkpoint's folder, or a hub name."""
     pooling: Literal["cls", "mean"] = "mean"
     """Sentence embedding: the pooler's output for [CLS], or the mean of the hidden states."""
+    revision: Annotated[str, Field(min_length=1)] | None = None
+    """Commit, branch or tag of a hub name's weights. The run keeps the commit that it was when the run was prepared."""
     freeze: Literal["none", "embeddings", "encoder"] | Annotated[int, Field(ge=1)] = "none"
     """What of the encoder stays fixed: a number freezes the embeddings and that many lower layers."""
     encoder_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
@@ -160,6 +162,8 @@ class ParallelConfig(Section):
     """Arithmetic of the forward and backward pass; weights, sums and optimizer are always fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
+    deterministic: bool = False
+    """On a GPU: only kernels that give the same to the bit each time, which are slower. On a CPU all do."""
     timeout: Annotated[float, Field(gt=0)] = 30
     """Minutes that a process waits for the others before the run fails and says who was missing."""
 
@@ -250,6 +254,7 @@ MAY_CHANGE = frozenset(
         "processes",
         "zero_stage",
         "device",
+        "deterministic",
         "timeout",
         "accumulation",
         "log_every",

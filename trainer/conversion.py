@@ -1,5 +1,6 @@
 """Between checkpoints and other files: DeepSpeed's checkpoints into ours, ours into a plain safetensors model."""
 
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from minbert.trainer.checkpoint import (
 from minbert.trainer.deepspeed_checkpoint import read
 from minbert.trainer.optimizer import parameter_groups
 from minbert.trainer.preparation import build_plan, identity, load_split
+from minbert.trainer.random_state import seed_everything, stream
 from minbert.trainer.run_folder import RunFolder
 from minbert.trainer.saved_model import build_model, save_model
 from minbert.trainer.saving import now, shard_name
@@ -36,15 +38,20 @@ def from_deepspeed(source: Path, run: RunFolder) -> tuple[Path, list[str]]:
     if existing := published(run.checkpoints):
         raise UserError(f"{run.path} has checkpoints already ({existing[-1].name}); convert into a new run folder")
     config = run.read_config()
-    torch.manual_seed(config.seed)
+    seed_everything(stream(config.seed, "weights"))
     model = build_model(config, run)
     own = dict(model.named_parameters())
     names = {id(parameter): name for name, parameter in own.items()}
-    groups = [[names[id(p)] for p in group["params"]] for group in parameter_groups(model, config.optimizer)]
-    found = read(source, groups)
-    trained = {name for group in groups for name in group}
+    groups = parameter_groups(model, config.optimizer)
+    trained_names = [[names[id(p)] for p in group["params"]] for group in groups]
+    found = read(source, trained_names)
+    trained = set(chain.from_iterable(trained_names))
     _refuse_other_parameters(source, found.tensors, {name: p.numel() for name, p in own.items()}, trained)
     weights = found.tensors["weight"]
+    # Where another optimizer moved the parameters of a group different numbers of times, the largest is closest to all.
+    updates = {
+        group["name"]: max(found.updates[name] for name in members) for group, members in zip(groups, trained_names)
+    }
     parts = []
     for name, parameter in own.items():
         tensors = {"weight": weights.get(name, parameter)}
@@ -60,7 +67,7 @@ def from_deepspeed(source: Path, run: RunFolder) -> tuple[Path, list[str]]:
         written=now(),
         processes=0,  # nobody's random numbers are in it
         zero_stage=None,
-        state=TrainingState(step=found.step, epochs=config.budget.epochs, updates=found.updates),
+        state=TrainingState(step=found.step, epochs=config.budget.epochs, updates=updates),
         positions={name: plan.position(name, found.step) for name in plan.names},
         identity=identity(config, run, splits),
         config=config.model_dump(mode="json"),

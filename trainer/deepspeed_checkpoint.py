@@ -7,7 +7,7 @@ harmless classes that DeepSpeed puts beside them.
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -25,11 +25,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 @dataclass
 class TrainingTensors:
     """`tensors`: kind (`weight`, `exp_avg`, `exp_avg_sq`) -> parameter -> fp32 tensor, flat or whole. `step`: steps of
-    the run; `updates`: of the optimizer."""
+    the run. `updates`: how many of them moved each parameter."""
 
     tensors: dict[str, dict[str, Tensor]]
     step: int
-    updates: int
+    updates: dict[str, int]
 
 
 def read(source: Path, groups: list[list[str]]) -> TrainingTensors:
@@ -52,7 +52,7 @@ def read(source: Path, groups: list[list[str]]) -> TrainingTensors:
         tensors["weight"] |= model["module"]
     shards = sorted(folder.glob("*optim_states.pt"), key=_rank)
     if (folder / "zero").is_dir():
-        updates = _read_universal(folder / "zero", tensors)
+        updates = _read_universal(folder / "zero", model.get("param_shapes", ()), tensors)
     elif not shards:
         updates = _read_stage_0(model["optimizer"], groups, tensors)
     else:
@@ -96,43 +96,54 @@ def _join_frozen(weights: dict[str, Tensor], models: list[Mapping[str, Any]]) ->
         weights[name] = whole[: shape.numel()]
 
 
-def _read_universal(folder: Path, tensors: dict[str, dict[str, Tensor]]) -> int:
-    updates = 0
+def _read_universal(
+    folder: Path, shapes: Sequence[Mapping[str, torch.Size]], tensors: dict[str, dict[str, Tensor]]
+) -> dict[str, int]:
+    updates = {}
     for parameter in (path for path in folder.iterdir() if path.is_dir()):
         for kind, file in (("weight", "fp32.pt"), *((kind, f"{kind}.pt") for kind in MOMENTS)):
             if (parameter / file).exists():  # a frozen parameter has no moments
                 content = _load(parameter / file)
                 tensors[kind][parameter.name] = content["param"] if isinstance(content, dict) else content
         if (parameter / "step.pt").exists():
-            updates = int(_load(parameter / "step.pt"))
+            updates[parameter.name] = int(_load(parameter / "step.pt"))
     if not updates:  # stage 3 leaves it where it was
         state = _load(folder / "optimizer_state.pt")["optimizer_state_dict"]["state"]
-        updates = int(next(iter(state.values()))["step"])
+        updates = _by_parameter(shapes, state)
     return updates
 
 
-def _read_stage_0(optimizer: Mapping[str, Any], groups: list[list[str]], tensors: dict[str, dict[str, Tensor]]) -> int:
+def _by_parameter(groups: Sequence[Iterable[str]], states: Mapping[int, Mapping[str, Any]]) -> dict[str, int]:
+    """The updates of each parameter, where the optimizer has one state, and one count, for a group."""
+    return {name: int(states[number]["step"]) for number, group in enumerate(groups) for name in group}
+
+
+def _read_stage_0(
+    optimizer: Mapping[str, Any], groups: list[list[str]], tensors: dict[str, dict[str, Tensor]]
+) -> dict[str, int]:
     numbers = [group["params"] for group in optimizer["param_groups"]]
     if list(map(len, numbers)) != list(map(len, groups)):
         raise UserError(
             f"the checkpoint's optimizer has groups of {list(map(len, numbers))} parameters, "
             f"this run's has {list(map(len, groups))}"
         )
-    updates = 0
+    updates = {}
     for names, own in zip(groups, numbers):
         for name, number in zip(names, own):
             state = optimizer["state"][number]
-            updates = int(state["step"])
+            updates[name] = int(state["step"])
             for kind in MOMENTS:
                 tensors[kind][name] = state[kind]
     return updates
 
 
-def _join_stage_1_and_2(optimizers: list[Mapping[str, Any]], tensors: dict[str, dict[str, Tensor]]) -> int:
+def _join_stage_1_and_2(optimizers: list[Mapping[str, Any]], tensors: dict[str, dict[str, Tensor]]) -> dict[str, int]:
     """Each process's flat vectors hold consecutive fragments of some parameters; `param_slice_mappings` says where."""
     pieces: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
+    updates = {}
     for optimizer in optimizers:
         states = optimizer["base_optimizer_state"]["state"]
+        updates |= _by_parameter(optimizer["param_slice_mappings"], states)
         for group, fragments in enumerate(optimizer["param_slice_mappings"]):
             flat = {"weight": optimizer["single_partition_of_fp32_groups"][group]}
             flat |= {kind: states[group][kind] for kind in MOMENTS}
@@ -141,12 +152,12 @@ def _join_stage_1_and_2(optimizers: list[Mapping[str, Any]], tensors: dict[str, 
                     pieces[kind][name].append(vector[place.start : place.start + place.numel])
     for kind, parameters in pieces.items():
         tensors[kind] |= {name: torch.cat(fragments) for name, fragments in parameters.items()}
-    return int(states[0]["step"])
+    return updates
 
 
 def _join_stage_3(
     shapes: list[Mapping[str, torch.Size]], optimizers: list[Mapping[str, Any]], tensors: dict[str, dict[str, Tensor]]
-) -> int:
+) -> dict[str, int]:
     """Each process holds an equal part of every parameter, one after the other; the last part may be padded."""
     processes = len(optimizers)
     vectors = {"weight": [torch.cat(optimizer["fp32_flat_groups"]) for optimizer in optimizers]}
@@ -160,4 +171,4 @@ def _join_stage_3(
     for (name, size), (start, stop) in zip(named, pairwise(edges)):
         for kind, parts in vectors.items():
             tensors[kind][name] = torch.cat([part[start:stop] for part in parts])[:size]
-    return int(next(iter(states[0].values()))["step"])
+    return _by_parameter(shapes, states[0])

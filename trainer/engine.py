@@ -8,7 +8,7 @@ hands back. So whatever is done to gradients is written once, for every number o
 import contextlib
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from minbert.data.batch import Batch
 from minbert.trainer.config import RunConfig
 from minbert.trainer.distributed import World, world_size
 from minbert.trainer.model import MultitaskModel
-from minbert.trainer.optimizer import moments, set_rate
+from minbert.trainer.optimizer import adam_state, head_group, set_rate
 from minbert.trainer.shards import Part
 
 # One entry per shard. None where a parameter had no part in the backward pass; counts as zero.
@@ -109,6 +109,8 @@ class Engine:
         self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
         self.parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         self.shards: list[Shard] = self._shards()
+        self._absent: set[str] = set()  # groups that the update under way leaves as they are
+        self.torch_optimizer.register_step_pre_hook(self._leave_out)
 
     @property
     def module(self) -> MultitaskModel:
@@ -136,15 +138,27 @@ class Engine:
             parameter.grad = None
         return gradient
 
-    def update(self, gradient: Gradient, rate_factor: float) -> None:
-        """One optimizer step with this gradient and `rate_factor` times the peak learning rates.
+    def update(self, gradient: Gradient, rate_factor: float, tasks: Iterable[str]) -> None:
+        """One optimizer step with this gradient, of these tasks, and `rate_factor` times the peak learning rates.
 
-        Parameters without a gradient get zeros, as a flat shard has them, so that moments decay alike at every stage.
+        The heads of other tasks stay as they are: no weight decay, and neither moments nor their bias correction move.
         """
         set_rate(self.optimizer, rate_factor)
+        self._absent = {head_group(task) for task in set(self.module.tasks) - set(tasks)}
+        self._hand_back(gradient)
+        self._step()
+
+    def _hand_back(self, gradient: Gradient) -> None:
+        """Put the gradient where the optimizer finds it. Parameters without one get zeros, as a flat shard has them."""
         for parameter, part in zip(self.parameters.values(), gradient, strict=True):
             parameter.grad = torch.zeros_like(parameter) if part is None else part
-        self._step()
+
+    def _leave_out(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Before the optimizer's step: it passes over what has no gradient. DeepSpeed calls it once for each group."""
+        for group in optimizer.param_groups:
+            if group["name"] in self._absent:
+                for parameter in group["params"]:
+                    parameter.grad = None
 
     def sum_over_shards(self, value: Tensor) -> Tensor:
         """The sum over the whole gradient of what each process computed from its shards; identical on all."""
@@ -182,10 +196,18 @@ class Engine:
             Part(name, 0, self._flat(parameter), replicated=True) for name, parameter in self.module.named_parameters()
         ]
 
-    def settle(self, updates: int) -> None:
-        """Make what was written into `parts` take effect; the optimizer has made `updates` updates. Collective."""
-        for state in self.torch_optimizer.state.values():
-            state["step"].fill_(updates)
+    def updates(self) -> dict[str, int]:
+        """How many updates each of the optimizer's groups has had."""
+        return {name: int(adam_state(self.torch_optimizer, tensor)["step"]) for name, tensor in self._optimized()}
+
+    def settle(self, updates: Mapping[str, int]) -> None:
+        """Make what was written into `parts` take effect, after so many `updates` of each group. Collective."""
+        for name, tensor in self._optimized():
+            adam_state(self.torch_optimizer, tensor)["step"].fill_(updates[name])
+
+    def _optimized(self) -> list[tuple[str, Tensor]]:
+        """What the optimizer works on, each with the name of its group."""
+        return [(group["name"], tensor) for group in self.torch_optimizer.param_groups for tensor in group["params"]]
 
     @property
     def torch_optimizer(self) -> torch.optim.Optimizer:
@@ -196,8 +218,8 @@ class Engine:
         """A parameter and, if it is trained, its moments, as flat views."""
         tensors = {"weight": parameter.detach().view(-1)}
         if parameter.requires_grad:
-            for kind, moment in moments(self.torch_optimizer, parameter).items():
-                tensors[kind] = moment.view(-1)
+            state = adam_state(self.torch_optimizer, parameter)
+            tensors |= {kind: state[kind].view(-1) for kind in ("exp_avg", "exp_avg_sq")}
         return tensors
 
     def _shards(self) -> list[Shard]:

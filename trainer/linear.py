@@ -23,7 +23,10 @@ class Linear(nn.Linear):
 
 
 class _OneDnnLinear(torch.autograd.Function):
-    """y = x W' + b, with dx = dy W, dW = dy' x, db = sum dy, each as one oneDNN call."""
+    """y = x W' + b, with dx = dy W, dW = dy' x, db = sum dy, each as one oneDNN call.
+
+    autograd cannot look into oneDNN's calls: a backward pass that is to be differentiated takes PyTorch's way.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -34,8 +37,9 @@ class _OneDnnLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        dx = _multiply(dy, weight.T) if ctx.needs_input_grad[0] else None
-        dw = _multiply(dy.T, x.T) if ctx.needs_input_grad[1] else None
+        multiply = F.linear if torch.is_grad_enabled() else _multiply
+        dx = multiply(dy, weight.T) if ctx.needs_input_grad[0] else None
+        dw = multiply(dy.T, x.T) if ctx.needs_input_grad[1] else None
         db = dy.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
         return dx, dw, db
 

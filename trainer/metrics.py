@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from statistics import fmean
-from time import perf_counter
 
 import torch
 
@@ -25,17 +24,18 @@ class MetricsWindow:
         else:
             self.norms.append(result.grad_norm)
         self.tokens += result.tokens
+        self.seconds += result.seconds
 
     def close(self) -> dict[str, float]:
-        """Mean loss of each task that had a step, mean gradient norm before clipping, tokens per second over all
-        processes, number of skipped steps if there were any. Collective; empties the window."""
+        """Mean loss of each task that had a step, mean gradient norm before clipping, tokens per second of training
+        over all processes, number of skipped steps if there were any. Collective; empties the window."""
         tokens = self.world.sum(torch.tensor(float(self.tokens), device=self.world.device)).item()
         record = {f"loss/{name}": fmean(losses) for name, losses in self.losses.items()}
         if self.norms:
             record["grad_norm"] = fmean(self.norms)
         if self.skipped:
             record["skipped_steps"] = self.skipped
-        record["tokens_per_second"] = tokens / (perf_counter() - self.started)
+        record["tokens_per_second"] = tokens / self.seconds
         self._reset()
         return record
 
@@ -43,4 +43,4 @@ class MetricsWindow:
         self.losses: dict[str, list[float]] = defaultdict(list)
         self.norms: list[float] = []
         self.skipped = self.tokens = 0
-        self.started = perf_counter()
+        self.seconds = 0.0

@@ -1,8 +1,9 @@
 """AdamW over named parameter groups, and the learning rate as a pure function of the step.
 
 Nothing about the schedule needs saving: the rate is computed from the step number, once per optimizer step, whatever
-the number of processes. Encoder ("trunk") and heads are separate groups, because they may learn at different rates
-and because what the tasks share is the trunk alone.
+the number of processes. Encoder ("trunk") and heads are separate groups, because they may learn at different rates,
+because what the tasks share is the trunk alone, and because a step leaves the heads of tasks that it does not train as
+they are.
 """
 
 import math
@@ -15,9 +16,11 @@ from minbert.trainer.model import MultitaskModel
 
 
 def parameter_groups(model: MultitaskModel, config: OptimizerConfig) -> list[dict]:
-    """Groups `trunk` and `heads`, each with and without weight decay (vectors, i.e. biases and norms, have none)."""
+    """Groups `trunk` and one `heads.TASK` for each task, each with and without weight decay (vectors, i.e. biases and
+    norms, have none)."""
     groups = []
-    for part, module, peak in (("trunk", model.bert, config.lr), ("heads", model.heads, config.head_lr)):
+    heads = [(head_group(task), head, config.head_lr) for task, head in model.heads.items()]
+    for part, module, peak in [("trunk", model.bert, config.lr), *heads]:
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         for decayed in (True, False):
             chosen = [parameter for parameter in trainable if (parameter.ndim > 1) == decayed]
@@ -25,6 +28,11 @@ def parameter_groups(model: MultitaskModel, config: OptimizerConfig) -> list[dic
                 decay = config.weight_decay if decayed else 0.0
                 groups.append({"params": chosen, "name": part, "lr": peak, "peak_lr": peak, "weight_decay": decay})
     return groups
+
+
+def head_group(task: str) -> str:
+    """The name of the groups with the parameters of a task's head."""
+    return f"heads.{task}"
 
 
 def build_optimizer(model: MultitaskModel, config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -48,10 +56,10 @@ def set_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = group["peak_lr"] * factor
 
 
-def moments(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
-    """AdamW's `exp_avg` and `exp_avg_sq` of a parameter; zeros, as the first step would make them, before it."""
+def adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """AdamW's `step`, `exp_avg` and `exp_avg_sq` of a parameter; before its first update zeros, as that makes them."""
     state = optimizer.state[parameter]
     if not state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
         state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-    return {kind: state[kind] for kind in ("exp_avg", "exp_avg_sq")}
+    return state

@@ -33,7 +33,7 @@ from minbert.trainer.bert import BertConfig
 from minbert.trainer.checkpoint import damaged, published
 from minbert.trainer.config import MAY_CHANGE, RunConfig, flatten
 from minbert.trainer.run_folder import RunFolder
-from minbert.trainer.weights import TINY, find_checkpoint, read_config, write_shape
+from minbert.trainer.weights import TINY, find_checkpoint, is_hub_name, read_config, write_shape
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def prepare(config: RunConfig, force: bool = False) -> RunFolder:
     the model or a tracker cannot be had.
     """
     run = RunFolder(config.run)
-    config = resolve(config)
+    config = _pin_weights(run, resolve(config))
     _require_trackers(config.trackers)
     _require_run_folder(run)
     if run.config_file.exists() and _has_checkpoints(run):
@@ -92,6 +92,20 @@ def resolve(config: RunConfig) -> RunConfig:
             "budget": config.budget.model_copy(update={"epochs": config.budget.epochs or (3 if pretrained else 5)}),
         }
     )
+
+
+def _pin_weights(run: RunFolder, config: RunConfig) -> RunConfig:
+    """Say which commit of a hub name's weights the run has: that of the run in the folder, or else the one that the hub
+    names now. The processes then need not ask, and cannot be told different ones."""
+    model, revision = config.encoder.model, config.encoder.revision
+    if not is_hub_name(model):
+        if revision is not None:
+            raise UserError(f"revision={revision} is for a model of the hub, and {model} is here")
+        return config
+    if revision is None and run.config_file.exists() and (saved := run.read_config().encoder).model == model:
+        revision = saved.revision
+    commit = find_checkpoint(model, revision).name
+    return config.model_copy(update={"encoder": config.encoder.model_copy(update={"revision": commit})})
 
 
 def _absolute(folder: str) -> str:
@@ -215,7 +229,7 @@ def _prepare_encoder(run: RunFolder, config: RunConfig) -> Tokenizer:
             write_vocabulary(run.encoder, vocabulary)
             write_shape(run.encoder, BertConfig(vocab_size=len(vocabulary), **TINY))
         else:
-            source = find_checkpoint(config.encoder.model)
+            source = find_checkpoint(config.encoder.model, config.encoder.revision)
             load_tokenizer(source)
             write_shape(run.encoder, read_config(source), tokenizer_from=source)
     shape, freeze = read_config(run.encoder), config.encoder.freeze

@@ -1,11 +1,20 @@
-"""The states of all random generators of a process, as bytes that a checkpoint can hold without pickle."""
+"""Random streams: a seed of its own for every use of random numbers, and the states of a process's generators, as bytes
+that a checkpoint can hold without pickle."""
 
+import hashlib
 import json
 import random
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+def stream(seed: int, purpose: str, *numbers: int) -> int:
+    """The seed of one random stream of a run with `seed`: a hash of what it is for and, where each rank or step has a
+    stream of its own, of these. So no two uses share numbers, nor do runs with neighbouring seeds."""
+    digest = hashlib.sha256(json.dumps([seed, purpose, *numbers]).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1  # PyTorch takes signed numbers
 
 
 def seed_everything(seed: int) -> None:

@@ -26,7 +26,7 @@ from minbert.trainer.checkpoint import (
 )
 from minbert.trainer.distributed import World
 from minbert.trainer.engine import Engine
-from minbert.trainer.random_state import seed_everything, set_random_state
+from minbert.trainer.random_state import seed_everything, set_random_state, stream
 from minbert.trainer.shards import open_shards
 
 log = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ def restore(
             states = {name.rpartition("/")[2]: shards.small(name) for name in names}
             set_random_state({name: state for name, state in states.items() if state is not None})
         else:
-            seed_everything((seed + 1 + world.rank + 1_000_003 * manifest.step) % 2**63)
+            seed_everything(stream(seed, "dropout", world.rank, manifest.step))
             if world.is_main:
                 log.warning(
                     "the checkpoint was written by %s, and %d go on: dropout's random numbers do not carry over",

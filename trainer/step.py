@@ -6,6 +6,7 @@ one backward pass. Gradient surgery takes one gradient per task, each reduced ov
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from time import perf_counter
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from minbert.trainer.aggregators import Aggregator
 from minbert.trainer.distributed import World
 from minbert.trainer.engine import Engine, Gradient, gradient_norm
 from minbert.trainer.model import example_losses
+from minbert.trainer.random_state import stream
 from minbert.trainer.surgery import Gramians, combine, drop_signs, gramians, shared_layers
 
 
@@ -23,11 +25,13 @@ from minbert.trainer.surgery import Gramians, combine, drop_signs, gramians, sha
 class StepResult:
     """What a step did. `losses`: each task's mean over the global batch. `grad_norm`: before clipping.
 
-    `skipped` says why the model was not updated, if so. `weights` and `gramians` are there if the step looked at them.
+    `skipped` says why the model was not updated, if so. `weights`: each task's share in the update of the encoder, that
+    is the method's weight times the configured one. It and `gramians` are there if the step looked at them.
     """
 
     losses: dict[str, float]
-    tokens: int  # of this process
+    tokens: int  # that this process trained on
+    seconds: float = 0.0  # that the step took
     grad_norm: float = float("nan")
     skipped: str | None = None
     weights: dict[str, float] = field(default_factory=dict)
@@ -58,7 +62,7 @@ class TrainingStep:
 
     def __call__(self, step: int, rate_factor: float, measure: bool = False) -> StepResult:
         """Train on step `step`'s batches. `measure` asks for the Gramian though the method may not need it."""
-        self._tokens = 0
+        started = perf_counter()
         if self.aggregator.source == "losses" and not measure:
             result, gradient = self._weighted_losses(step)
         else:
@@ -67,15 +71,17 @@ class TrainingStep:
             self._update(gradient, rate_factor, result)
         if self.aggregator.wants_losses_after and not result.skipped:
             self.aggregator.observe(self._losses_without_gradient(step))
+        result.seconds = perf_counter() - started
         return result
 
     def _weighted_losses(self, step: int) -> tuple[StepResult, Gradient]:
         """The gradient of the weighted sum of losses."""
         names = self.plan.tasks(step)
         weights = None if self.aggregator.name == "sum" else self._weigh_losses(step)
-        totals = dict.fromkeys(names, 0.0)
+        totals, tokens = dict.fromkeys(names, 0.0), 0
         for part in range(self.accumulation):
             batches, last = self.batches(names, step, part), part == self.accumulation - 1
+            tokens += _tokens(batches)
             with self.engine.accumulating(last):
                 losses = self._losses(batches)
                 if weights is None and self.aggregator.name != "sum":  # one part: its losses are the step's
@@ -85,18 +91,19 @@ class TrainingStep:
                 self.engine.backward(total * self.world.size, last)
             totals = {name: totals[name] + losses[name].detach() for name in names}
         gradient = self.engine.take()
-        result = StepResult(_named(names, self._global(totals)), self._tokens)
+        result = StepResult(_named(names, self._global(totals)), tokens)
         result.weights = {name: self._weight(weights, name) for name in names}
         return result, gradient
 
     def _surgery(self, step: int) -> tuple[StepResult, Gradient]:
         """One gradient per task, and their combination."""
         names = self.plan.tasks(step)
-        gradients, totals = [], {}
+        gradients, totals, tokens = [], {}, 0
         for name in names:
             totals[name] = 0.0
             for part in range(self.accumulation):
                 batches, last = self.batches((name,), step, part), part == self.accumulation - 1
+                tokens += _tokens(batches)
                 with self.engine.accumulating(last):
                     loss = self._losses(batches)[name]
                     self.engine.backward(loss * self.world.size * self.task_weights.get(name, 1.0), last)
@@ -104,19 +111,20 @@ class TrainingStep:
             gradients.append(self.engine.take())
         losses = self._global(totals)
         products = gramians(self.engine, gradients, self.layers)
-        result = StepResult(_named(names, losses), self._tokens, gramians=products)
+        result = StepResult(_named(names, losses), tokens, gramians=products)
         broken = [name for name, square in zip(names, products.encoder.diagonal()) if not square.isfinite()]
         if broken:
             result.skipped = f"the gradient of {' and '.join(broken)} is not finite"
             return result, []
         if self.aggregator.source == "coordinates":
-            return result, drop_signs(self.engine.shards, gradients, self.plan.seed * 1_000_003 + step)
+            return result, drop_signs(self.engine.shards, gradients, stream(self.plan.seed, "graddrop", step))
         weights = self._agree(self._weights(products, losses, step))
         by_layer = weights if weights.ndim == 2 else weights.expand(len(self.layers), -1)
         heads = torch.ones(len(names))  # surgery is for what the tasks share
         if self.aggregator.source == "losses":
             heads = weights
-        result.weights = _named(names, weights if weights.ndim == 1 else weights.mean(0))
+        mean = weights if weights.ndim == 1 else weights.mean(0)
+        result.weights = {name: self._weight(mean, name) for name in names}
         per_task = [dict(zip(self.layers, column.tolist())) for column in by_layer.T]
         return result, combine(self.engine.shards, gradients, per_task, heads.tolist())
 
@@ -140,7 +148,7 @@ class TrainingStep:
         if self.clip and result.grad_norm > self.clip:
             scale = self.clip / (result.grad_norm + 1e-6)
             torch._foreach_mul_([part for part in gradient if part is not None], scale)
-        self.engine.update(gradient, rate_factor)
+        self.engine.update(gradient, rate_factor, result.losses)
 
     def batches(self, names: tuple[str, ...], step: int, part: int) -> dict[str, Batch]:
         """This process's slice of part `part` of the step's batches."""
@@ -149,7 +157,6 @@ class TrainingStep:
             rows = self.plan.rows(name, step)
             mine = share(share(rows, part, self.accumulation), self.world.rank, self.world.size)
             batches[name] = make_batch(self.splits[name], mine, len(rows)).to(self.world.device)
-            self._tokens += len(batches[name].sentences.input_ids)
         return batches
 
     def _losses(self, batches: Mapping[str, Batch]) -> dict[str, Tensor]:
@@ -190,6 +197,10 @@ class TrainingStep:
             weights = weights.to(self.world.device)
             torch.distributed.broadcast(weights, src=0)
         return weights.cpu()
+
+
+def _tokens(batches: Mapping[str, Batch]) -> int:
+    return sum(len(batch.sentences.input_ids) for batch in batches.values())
 
 
 def _named(names: tuple[str, ...], values: Tensor) -> dict[str, float]:

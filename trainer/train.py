@@ -23,7 +23,7 @@ from minbert.trainer.metrics import MetricsWindow
 from minbert.trainer.optimizer import build_optimizer, rate_factor
 from minbert.trainer.preparation import build_plan, identity, load_split
 from minbert.trainer.progress import Progress
-from minbert.trainer.random_state import seed_everything
+from minbert.trainer.random_state import seed_everything, stream
 from minbert.trainer.resuming import newest_intact, refuse_another, restore
 from minbert.trainer.run_folder import RunFolder
 from minbert.trainer.saved_model import build_model, save_model
@@ -170,7 +170,6 @@ class Training:
         """Log a skipped step; give up on a run that keeps skipping."""
         if not result.skipped:
             self.state.skipped = 0
-            self.state.updates += 1
             return
         self.state.skipped += 1
         losses = ", ".join(f"{name} {loss:g}" for name, loss in result.losses.items())
@@ -219,6 +218,7 @@ class Training:
     def _save(self, wait: bool = False) -> bool:
         window = self._window
         self.state.window = {"losses": dict(window.losses), "norms": window.norms, "skipped": window.skipped}
+        self.state.updates = self.engine.updates()
         return self.writer.save(self.state, wait)
 
     def _describe(self, state: TrainingState) -> Manifest:
@@ -243,15 +243,16 @@ class Training:
 
     def _build_engine(self, pretrained: bool) -> Engine:
         """Model and optimizer, the same on every process; then random numbers of each process's own."""
-        seed_everything(self.config.seed)
+        seed_everything(stream(self.config.seed, "weights"))
         model = build_model(self.config, self.folder)
         if pretrained:
-            missing = load_weights(model.bert, find_checkpoint(self.config.encoder.model))
+            encoder = self.config.encoder
+            missing = load_weights(model.bert, find_checkpoint(encoder.model, encoder.revision))
             if missing and self.world.is_main:
-                log.warning("%s has no weights for %s: they start at random", self.config.encoder.model, missing)
+                log.warning("%s has no weights for %s: they start at random", encoder.model, missing)
         model.to(self.world.device)
         engine = build_engine(self.accelerator, model, build_optimizer(model, self.config.optimizer))
-        seed_everything(self.config.seed + 1 + self.world.rank)
+        seed_everything(stream(self.config.seed, "dropout", self.world.rank))
         engine.train()
         return engine
 

