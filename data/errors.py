@@ -1,14 +1,40 @@
 """The one exception for what a user can mend. Commands print its message without a traceback."""
 
 import errno
+import reprlib
+
+MOST_LINES, LONGEST_LINE = 40, 1000  # of a message
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 80
+_short.maxlevel = 3
 
 
 class UserError(Exception):
-    """Something the user can put right. The message says what happened, where, and what to do."""
+    """Something the user can put right. The message says what happened, where, and what to do.
+
+    What it quotes may be of any size; the message is not.
+    """
+
+    def __init__(self, message: object = ""):
+        lines = str(message).split("\n")
+        if len(lines) > MOST_LINES:
+            lines[MOST_LINES - 1 :] = [f"and {len(lines) - MOST_LINES + 1:,} more lines"]
+        super().__init__("\n".join(map(_cut, lines)))
 
 
 class DataError(UserError):
     """A data set that cannot be read as declared: a missing file, a wrong column, a bad row."""
+
+
+def shown(value: object) -> str:
+    """A value as a message quotes it, however large it is."""
+    return _short.repr(value)
+
+
+def _cut(line: str) -> str:
+    half = LONGEST_LINE // 2
+    return line if len(line) <= LONGEST_LINE else f"{line[:half]} ... {line[-half:]}"
 
 
 def disk_trouble(error: OSError) -> UserError | None:

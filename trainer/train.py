@@ -21,6 +21,7 @@ from minbert.trainer.engine import Engine, build_accelerator, build_engine
 from minbert.trainer.evaluation import evaluate
 from minbert.trainer.metrics import MetricsWindow
 from minbert.trainer.optimizer import build_optimizer, rate_factor
+from minbert.trainer.own_code import use_source
 from minbert.trainer.preparation import build_plan, identity, load_split
 from minbert.trainer.progress import Progress
 from minbert.trainer.random_state import seed_everything
@@ -49,6 +50,7 @@ def train(run: RunFolder, stop: StopRequest | None = None, force: bool = False) 
     vocabulary are others now.
     """
     config = run.read_config()
+    use_source(run.own_code)
     world = distributed.start(config.parallel)
     try:
         outcome = Training(config, run, world, stop or StopRequest(), force).run()
