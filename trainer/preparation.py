@@ -132,6 +132,18 @@ def identity(config: RunConfig, run: RunFolder, splits: Mapping[str, TokenisedSp
     }
 
 
+def known_shape(config: RunConfig) -> BertConfig | None:
+    """The shape of the encoder of a run that may not be prepared yet, without a look at the network or the data."""
+    folder = RunFolder(config.run).encoder
+    if (folder / "config.json").exists():
+        return read_config(folder)
+    if config.encoder.model == "tiny":
+        return BertConfig(vocab_size=1, **TINY)
+    if config.encoder.model == "minilm" or Path(config.encoder.model).expanduser().is_dir():
+        return read_config(find_checkpoint(config.encoder.model))
+    return None
+
+
 def total_steps(config: RunConfig) -> int:
     """Optimizer steps of a prepared run's configured budget."""
     config = resolve(config)

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from enum import Enum
@@ -19,6 +20,7 @@ from minbert.trainer.conflicts import gramian_record, summary
 from minbert.trainer.distributed import World
 from minbert.trainer.engine import Engine, build_accelerator, build_engine
 from minbert.trainer.evaluation import evaluate
+from minbert.trainer.memory import require_memory
 from minbert.trainer.metrics import MetricsWindow
 from minbert.trainer.optimizer import build_optimizer, rate_factor
 from minbert.trainer.own_code import use_source
@@ -30,9 +32,9 @@ from minbert.trainer.run_folder import RunFolder
 from minbert.trainer.saved_model import build_model, save_model
 from minbert.trainer.saving import CheckpointWriter, now
 from minbert.trainer.step import StepResult, TrainingStep
-from minbert.trainer.stop import StopRequest
+from minbert.trainer.stop import Stopped, StopRequest
 from minbert.trainer.trackers import Trackers
-from minbert.trainer.weights import find_checkpoint, load_weights
+from minbert.trainer.weights import find_checkpoint, load_weights, read_config
 
 log = logging.getLogger(__name__)
 
@@ -51,9 +53,15 @@ def train(run: RunFolder, stop: StopRequest | None = None, force: bool = False) 
     """
     config = run.read_config()
     use_source(run.own_code)
+    stop = stop or StopRequest()
     world = distributed.start(config.parallel)
     try:
-        outcome = Training(config, run, world, stop or StopRequest(), force).run()
+        # Where there are others, who leaves alone would leave them waiting: they agree when all are ready.
+        with stop.at_once() if world.size == 1 else contextlib.nullcontext():
+            training = Training(config, run, world, stop, force)
+        outcome = Outcome.INTERRUPTED if stop.agreed(world) else training.run()
+    except Stopped:
+        outcome = Outcome.INTERRUPTED
     finally:
         distributed.stop()
     world.messages.farewell()
@@ -245,6 +253,7 @@ class Training:
 
     def _build_engine(self, pretrained: bool) -> Engine:
         """Model and optimizer, the same on every process; then random numbers of each process's own."""
+        require_memory(self.config, read_config(self.folder.encoder), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         seed_everything(self.config.seed)
         model = build_model(self.config, self.folder)
         if pretrained:
