@@ -31,13 +31,16 @@ def read_small(path: Path, limit: int = LARGEST) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (0 if from_shell else os.O_NONBLOCK))
     except ValueError:
         raise OSError(errno.EINVAL, "a path cannot hold a NUL byte", str(path)) from None
-    with os.fdopen(descriptor, "rb") as file:
+    try:
         kind = os.fstat(descriptor).st_mode
         if stat.S_ISDIR(kind):
             raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
         if not stat.S_ISREG(kind) and not from_shell:
             raise OSError(errno.EINVAL, "it is no regular file", str(path))
-        content = file.read(limit + 1)
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            content = file.read(limit + 1)
+    finally:
+        os.close(descriptor)
     if len(content) > limit:
         raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes", str(path))
     return content

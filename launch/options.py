@@ -172,6 +172,8 @@ def _convert_number(option: str, adapter: TypeAdapter, word: str, problems: list
 def _refusal(option: str, words: list[str], problems: list) -> str:
     """What is allowed, of each part of a union, and the word that is not."""
     problems = [problem for problem in problems if problem["type"] != "none_required"]
+    if own := next((problem for problem in problems if problem["type"] == "value_error"), None):
+        return f"{option} {shown(words[0])}: {own['msg'].removeprefix('Value error, ')}"
     wanted = [problem["msg"].removeprefix("Input should be ").partition(", unable to")[0] for problem in problems]
     place = problems[0]["loc"]
     word = words[place[0]] if place and isinstance(place[0], int) else words[0]
