@@ -37,8 +37,16 @@ def _cut(line: str) -> str:
     return line if len(line) <= LONGEST_LINE else f"{line[:half]} ... {line[-half:]}"
 
 
+# What the system says of a file that is not as it should be, and that its owner can mend.
+_FILES = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP)
+_FILES += (errno.ENAMETOOLONG, errno.EFBIG, errno.EINVAL, errno.ENXIO)
+
+
 def disk_trouble(error: OSError) -> UserError | None:
-    """What to tell of a disk that is full or read-only, wherever it was noticed; None for any other error."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        return None
-    return UserError(f"{error.filename or 'a file'} could not be written: {error.strerror}")
+    """What to tell of a disk that is full or read-only, or a file that is something else than it should be, wherever it
+    was noticed; None for any other error."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return UserError(f"{error.filename or 'a file'} could not be written: {error.strerror}")
+    if error.filename is not None and error.errno in _FILES:
+        return UserError(f"{error.filename}: {error.strerror}")
+    return None

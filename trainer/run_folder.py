@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 
 from minbert.data.errors import UserError
 from minbert.data.files import LineFile, replacing
-from minbert.data.reading import read_json, read_json_lines, read_yaml
+from minbert.data.reading import read_json, read_json_lines, read_small, read_yaml
 from minbert.trainer.config import RunConfig, parse_config
 
 log = logging.getLogger(__name__)
@@ -80,13 +80,14 @@ class RunFolder:
             "commit": commit,
             "uncommitted_changes": bool(diff),
         }
-        (self.path / "environment.json").write_text(json.dumps(record, indent=2) + "\n")
-        (self.path / "code.diff").write_text(diff)
+        for name, text in (("environment.json", json.dumps(record, indent=2) + "\n"), ("code.diff", diff)):
+            with replacing(self.path / name) as temporary:
+                temporary.write_text(text)
 
     def code_state(self) -> dict[str, Any]:
         """Commit and uncommitted changes of the code, as they were when the run was started last."""
         record = read_json(self.path / "environment.json")
-        diff = (self.path / "code.diff").read_bytes()
+        diff = read_small(self.path / "code.diff")
         return {"commit": record.get("commit"), "changes_sha256": hashlib.sha256(diff).hexdigest() if diff else None}
 
     @contextmanager

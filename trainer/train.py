@@ -3,7 +3,6 @@
 import contextlib
 import io
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from enum import Enum
@@ -20,7 +19,6 @@ from minbert.trainer.conflicts import gramian_record, summary
 from minbert.trainer.distributed import World
 from minbert.trainer.engine import Engine, build_accelerator, build_engine
 from minbert.trainer.evaluation import evaluate
-from minbert.trainer.memory import require_memory
 from minbert.trainer.metrics import MetricsWindow
 from minbert.trainer.optimizer import build_optimizer, rate_factor
 from minbert.trainer.own_code import use_source
@@ -34,7 +32,7 @@ from minbert.trainer.saving import CheckpointWriter, now
 from minbert.trainer.step import StepResult, TrainingStep
 from minbert.trainer.stop import Stopped, StopRequest
 from minbert.trainer.trackers import Trackers
-from minbert.trainer.weights import find_checkpoint, load_weights, read_config
+from minbert.trainer.weights import find_checkpoint, load_weights
 
 log = logging.getLogger(__name__)
 
@@ -253,7 +251,6 @@ class Training:
 
     def _build_engine(self, pretrained: bool) -> Engine:
         """Model and optimizer, the same on every process; then random numbers of each process's own."""
-        require_memory(self.config, read_config(self.folder.encoder), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         seed_everything(self.config.seed)
         model = build_model(self.config, self.folder)
         if pretrained:
