@@ -1,6 +1,7 @@
-"""Files as nobody meant them: configurations, run folders, checkpoints, data. Every command answers with a message and
-an exit code of ours, or does what it was asked; it shows no traceback, waits for nothing, and leaves the neighbour's run
-as it was.
+"""Files as nobody meant them: configurations, run folders, checkpoints, data.
+
+Every command answers with a message and an exit code of ours, or does what it was asked. It shows no traceback, waits
+for nothing, and leaves the neighbour's run as it was.
 """
 
 import hashlib
@@ -33,7 +34,8 @@ LONGEST = 45_000  # characters of a message
 scalars = st.sampled_from(
     [None, True, False, 0, 1, -1, 2, 3, 2**31, 2**63, 2**64, -(2**64), 10**21, 0.5, 1e308, float("inf"), float("nan")]
 ) | st.sampled_from(
-    ["", " ", "no", "8:00", "2024-01-01", "adamw", "~nobody-of-that-name", "torch:nn", "cagrad:c=1e400", "a\0b", "../..",
+    ["", " ", "no", "8:00", "2024-01-01", "adamw", "~nobody-of-that-name", "torch:nn", "cagrad:c=1e400", "a\0b",
+     "../..",
      "/dev/zero", "tiny", "sst", "x" * 5000, "é\u2028", "None", "dwa", "famo:lr=-1", "a:b:c", "hub:", "hub:~nobody/x"]
 )  # fmt: skip
 values = st.recursive(
@@ -45,7 +47,8 @@ values = st.recursive(
 )
 keys = st.sampled_from([*OPTIONS, *SECTIONS, "self", "cls", "config", "force", "model_config", "lr ", "LR", "1", "~"])
 junk = st.sampled_from(
-    [b"", b"\0", b"{", b"[]", b"null", b"1", b'"x"', b"{}", b"\xff\xfe", b"[" * 5000, b'{"step": "x"}\n{"step": 1, "dev/overall": "x"}\n',
+    [b"", b"\0", b"{", b"[]", b"null", b"1", b'"x"', b"{}", b"\xff\xfe", b"[" * 5000,
+     b'{"step": "x"}\n{"step": 1, "dev/overall": "x"}\n',
      b'{"step": 1e999}\n{"step": []}\n7\n', b"9" * 5000, b"a: 1\na: 2\n", b"a: &a [*a]\n", b"\n" * 1000, b"x" * 100_000]
 )  # fmt: skip
 
@@ -67,7 +70,7 @@ def outcome(capsys, *words: object) -> int:
 # Configurations
 
 
-@settings(max_examples=250, **FIXED)
+@settings(max_examples=150, **FIXED)
 @given(st.dictionaries(keys, values, max_size=4), st.randoms(use_true_random=False), st.booleans())
 def test_configurations(tmp_path_factory, capsys, content, chance, torn):
     folder = tmp_path_factory.mktemp("config")
@@ -181,7 +184,7 @@ SPOILT = (
 )
 
 
-@settings(max_examples=120, **FIXED)
+@settings(max_examples=60, **FIXED)
 @given(st.randoms(use_true_random=False), values, junk, st.sampled_from(COMMANDS), st.sampled_from(SPOILT))
 def test_run_folders(runs, tmp_path_factory, capsys, chance, value, content, command, pattern):
     folder = tmp_path_factory.mktemp("folder")
@@ -198,7 +201,7 @@ def test_run_folders(runs, tmp_path_factory, capsys, chance, value, content, com
 # Data
 
 
-@settings(max_examples=100, **FIXED)
+@settings(max_examples=60, **FIXED)
 @given(st.randoms(use_true_random=False), junk, st.lists(st.text("ab\t\n\"'\r\ufeff\0,1é", max_size=30), max_size=4))
 def test_data_files(runs, tmp_path_factory, capsys, chance, content, lines):
     folder = tmp_path_factory.mktemp("data")
