@@ -3,19 +3,46 @@
 import errno
 import os
 import re
+import reprlib
+
+MOST_LINES, LONGEST_LINE = 40, 1000  # of a message
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 80
+_short.maxlevel = 3
 
 
 class UserError(Exception):
-    """Something the user can put right. The message says what happened, where, and what to do."""
+    """Something the user can put right. The message says what happened, where, and what to do.
+
+    What it quotes may be of any size; the message is not.
+    """
+
+    def __init__(self, message: object = ""):
+        lines = str(message).split("\n")
+        if len(lines) > MOST_LINES:
+            lines[MOST_LINES - 1 :] = [f"and {len(lines) - MOST_LINES + 1:,} more lines"]
+        super().__init__("\n".join(map(_cut, lines)))
 
 
 class DataError(UserError):
     """A data set that cannot be read as declared: a missing file, a wrong column, a bad row."""
 
 
+def shown(value: object) -> str:
+    """A value as a message quotes it, however large it is."""
+    return _short.repr(value)
+
+
+def _cut(line: str) -> str:
+    half = LONGEST_LINE // 2
+    return line if len(line) <= LONGEST_LINE else f"{line[:half]} ... {line[-half:]}"
+
+
 # The user's to mend, wherever it is noticed.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_WAY = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO)
+_NO_WAY += (errno.ENOENT, errno.EISDIR, errno.EEXIST, errno.EINVAL, errno.ENXIO)
 # Libraries in Rust and C++ raise errors of their own.
 _IN_WORDS = re.compile(r"(No space left on device|Disk quota exceeded|Read-only file system|File too large)")
 

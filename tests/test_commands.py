@@ -306,7 +306,7 @@ MISTAKES = [
     ("train --tasks cfimdb", "no task cfimdb"),
     ("train --aggregator pcgrda", "did you mean 'pcgrad'?"),
     ("train --aggregator cagrad:d=1", "has no option 'd'; its options: c"),
-    ("train --aggregator nowhere:function", "cannot be imported"),
+    ("train --aggregator nowhere:function", "there is no module nowhere in {tmp}"),
     ("train --aggregator pcgrad --task-schedule round_robin", "needs task_schedule=all"),
     ("train --config {tmp}/nowhere.yaml", "cannot read configuration"),
     ("predict {run} --task sts --text hello", "takes 2 sentence"),

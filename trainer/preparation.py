@@ -61,6 +61,7 @@ def prepare(config: RunConfig, force: bool = False) -> RunFolder:
     _require_run_folder(run)
     if run.config_file.exists() and _has_checkpoints(run):
         _refuse_other_settings(run, config, force)
+    _prepare_aggregator(run, config)
     tokenizer = _prepare_encoder(run, config)
     for name in config.corpus.tasks:
         for split in ("train", "dev"):
@@ -145,6 +146,18 @@ def identity(config: RunConfig, run: RunFolder, splits: Mapping[str, TokenisedSp
     }
 
 
+def known_shape(config: RunConfig) -> BertConfig | None:
+    """The shape of the encoder of a run that may not be prepared yet, without a look at the network or the data."""
+    folder = RunFolder(config.run).encoder
+    if (folder / "config.json").exists():
+        return read_config(folder)
+    if config.encoder.model == "tiny":
+        return BertConfig(vocab_size=1, **TINY)
+    if config.encoder.model == "minilm" or Path(config.encoder.model).expanduser().is_dir():
+        return read_config(find_checkpoint(config.encoder.model))
+    return None
+
+
 def total_steps(config: RunConfig) -> int:
     """Optimizer steps of a prepared run's configured budget."""
     config = resolve(config)
@@ -208,6 +221,19 @@ def _refuse_other_settings(run: RunFolder, config: RunConfig, force: bool) -> No
             f"{run.path} holds a run with other settings:\n" + "\n".join(different) + "\n"
             "Leave these options out to resume it, give another --run to start anew, or go on with them by --force."
         )
+
+
+def _prepare_aggregator(run: RunFolder, config: RunConfig) -> None:
+    """Keep the source of an aggregator of the user's own, unless a checkpoint relies on it, and build it once."""
+    if config.batch.aggregator == "sum":
+        return
+    from minbert.trainer.aggregators import Aggregator
+    from minbert.trainer.own_code import keep_source, use_source
+
+    if not _has_checkpoints(run):
+        keep_source(config.batch.aggregator, run.own_code)
+    use_source(run.own_code)
+    Aggregator(config.batch.aggregator, len(config.corpus.tasks), config.seed)
 
 
 def _prepare_encoder(run: RunFolder, config: RunConfig) -> Tokenizer:

@@ -16,12 +16,14 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from minbert.data.errors import UserError
+from minbert.data.errors import UserError, shown
 from minbert.data.files import replacing
+from minbert.data.reading import read_json
 from minbert.trainer.bert import Bert, BertConfig
 
 TINY = dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512)  # BERT-tiny
@@ -85,17 +87,28 @@ def find_checkpoint(model: str, revision: str | None = None) -> Path:
 
 def read_config(folder: Path) -> BertConfig:
     """The encoder's shape from config.json. Raises UserError for another architecture."""
+    file = folder / "config.json"
     try:
-        raw = json.loads((folder / "config.json").read_text())
+        raw = read_json(file)
     except FileNotFoundError:
         raise UserError(f"{folder} has no config.json: it is not a BERT checkpoint") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{folder / 'config.json'}: {error}") from None
     for key, only in (("model_type", "bert"), ("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
         if raw.get(key, only) != only:
-            raise UserError(f"{folder / 'config.json'}: {key} is {raw[key]!r}, and only {only!r} is supported")
+            raise UserError(f"{file}: {key} is {shown(raw[key])}, and only {only!r} is supported")
     known = {field.name for field in fields(BertConfig)}
-    return BertConfig(**{key: value for key, value in raw.items() if key in known})
+    try:
+        shape = TypeAdapter(BertConfig).validate_python({key: value for key, value in raw.items() if key in known})
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
+        raise UserError("\n".join(f"{file}: {line}" for line in lines)) from None
+    if shape.hidden_size % shape.num_attention_heads:
+        raise UserError(
+            f"{file}: hidden_size {shape.hidden_size} is not divisible by num_attention_heads "
+            f"{shape.num_attention_heads}"
+        )
+    if shape.pad_token_id >= shape.vocab_size:
+        raise UserError(f"{file}: pad_token_id {shape.pad_token_id} is not below vocab_size {shape.vocab_size}")
+    return shape
 
 
 def load_weights(bert: Bert, folder: Path) -> list[str]:
