@@ -188,7 +188,7 @@ class Chaos:
     def differences(self, run: RunFolder) -> list[str]:
         """In what a finished run differs from the reference."""
         reference, different = self.reference, []
-        for path in reference.predictions.iterdir():
+        for path in reference.predictions.glob("*.csv"):
             if (run.predictions / path.name).read_bytes() != path.read_bytes():
                 different.append(path.name)
         ends = [published(one.checkpoints)[-1] for one in (run, reference)]

@@ -9,9 +9,12 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
-from minbert.data.errors import DataError
+from minbert.data.errors import DataError, shown
 from minbert.data.examples import SOURCES, BadRow, BadRows, Examples, Row, collect
+from minbert.data.reading import decode
 from minbert.data.task import SPLITS, Split, Task
+
+MOST_NAMES = 10  # of columns in a message
 
 
 def read_course(folder: Path, task: Task, split: Split, bad_rows: BadRows = "refuse") -> Examples:
@@ -61,7 +64,7 @@ def _find_columns(path: Path, header: list[str], task: Task, split: Split, delim
     required = wanted[1 if task.files else 0 : -1 if split == "test" else None]
     missing = [name for name in required if name not in names]
     if missing:
-        found = ", ".join(repr(name) for name in names)
+        found = ", ".join(map(shown, names[:MOST_NAMES])) + (", ..." if len(names) > MOST_NAMES else "")
         comma = delimiter == "\t" and any("," in name for name in names)
         hint = " It looks comma-separated, and must be tab-separated." if comma else ""
         raise DataError(f"{path} has no column {', '.join(map(repr, missing))}; its columns are {found}.{hint}")
@@ -71,7 +74,7 @@ def _find_columns(path: Path, header: list[str], task: Task, split: Split, delim
 def _records(path: Path, delimiter: str) -> Iterator[tuple[int, int, list[str]]]:
     """(first line, last line, fields) of each record that is not blank; lines count from 1."""
     # newline="\n": a lone carriage return in a quoted field is text and must not count as a line.
-    reader = csv.reader(io.StringIO(decode(path), newline="\n"), delimiter=delimiter, strict=True)
+    reader = csv.reader(io.StringIO(read_text(path), newline="\n"), delimiter=delimiter, strict=True)
     while True:
         line = reader.line_num + 1
         try:
@@ -91,17 +94,8 @@ def _records(path: Path, delimiter: str) -> Iterator[tuple[int, int, list[str]]]
             yield line, reader.line_num, record
 
 
-def decode(path: Path) -> str:
+def read_text(path: Path) -> str:
     try:
-        data = path.read_bytes()
+        return decode(path.read_bytes(), path)
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    try:
-        return data.decode("utf-8-sig")  # spreadsheets write a byte order mark
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        guess = "UTF-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "WINDOWS-1252"
-        raise DataError(
-            f"{path}:{line}: byte 0x{data[error.start]:02x} (offset {error.start}) is not UTF-8. Convert the file, for "
-            f"example with: iconv -f {guess} -t UTF-8 {path.name} > converted.csv"
-        ) from None

@@ -1,18 +1,78 @@
 """The one exception for what a user can mend. Commands print its message without a traceback."""
 
 import errno
+import os
+import re
+import reprlib
+
+MOST_LINES, LONGEST_LINE = 40, 1000  # of a message
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = 80
+_short.maxlevel = 3
 
 
 class UserError(Exception):
-    """Something the user can put right. The message says what happened, where, and what to do."""
+    """Something the user can put right. The message says what happened, where, and what to do.
+
+    What it quotes may be of any size; the message is not.
+    """
+
+    def __init__(self, message: object = ""):
+        lines = str(message).split("\n")
+        if len(lines) > MOST_LINES:
+            lines[MOST_LINES - 1 :] = [f"and {len(lines) - MOST_LINES + 1:,} more lines"]
+        super().__init__("\n".join(map(_cut, lines)))
 
 
 class DataError(UserError):
     """A data set that cannot be read as declared: a missing file, a wrong column, a bad row."""
 
 
-def disk_trouble(error: OSError) -> UserError | None:
-    """What to tell of a disk that is full or read-only, wherever it was noticed; None for any other error."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        return None
-    return UserError(f"{error.filename or 'a file'} could not be written: {error.strerror}")
+def shown(value: object) -> str:
+    """A value as a message quotes it, however large it is."""
+    return _short.repr(value)
+
+
+def _cut(line: str) -> str:
+    half = LONGEST_LINE // 2
+    return line if len(line) <= LONGEST_LINE else f"{line[:half]} ... {line[-half:]}"
+
+
+# The user's to mend, wherever it is noticed.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_WAY = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO)
+_NO_WAY += (errno.ENOENT, errno.EISDIR, errno.EEXIST, errno.EINVAL, errno.ENXIO)
+# Libraries in Rust and C++ raise errors of their own.
+_IN_WORDS = re.compile(r"(No space left on device|Disk quota exceeded|Read-only file system|File too large)")
+
+
+def disk_trouble(error: BaseException | None) -> UserError | None:
+    """What to tell of a disk that is full or read-only, or a file that may not be used, if that is what `error` comes
+    of; None for any other error."""
+    while error is not None:
+        if isinstance(error, OSError):
+            file = error.filename2 or error.filename  # of a copy: the second is what was written
+            if error.errno in _NO_ROOM:
+                return UserError(
+                    f"{file or 'the output'} could not be written: {error.strerror}{_disk(file)}. "
+                    f"Make room, then run the command again"
+                )
+            if error.errno == errno.EROFS:
+                return UserError(f"{file or 'the output'} could not be written: {error.strerror}{_disk(file)}")
+            if error.errno in _NO_WAY and file:
+                return UserError(f"{file} cannot be used: {error.strerror}")
+        elif found := _IN_WORDS.search(str(error)):
+            return UserError(f"a file could not be written: {found[1]} ({error})")
+        error = error.__cause__
+    return None
+
+
+def _disk(file: object) -> str:
+    """Where the disk of a file is mounted."""
+    if not isinstance(file, str | os.PathLike):
+        return ""
+    path = os.path.realpath(file)
+    while not os.path.ismount(path):
+        path = os.path.dirname(path)
+    return f" (the disk at {path})"

@@ -16,15 +16,28 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let a system's error name `path` if it names no file, as a full disk's does, or the one that `replacing` made."""
+    try:
+        yield
+    except OSError as error:
+        named = error.filename if isinstance(error.filename, str | os.PathLike) else None
+        if error.errno is not None and (named is None or os.path.basename(named).startswith(f".{path.name}.")):
+            error.filename, error.filename2 = str(path), None
+        raise
+
+
+@contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`, to be written; it takes its place, flushed, when the block ends without error."""
     temporary = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        flush_folder(path.parent)
+        with naming(path):
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            flush_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -72,13 +72,14 @@ class BatchPlan:
         """The global batch of a task that the step trains: (batch_size,) row numbers of its training split.
 
         Rows run through one random permutation after another, so a batch may close one epoch of the task and open the
-        next; every batch is full, and between two visits of a row lie all the others.
+        next. Every batch is full, each epoch has every row once, and no batch has a row twice unless the task has fewer
+        rows than the batch.
         """
         size, position = self.sizes[task], self.position(task, step)
         parts, wanted = [], self.batch_size
         while wanted:
             epoch, offset = divmod(position, size)
-            part = _permutation(self.seed, task, epoch, size)[offset : offset + wanted]
+            part = _order(self.seed, task, epoch, size, self.batch_size)[offset : offset + wanted]
             parts.append(part)
             position, wanted = position + len(part), wanted - len(part)
         return np.concatenate(parts)
@@ -100,8 +101,25 @@ def share(rows: np.ndarray, part: int, parts: int) -> np.ndarray:
 
 
 @lru_cache(maxsize=16)
-def _permutation(seed: int, task: str, epoch: int, size: int) -> np.ndarray:
-    return _generator(seed, zlib.crc32(task.encode()), epoch).permutation(size)
+def _order(seed: int, task: str, epoch: int, size: int, batch_size: int) -> np.ndarray:
+    """The rows of an epoch of a task: a random permutation, in whose first batch those rows come last that close the
+    epoch before in the same batch.
+
+    Where two batches fill an epoch, its end is that of the permutation. In smaller ones the end may depend on the
+    beginning, and that on the epoch before, back to one that begins with a batch.
+    """
+    first = epoch if size < batch_size else epoch - 1
+    while batch_size <= size < 2 * batch_size and first > 0 and first * size % batch_size:
+        first -= 1
+    order = np.empty(0, np.int64)
+    for number in range(max(first, 0), epoch + 1):
+        filled = number * size % batch_size  # of the batch that the epoch begins in
+        before, order = order, _generator(seed, zlib.crc32(task.encode()), number).permutation(size)
+        if filled and len(before):
+            head = order[:batch_size]
+            used = np.isin(head, before[-filled:])
+            order[:batch_size] = np.concatenate([head[~used], head[used]])
+    return order
 
 
 @lru_cache(maxsize=4096)

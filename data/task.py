@@ -11,10 +11,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from minbert.data.errors import UserError
+from minbert.data.errors import UserError, shown
+from minbert.data.reading import read_yaml
 
 Split = Literal["train", "dev", "test"]
 SPLITS: tuple[Split, ...] = ("train", "dev", "test")
@@ -219,14 +219,14 @@ def resolve_task(word: Any, folder: Path | None = None) -> Task:
     if isinstance(word, Mapping):
         return _parse(dict(word), f"task {word.get('name', '')}".strip())
     if not isinstance(word, str):
-        raise UserError(f"a task is given by its name or its file, not by {word!r}")
+        raise UserError(f"a task is given by its name or its file, not by {shown(word)}")
     if word.endswith((".yaml", ".yml")) or "/" in word:
         return load_task(Path(word).expanduser())
     known = {path.stem: path for place in (DECLARATIONS, folder) if place for path in sorted(place.glob("*.yaml"))}
     if word not in known:
         near = difflib.get_close_matches(word, known, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise UserError(f"there is no task {word!r}{hint} There are {', '.join(sorted(known))}, and FILE.yaml")
+        raise UserError(f"there is no task {shown(word)}{hint} There are {', '.join(sorted(known))}, and FILE.yaml")
     return load_task(known[word])
 
 
@@ -241,14 +241,7 @@ def _load_own(name: str) -> Task:
 
 
 def _load(path: Path) -> Task:
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read the task {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} must hold the keys of a task: name, kind, sentences, label, ...")
+    raw = read_yaml(path)
     if isinstance(raw.get("files"), dict):
         base = path.absolute().parent
         raw["files"] = {
@@ -274,8 +267,8 @@ def _explain(problem: Mapping[str, Any]) -> str:
         near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
         return f"unknown key {place!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}")
     if problem["type"] == "string_pattern_mismatch":
-        return f"{place}: lower-case letters, digits and _, a letter first, not {problem['input']!r}"
-    found = "" if problem["type"] == "missing" else f", not {problem['input']!r}"
+        return f"{place}: lower-case letters, digits and _, a letter first, not {shown(problem['input'])}"
+    found = "" if problem["type"] == "missing" else f", not {shown(problem['input'])}"
     return f"{place}: {problem['msg'][0].lower()}{problem['msg'][1:]}{found}"
 
 

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 LOCK_SECONDS = 120.0  # how long to wait for another process that tokenises the same split
 
-_FORMAT = 1  # of the cache files; part of their names
+_FORMAT = 2  # of the cache files; part of their names
 _CHUNK = 8192  # sentences encoded at a time, which bounds the memory of the library's encodings
 _LONGEST_WORD = 100  # characters; WordPiece gives [UNK] for longer ones
 
@@ -154,7 +154,8 @@ def tokenise(
     else:
         key = f"{_FORMAT} {fingerprint(examples)} {tokenizer.fingerprint} {max_length}"
         name = f"{examples.task.name}-{examples.split}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
-        columns = _through_cache(cache_dir / name, compute, len(examples.sentences), len(examples))
+        shape = _Shape(len(examples.sentences), len(examples), tokenizer.vocabulary_size, max_length)
+        columns = _through_cache(cache_dir / name, compute, shape)
     return TokenisedSplit(examples.ids, columns, examples.labels)
 
 
@@ -174,17 +175,36 @@ def _from_vocabulary(path: Path) -> tokenizers.Tokenizer:
     return backend
 
 
-def _through_cache(
-    path: Path, compute: Callable[[], tuple[Ragged, ...]], columns: int, rows: int
-) -> tuple[Ragged, ...]:
+@dataclass(frozen=True)
+class _Shape:
+    """What a cache file must hold to be of a split: so many columns and rows, no other ids, no longer sentences."""
+
+    columns: int
+    rows: int
+    vocabulary_size: int
+    max_length: int
+
+    def fits(self, tokens: tuple[Ragged, ...]) -> bool:
+        return all(
+            len(column) == self.rows
+            and column.offsets[0] == 0
+            and column.offsets[-1] == len(column.ids)
+            and (column.lengths >= 2).all()  # [CLS] and [SEP]
+            and (column.lengths <= self.max_length).all()
+            and ((column.ids >= 0) & (column.ids < self.vocabulary_size)).all()
+            for column in tokens
+        )
+
+
+def _through_cache(path: Path, compute: Callable[[], tuple[Ragged, ...]], shape: _Shape) -> tuple[Ragged, ...]:
     # Without the lock first: the cache may be somebody else's, readable and not writable.
-    tokens = _read(path, columns, rows)
+    tokens = _read(path, shape)
     if tokens is not None:
         return tokens
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock", timeout=LOCK_SECONDS):
-            tokens = _read(path, columns, rows)
+            tokens = _read(path, shape)
             if tokens is None:
                 tokens = compute()
                 _write(path, tokens)
@@ -193,12 +213,15 @@ def _through_cache(
     return compute() if tokens is None else tokens
 
 
-def _read(path: Path, columns: int, rows: int) -> tuple[Ragged, ...] | None:
+def _read(path: Path, shape: _Shape) -> tuple[Ragged, ...] | None:
     """The cached columns, or None if there is no file or not a sound one."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            tokens = tuple(Ragged(arrays[f"ids{i}"], arrays[f"offsets{i}"]) for i in range(columns))
-        if any(len(column) != rows or column.offsets[-1] != len(column.ids) for column in tokens):
+            tokens = tuple(Ragged(arrays[f"ids{i}"], arrays[f"offsets{i}"]) for i in range(shape.columns))
+            digest = arrays["sha256"].tobytes()
+        if digest != _digest(tokens):
+            raise ValueError("it is not as it was written")
+        if not shape.fits(tokens):
             raise ValueError("its arrays do not fit the split")
     except FileNotFoundError:
         return None
@@ -211,8 +234,18 @@ def _read(path: Path, columns: int, rows: int) -> tuple[Ragged, ...] | None:
 def _write(path: Path, tokens: tuple[Ragged, ...]) -> None:
     arrays = {f"ids{i}": column.ids for i, column in enumerate(tokens)}
     arrays |= {f"offsets{i}": column.offsets for i, column in enumerate(tokens)}
+    arrays["sha256"] = np.frombuffer(_digest(tokens), np.uint8)
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
+
+
+def _digest(tokens: tuple[Ragged, ...]) -> bytes:
+    digest = hashlib.sha256()
+    for column in tokens:
+        for array in (column.ids, column.offsets):
+            digest.update(f"{array.dtype.str} {array.shape} ".encode())
+            digest.update(np.ascontiguousarray(array))
+    return digest.digest()
 
 
 def _by_frequency(counts: Counter[str]) -> list[str]:

@@ -23,7 +23,7 @@ from minbert.launch.options import build_run_config
 from minbert.launch.trial import train_trial
 from minbert.slurm.settings import parse_parameters, resolve_settings
 from minbert.slurm.status import is_active
-from minbert.trainer.config import SECTIONS, flatten, parse_config
+from minbert.trainer.config import Seed, flat_options, flatten, parse_config
 from minbert.trainer.run_folder import read_yaml
 from minbert.trainer.stop import StopRequest
 from minbert.tuning.ablation import (
@@ -53,14 +53,22 @@ OWN = {
         Path, None, "Folder of the ablation; one that exists goes on. The default is a new one under runs/.", "FOLDER"
     ),
     "extensions": Own(
-        tuple[str, ...],
+        Annotated[tuple[str, ...], Field(min_length=1)],
         DEFAULT,
         "In the order in which they are added: siamese, two_hidden_layers, unfrozen, any aggregator, or "
         "NAME=OPTION:VALUE,...",
     ),
-    "groups": Own(tuple[Literal["alone", "added", "left_out"], ...], GROUPS[:3], "Comparisons to make."),
-    "combine": Own(tuple[str, ...], (), "Further combinations, such as siamese+pcgrad."),
-    "seeds": Own(tuple[Annotated[int, Field(ge=0)], ...], (0, 1, 2), "Each variant is trained with each of them."),
+    "groups": Own(
+        Annotated[tuple[Literal["alone", "added", "left_out"], ...], Field(min_length=1)],
+        GROUPS[:3],
+        "Comparisons to make.",
+    ),
+    "combine": Own(
+        Annotated[tuple[str, ...], Field(min_length=1)], (), "Further combinations, such as siamese+pcgrad."
+    ),
+    "seeds": Own(
+        Annotated[tuple[Seed, ...], Field(min_length=1)], (0, 1, 2), "Each variant is trained with each of them."
+    ),
     "retry_failed": Own(bool, False, "Try the runs again that failed for good."),
     "ray": Own(bool, False, "Train several runs at once with Ray on this machine."),
     "address": Own(str, None, "Train on an existing Ray cluster: host:port, or `auto`.", "ADDRESS"),
@@ -139,9 +147,8 @@ def _baseline(run: dict[str, Any], saved: Ablation | None) -> Parameters:
     """The paper's, the folder's, or what options and a file make of it."""
     given = dict(saved.baseline) if saved is not None else dict(PAPER_BASELINE)
     if "config" in run:
-        content = read_yaml(run["config"])
-        inside = {name for key, value in content.items() if key in SECTIONS and value for name in value}
-        given = {name: value for name, value in given.items() if name not in content and name not in inside}
+        content = flat_options(read_yaml(run["config"]), str(run["config"]))
+        given = {name: value for name, value in given.items() if name not in content}
     config = build_run_config(given | run)
     return {name: flatten(config)[name] for name in PAPER_BASELINE} | base_options(config)
 

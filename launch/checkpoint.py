@@ -13,6 +13,7 @@ from rich.table import Table
 from minbert.data.errors import UserError
 from minbert.launch.exit_codes import ExitCode
 from minbert.launch.options import parse, parse_run_config
+from minbert.launch.outputs import require_place, whole_or_gone
 from minbert.trainer.checkpoint import MANIFEST, Damaged, damaged, published, read_manifest, verify
 from minbert.trainer.run_folder import RunFolder
 
@@ -103,6 +104,7 @@ def convert(arguments: list[str]) -> int:
             raise UserError(f"what is {options[0]!r}? Writing a model takes no options")
         if not (checkpoints := _checkpoints(source)):
             raise UserError(f"{source} has no checkpoints")
+        require_place(target)
         manifest = to_safetensors(checkpoints[-1], target)
         print(f"Wrote the weights of step {manifest.step} to {target}")
         return ExitCode.FINISHED
@@ -110,8 +112,9 @@ def convert(arguments: list[str]) -> int:
 
     if not source.is_dir():
         raise UserError(f"{source} is no folder")
-    run = prepare(parse_run_config([f"--run={target}", *options], "checkpoint convert"))
-    checkpoint, missing = from_deepspeed(source, run)
+    config = parse_run_config([f"--run={target}", *options], "checkpoint convert")
+    with whole_or_gone(target):
+        checkpoint, missing = from_deepspeed(source, prepare(config))
     if missing:
         print(f"Not in {source}, and as the run would start: {', '.join(missing)}")
     print(f"Wrote {checkpoint}. To go on from it: minbert resume {target}")

@@ -18,6 +18,7 @@ from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
+from minbert.data.machine import cgroup_limit
 from minbert.launch.exit_codes import ExitCode
 
 TRAINING, SLURM, SEARCH, TRANSLATION = SECTIONS = ("training", "SLURM", "search (Ray)", "translation")
@@ -198,20 +199,6 @@ def memory() -> Check:
     return Check(
         TRAINING, "memory", enough or None, found, "" if enough else "ask for at least 2 GiB (sbatch --mem=2G)"
     )
-
-
-def cgroup_limit(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:
-    """The tightest memory limit in bytes over this process's control group and its parents, of version 1 or 2."""
-    limits = [float("inf")]
-    for line in _read(proc).splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
-            continue
-        folder, name = (root / "memory", "memory.limit_in_bytes") if controllers else (root, "memory.max")
-        group = Path(path.lstrip("/"))
-        values = [_read(folder / parent / name).strip() for parent in (group, *group.parents)]
-        limits += [float(value) for value in values if value.isdigit()]
-    return min(limits)
 
 
 def back_ends() -> Iterator[Check]:

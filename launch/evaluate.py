@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
     from minbert.trainer.progress import score_table
 
     config = whole_splits(run.read_config(), options.data)
-    scores = predict_splits(run, config, (options.split,), write=False)[options.split]
+    scores = predict_splits(run, config, (options.split,), None, Console(stderr=True))[options.split]
     if not scores:
         raise UserError(
             f"the {options.split} split of {config.corpus.data} has no labels; `minbert predict` predicts it"

@@ -9,6 +9,7 @@ import tyro
 from minbert.data.errors import UserError
 from minbert.launch.exit_codes import ExitCode
 from minbert.launch.options import parse
+from minbert.launch.outputs import whole_or_gone
 from minbert.trainer.run_folder import RunFolder
 
 
@@ -25,15 +26,11 @@ class ExportOptions:
 def main(arguments: list[str]) -> int:
     options = parse(ExportOptions, arguments, "export")
     run = RunFolder.existing(options.run)
-    try:
-        options.folder.mkdir(parents=True, exist_ok=True)
-        empty = not any(options.folder.iterdir())
-    except OSError as error:
-        raise UserError(f"cannot write to {options.folder}: {error.strerror}") from None
-    if not empty:
-        raise UserError(f"{options.folder} exists and is not an empty folder")
-    from minbert.trainer.saved_model import export_encoder
+    with whole_or_gone(options.folder):
+        if any(options.folder.iterdir()):
+            raise UserError(f"{options.folder} exists and is not an empty folder")
+        from minbert.trainer.saved_model import export_encoder
 
-    export_encoder(run, options.folder)
+        export_encoder(run, options.folder)
     print(f"Exported. In Python: transformers.AutoModel.from_pretrained({str(options.folder)!r})")
     return ExitCode.FINISHED

@@ -56,13 +56,22 @@ def main(arguments: list[str] | None = None) -> int:
         print("minbert: interrupted", file=sys.stderr)
         return ExitCode.LEFT_AT_ONCE
     except BrokenPipeError:  # `minbert train --help | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more
+        _drop_output()
         return ExitCode.FAILED
-    except OSError as error:
+    except Exception as error:
         if not (trouble := disk_trouble(error)):
             raise
         print(f"minbert: {trouble}", file=sys.stderr)
+        _drop_output()
         return ExitCode.USER_MISTAKE
+
+
+def _drop_output() -> None:
+    """What standard output did not take goes nowhere: the interpreter would try once more, and say so."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _usage() -> str:

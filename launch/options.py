@@ -12,10 +12,10 @@ from types import NoneType
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 
-from minbert.data.errors import UserError
-from minbert.trainer.config import OPTIONS, SECTIONS, RunConfig, parse_config
+from minbert.data.errors import UserError, shown
+from minbert.trainer.config import OPTIONS, SECTIONS, RunConfig, flat_options, parse_config
 from minbert.trainer.run_folder import RunFolder, read_yaml
 
 T = TypeVar("T")
@@ -25,7 +25,9 @@ def parse(kind: type[T], arguments: list[str], command: str) -> T:
     """`arguments` as a dataclass `kind`. Raises UserError for a wrong option or value; help, and a positional argument
     that is missing, end the program."""
     if not asks_for_help(arguments):
-        read_options(get_type_hints(kind, include_extras=True), arguments, command)
+        types = get_type_hints(kind, include_extras=True)
+        read_options(types, arguments, command)
+        arguments = [flag for word in arguments for flag in _plain_flag(word, types)]
     return _tyro(kind, arguments, command)
 
 
@@ -68,23 +70,28 @@ def run_option_types() -> dict[str, Any]:
 def build_run_config(options: Mapping[str, Any]) -> RunConfig:
     """A run's configuration: defaults < the run folder's own < the file `config` < `options`. Raises UserError."""
     file = options.get("config")
+    where = "options" if file is None else str(file)
     options = {name: value for name, value in options.items() if name not in ("config", "force")}
-    layers = [options] if file is None else [read_yaml(file), options]
+    layers = [options] if file is None else [flat_options(read_yaml(file), where), options]
+    aggregator = next((layer["aggregator"] for layer in reversed(layers) if "aggregator" in layer), None)
     run = next((layer["run"] for layer in reversed(layers) if layer.get("run")), None)
-    if run is not None and (folder := RunFolder(Path(run))).config_file.exists():
-        layers.insert(0, folder.read_config().model_dump())
+    if isinstance(run, str | Path) and (folder := RunFolder(Path(run))).config_file.exists():
+        layers.insert(0, flat_options(folder.read_config().model_dump(), str(run)))
     merged: dict[str, Any] = {}
     for layer in layers:
-        given: dict[str, Any] = {}
-        for key, value in layer.items():
-            given |= value if key in SECTIONS and isinstance(value, Mapping) else {key: value}
+        given = dict(layer)
         if given.get("epochs") is not None and given.get("steps") is None:
             given["steps"] = None  # a later word on the budget replaces an earlier one, in whichever unit
         for name, other in (("eval_every", "evaluations"), ("evaluations", "eval_every")):
             if given.get(name) is not None and given.get(other) is None:
                 given[other] = None
         merged |= given
-    return parse_config(merged, "options" if file is None else str(file))
+    config = parse_config(merged, where)
+    if aggregator is not None and aggregator != "sum":
+        from minbert.trainer.own_code import look_here  # imports PyTorch
+
+        look_here(config.batch.aggregator)
+    return config
 
 
 def read_options(types: Mapping[str, Any], arguments: list[str], command: str) -> tuple[dict[str, Any], list[str]]:
@@ -95,6 +102,8 @@ def read_options(types: Mapping[str, Any], arguments: list[str], command: str) -
     options: dict[str, Any] = {}
     rest: list[str] = []
     words = list(arguments)
+    lists: dict[str, list[str]] = {}  # the words of `--name=a --name=b`
+    empty = ""  # the option before, if it has no value
     while words:
         word = words.pop(0)
         if not word.startswith("--"):
@@ -103,50 +112,72 @@ def read_options(types: Mapping[str, Any], arguments: list[str], command: str) -
         option, attached, value = word.partition("=")
         name = option[2:].replace("-", "_")
         if name not in types:
-            raise UserError(_unknown(option, types, command))
-        if types[name] is bool:
-            options[name] = True
+            hint = f"\nIf it is a value of {empty}, write {empty}={word}" if empty else ""
+            raise UserError(_unknown(option, types, command) + hint)
+        kind, empty = types[name], ""
+        if kind is bool:
+            options[name] = _convert(option, bool, [value]) if attached else True
             continue
         following = [value] if attached else list(takewhile(lambda word: not word.startswith("--"), words))
-        if not following and not _may_be_empty(types[name]):
-            raise UserError(f"{option} needs a value")
-        if not _takes_several(types[name]):
+        if not following:
+            empty = option
+        if not _takes_several(kind):
             following = following[:1]
-        options[name] = _convert(option, types[name], following)
+            if following in ([], [""]):
+                raise UserError(f"{option} needs a value" + _attach(option, words))
+        elif attached:
+            following = lists[name] = [*lists.get(name, []), value]
+        elif not following and not _may_be_empty(kind):
+            raise UserError(f"{option} needs a value" + _attach(option, words))
+        options[name] = _convert(option, kind, following)
         if not attached:
             del words[: len(following)]
     return options, rest
 
 
+def _attach(option: str, words: list[str]) -> str:
+    return f"; one that starts with -- is attached to it: {option}={words[0]}" if words else ""
+
+
+def _plain_flag(word: str, types: Mapping[str, Any]) -> list[str]:
+    """`--flag=true` as tyro takes it, which knows flags without a value only."""
+    option, attached, value = word.partition("=")
+    if not attached or types.get(option.removeprefix("--").replace("-", "_")) is not bool:
+        return [word]
+    return [option] if _convert(option, bool, [value]) else []
+
+
 def _convert(option: str, kind: Any, words: list[str]) -> Any:
     if words == ["None"] and NoneType in get_args(_bare(kind)):
         return None
-    adapter = TypeAdapter(kind)
+    adapter = TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False))
     value = words if _takes_several(kind) else words[0]
     try:
         return adapter.validate_python(value)
     except ValidationError as error:
         problems = error.errors()
     if any(problem["type"] == "literal_error" for problem in problems) and words[0].isdecimal():
-        return _convert_number(option, adapter, int(words[0]), problems)
+        return _convert_number(option, adapter, words[0], problems)
     raise UserError(_refusal(option, words, problems))
 
 
-def _convert_number(option: str, adapter: TypeAdapter, number: int, problems: list) -> Any:
+def _convert_number(option: str, adapter: TypeAdapter, word: str, problems: list) -> Any:
     """Choices may be numbers, which no word equals."""
     try:
-        return adapter.validate_python(number)
-    except ValidationError:
-        raise UserError(_refusal(option, [str(number)], problems)) from None
+        return adapter.validate_python(int(word))
+    except ValueError:  # pydantic's, or of a number with thousands of digits
+        raise UserError(_refusal(option, [word], problems)) from None
 
 
 def _refusal(option: str, words: list[str], problems: list) -> str:
     """What is allowed, of each part of a union, and the word that is not."""
     problems = [problem for problem in problems if problem["type"] != "none_required"]
+    if own := next((problem for problem in problems if problem["type"] == "value_error"), None):
+        return f"{option} {shown(words[0])}: {own['msg'].removeprefix('Value error, ')}"
     wanted = [problem["msg"].removeprefix("Input should be ").partition(", unable to")[0] for problem in problems]
     place = problems[0]["loc"]
     word = words[place[0]] if place and isinstance(place[0], int) else words[0]
-    return f"{option} must be {', or '.join(dict.fromkeys(wanted))}, not {word!r}"
+    return f"{option} must be {', or '.join(dict.fromkeys(wanted))}, not {shown(word)}"
 
 
 def _unknown(option: str, types: Mapping[str, Any], command: str) -> str:

@@ -10,6 +10,7 @@ import tyro
 from minbert.data.errors import UserError
 from minbert.launch.exit_codes import ExitCode
 from minbert.launch.options import open_option, parse
+from minbert.launch.outputs import require_place, writing
 from minbert.trainer.conflicts import cosines, read_gramians
 from minbert.trainer.run_folder import RunFolder
 
@@ -33,6 +34,7 @@ def main(arguments: list[str]) -> int:
         raise UserError(f"{run.path} measured no gradients; train with gradient surgery, or with --measure-every N")
     if out.suffix not in (".png", ".svg", ".pdf"):
         raise UserError(f"{out}: the plot can be a .png, .svg or .pdf")
+    require_place(out)
     draw_conflicts(run, out)
     print(f"Plot: {out}")
     return ExitCode.FINISHED
@@ -73,4 +75,5 @@ def draw_conflicts(run: RunFolder, out: Path) -> None:
         for column, value in enumerate(values):
             heat.text(column, row, f"{value:+.2f}", ha="center", va="center", fontsize="small")
     figure.colorbar(image, ax=heat)
-    figure.savefig(out, dpi=120)
+    with writing(out) as temporary:
+        figure.savefig(temporary, dpi=120, format=out.suffix[1:])

@@ -13,18 +13,23 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from minbert.data.errors import UserError, disk_trouble
 from minbert.launch.exit_codes import ExitCode
+from minbert.slurm.verdict import Error
 from minbert.trainer.stop import leave_terminal, stop_signals
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
 
 ERROR_FILE = "MINBERT_ERROR_FILE"
 POLL = 0.05  # seconds between two looks at the workers
-PATIENCE = 2.0  # seconds of waiting, after a failure, that need no explanation
-TERM_GRACE = 5.0  # seconds from SIGTERM to SIGKILL for workers that outlive a failure
+GRACE = 4.0  # seconds that workers have to end by themselves after a failure
+SAVING = 30.0  # seconds that they have if a checkpoint is being written that can still become whole
 UNSEEN = 0.5  # seconds by which a death may be noticed late
 TAIL = 20  # lines of the log shown for a worker that left no traceback
 
@@ -47,14 +52,16 @@ def record_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         raise SystemExit(ExitCode.LEFT_AT_ONCE) from None
     except Exception as error:
-        mistake = disk_trouble(error) if isinstance(error, OSError) else error
-        if isinstance(mistake, UserError):
+        mistake = error if isinstance(error, UserError) else disk_trouble(error)
+        if mistake is not None:
             _leave_error(ExitCode.USER_MISTAKE, str(mistake))
-            print(f"minbert: {mistake}", file=sys.stderr)
+            with suppress(OSError):  # the log lies on the same disk
+                _say(f"minbert: {mistake}")
             raise SystemExit(ExitCode.USER_MISTAKE) from None
         text = traceback.format_exc()
         if not _leave_error(ExitCode.FAILED, text) or os.environ.get("RANK") != "0":
-            print(text, end="", file=sys.stderr)
+            with suppress(OSError):
+                _say(text.rstrip())
         raise SystemExit(ExitCode.FAILED) from error
 
 
@@ -104,14 +111,19 @@ class Worker:
         """Failed, or about to: a worker may hang on its way out after it wrote its error."""
         return self.status not in (None, ExitCode.FINISHED, ExitCode.INTERRUPTED) or self.error.exists()
 
+    def guilt(self) -> tuple[int, float]:
+        """Smallest for the one that failed first. Who tells of a lost connection was not, whatever the clocks say: its
+        peer died. An abort without a word is how the communication libraries end a process whose peer is gone.
+        """
+        told = Error.read(self.error)
+        consequence = told.lost_peer if told else self.status == -signal.SIGABRT
+        return (2 if told else 1) * consequence, self.moment()
+
     def moment(self) -> float:
         """When it failed. A rank that dies breaks the others' connections: their exceptions may be on file before its
-        death is noticed. So a death without an exception counts as earlier, but for SIGABRT: that too is how the
-        communication libraries end a process whose peer is gone.
+        death is noticed. So a death without an exception counts as earlier.
         """
-        if self.error.exists():
-            return self.error.stat().st_mtime
-        return self.ended - (0 if self.status == -signal.SIGABRT else UNSEEN)
+        return self.error.stat().st_mtime if self.error.exists() else self.ended - UNSEEN
 
     def last_words(self) -> str:
         """Its error, or else the end of its log."""
@@ -130,13 +142,14 @@ def launch(
     processes: int,
     log_dir: Path,
     env: Mapping[str, str] | None = None,
-    grace: float = 30.0,
+    grace: float = GRACE,
 ) -> int:
     """Runs `command` in `processes` processes with the environment torch.distributed's `env://` expects.
 
     Rank 0 writes to this terminal, rank K to `log_dir/rank-K.log` (appended). The signals that ask to stop are
     forwarded once each, and the workers may take as long as they like to save; a third SIGINT or SIGTERM kills
-    them. After a failure the other workers have `grace` seconds to end by themselves. Call it from the main thread.
+    them. After a failure the other workers have `grace` seconds to end by themselves, and more only to finish a
+    checkpoint of which the lost ones have written their part. Call it from the main thread.
 
     Args:
         command: program and arguments, the same for every rank.
@@ -166,7 +179,7 @@ def launch(
         for rank in range(processes):
             workers.append(_start(command, rank, log_dir, environment))
             os.write(guard.stdin.fileno(), b"%d\n" % workers[-1].process.pid)
-        forwarded = _watch(workers, requests, grace)
+        forwarded = _watch(workers, requests, grace, store)
     finally:
         for worker in workers:
             if worker.running():
@@ -196,11 +209,14 @@ def _environment(extra: Mapping[str, str], processes: int, port: int) -> dict[st
     import torch
 
     cores = len(os.sched_getaffinity(0))
-    defaults = {"OMP_NUM_THREADS": str(max(1, cores // processes)), "PYTHONFAULTHANDLER": "1"}
-    if not torch.cuda.is_available():
-        defaults["GLOO_SOCKET_IFNAME"] = "lo"  # the host's name may resolve to an address that is not reachable
-        if processes > cores:
-            _say(f"note: {processes} processes share {cores} cores")
+    defaults = {
+        "OMP_NUM_THREADS": str(max(1, cores // processes)),
+        "PYTHONFAULTHANDLER": "1",
+        # The host's name may resolve to an address that is not reachable. gloo is there beside NCCL, too.
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    if processes > cores and not torch.cuda.is_available():
+        _say(f"note: {processes} processes share {cores} cores")
     fixed = {
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
@@ -240,11 +256,14 @@ def _start(command: Sequence[str], rank: int, log_dir: Path, environment: Mappin
     return Worker(rank, process, log, start, error)
 
 
-def _watch(workers: Sequence[Worker], requests: list[int], grace: float) -> list[int]:
+def _watch(workers: Sequence[Worker], requests: list[int], grace: float, store: "Store") -> list[int]:
     """Returns when every worker has ended; the result is the signals forwarded on the user's request."""
+    from minbert.trainer.messages import completes_checkpoint
+
     forwarded: list[int] = []
-    trouble = deadline = None
+    deadline = latest = None
     while alive := [worker for worker in workers if worker.running()]:
+        time.sleep(POLL)
         while requests:
             forwarded.append(requests.pop(0))
             if sum(number in (signal.SIGINT, signal.SIGTERM) for number in forwarded) > 2:
@@ -252,18 +271,16 @@ def _watch(workers: Sequence[Worker], requests: list[int], grace: float) -> list
             for worker in alive:
                 worker.send(forwarded[-1])
         now = time.monotonic()
-        if trouble is None and any(worker.in_trouble() for worker in workers):
-            trouble, deadline, notice = now, now + grace, now + PATIENCE
-        elif trouble is not None and now > deadline:
-            stop = signal.SIGKILL if alive[0].stopped else signal.SIGTERM
+        if deadline is None and any(worker.in_trouble() for worker in workers):
+            deadline, latest = now + grace, now + SAVING
+        elif deadline is not None and now < latest:
+            lost = [worker.rank for worker in workers if worker not in alive or worker.error.exists()]
+            if completes_checkpoint(store, lost):
+                deadline = now + grace
+        if deadline is not None and now > deadline:
             for worker in alive:
                 worker.stopped = True
-                worker.send(stop)
-            deadline = now + TERM_GRACE
-        elif trouble is not None and now > notice and not alive[0].stopped:
-            _say(f"a rank failed; those still running are stopped in {deadline - now:.0f} s")
-            notice = deadline
-        time.sleep(POLL)
+                worker.send(signal.SIGKILL)  # blocked in a collective operation, it would not hear another one
     return forwarded
 
 
@@ -275,7 +292,7 @@ def _outcome(workers: Sequence[Worker], forwarded: Sequence[int]) -> int:
     failed = [worker for worker in suspects if codes[worker.rank] not in harmless]
     if not failed:
         return max(codes.values())
-    first = min(failed, key=Worker.moment)
+    first = min(failed, key=Worker.guilt)
     code = codes[first.rank]
     if code == ExitCode.USER_MISTAKE and codes[0] != code:  # rank 0 would have told the user itself
         _say(f"minbert: (rank {first.rank}) {first.last_words()}")

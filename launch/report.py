@@ -7,10 +7,11 @@ from typing import Annotated
 import tyro
 from pydantic import Field
 
-from minbert.data.errors import UserError
+from minbert.data.errors import UserError, disk_trouble
 from minbert.data.task import Split
 from minbert.launch.exit_codes import ExitCode
 from minbert.launch.options import open_option, parse
+from minbert.launch.outputs import require_place
 from minbert.trainer.run_folder import RunFolder
 from minbert.tuning.ablation import ABLATION_FILE
 from minbert.tuning.search import SEARCH_FILE
@@ -38,6 +39,8 @@ def main(arguments: list[str]) -> int:
     out = options.out or folder / "report.html"
     if out.suffix != ".html":
         raise UserError(f"{out}: the page is a .html file")
+    if folder.is_dir():
+        require_place(out)
     if (folder / SEARCH_FILE).exists():
         from minbert.tuning.report.search import search_report
 
@@ -62,6 +65,6 @@ def main(arguments: list[str]) -> int:
     try:
         write(report, out, out.with_suffix(".csv"))
     except OSError as error:
-        raise UserError(f"{out} cannot be written: {error.strerror}") from None
+        raise disk_trouble(error) or UserError(f"{out} cannot be written: {error.strerror}") from None
     print(f"Page: {out}   Numbers: {out.with_suffix('.csv')}")
     return ExitCode.FINISHED

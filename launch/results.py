@@ -1,18 +1,31 @@
-"""What a trained model makes of a run's splits: scores, and the course's prediction files."""
+"""What a trained model makes of a run's splits: scores, and the course's prediction files.
+
+Beside the files lies `predictions.json`, which tells for each of them what was predicted from what by which model.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
+from minbert.data.files import replacing
 from minbert.data.task import Split
 from minbert.trainer.config import RunConfig
 from minbert.trainer.distributed import World, pick_device
-from minbert.trainer.evaluation import overall, predict, score
+from minbert.trainer.evaluation import count_batches, overall, predict, score
 from minbert.trainer.prediction_files import prediction_file_name, write_predictions
 from minbert.trainer.preparation import load_split
-from minbert.trainer.progress import score_table
+from minbert.trainer.progress import PredictionProgress, score_table
 from minbert.trainer.run_folder import RunFolder
 from minbert.trainer.saved_model import load_model
+from minbert.trainer.saving import now
+from minbert.trainer.stop import StopRequest
 
 REPORTED: tuple[Split, ...] = ("dev", "test")
+RECORD = "predictions.json"
 
 
 def is_reported(run: RunFolder) -> bool:
@@ -27,12 +40,20 @@ def is_reported(run: RunFolder) -> bool:
     return all(file.exists() and file.stat().st_mtime >= run.best_model.stat().st_mtime for file in files)
 
 
-def report(run: RunFolder) -> None:
-    """Score the best model on the whole dev splits, write all prediction files, and print a table."""
-    config = whole_splits(run.read_config())
-    scores = predict_splits(run, config, REPORTED)["dev"]
-    console = Console()
-    console.print(score_table("Best model, dev", config.corpus.tasks, {"score": scores}))
+def report(run: RunFolder, stop: StopRequest) -> None:
+    """Score the best model on the whole dev splits, write all prediction files, and print a table; or leave that to
+    others if `stop` has a signal."""
+    config, console = whole_splits(run.read_config()), Console()
+    results = predict_splits(run, config, REPORTED, run.predictions, console, lambda: stop.signal is not None)
+    if results is None:
+        console.print(
+            f"Stopped amid the predictions; the run is finished. To get them: minbert predict {run.path}   "
+            f"Scores: minbert evaluate {run.path}",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return
+    console.print(score_table("Best model, dev", config.corpus.tasks, {"score": results["dev"]}))
     console.print(f"Predictions: {run.predictions}   Model: {run.best_model}", highlight=False, soft_wrap=True)
 
 
@@ -43,24 +64,58 @@ def whole_splits(config: RunConfig, data: str | None = None) -> RunConfig:
 
 
 def predict_splits(
-    run: RunFolder, config: RunConfig, splits: tuple[Split, ...], write: bool = True
-) -> dict[Split, dict[str, float]]:
+    run: RunFolder,
+    config: RunConfig,
+    splits: tuple[Split, ...],
+    folder: Path | None,
+    console: Console,
+    stopped: Callable[[], bool] = lambda: False,
+) -> dict[Split, dict[str, float]] | None:
     """Predict every task's `splits` with the run's best model; scores of those that are labelled.
 
-    The files go to the run's predictions folder unless `write` is off. Raises UserError where data is missing.
+    The files go to `folder`, if there is one; `console` shows how far it is. None if `stopped` said so, which is asked
+    before each batch. Raises UserError where data is missing.
     """
+    if stopped():
+        return None
     world = World(0, 1, pick_device(config.parallel))
-    model, tokenizer, _ = load_model(run, world.device)
-    results: dict[Split, dict[str, float]] = {}
-    for split in splits:
-        scores: dict[str, float] = {}
-        for name in config.corpus.names:
-            task, tokenised = config.corpus.task(name), load_split(config, name, split, tokenizer)
-            predicted = predict(model, task, tokenised, world)
+    model, tokenizer, saved = load_model(run, world.device)
+    about = {"data": config.corpus.data} | about_model(run, saved["step"]) if folder else {}
+    parts = {
+        (split, name): load_split(config, name, split, tokenizer) for split in splits for name in config.corpus.names
+    }
+    results: dict[Split, dict[str, float]] = {split: {} for split in splits}
+    with PredictionProgress(sum(map(count_batches, parts.values())), console) as progress:
+        for (split, name), tokenised in parts.items():
+            task, ask = config.corpus.task(name), progress.counting(f"{name} {split}", stopped)
+            if (predicted := predict(model, task, tokenised, world, ask)) is None:
+                return None
             if tokenised.labels is not None:
-                scores[name] = score(task, predicted, tokenised.labels)
-            if write:
-                path = run.predictions / prediction_file_name(config, task, split)
+                results[split][name] = score(task, predicted, tokenised.labels)
+            if folder:
+                path = folder / prediction_file_name(config, task, split)
                 write_predictions(path, task, tokenised.ids, predicted.tolist())
-        results[split] = scores | ({"overall": overall(config.corpus.tasks, scores)} if scores else {})
-    return results
+                what = {"task": name, "split": split, "rows": len(tokenised), "examples": tokenised.fingerprint()}
+                write_record(folder / RECORD, path.name, what | about)
+    return {
+        split: scores | ({"overall": overall(config.corpus.tasks, scores)} if scores else {})
+        for split, scores in results.items()
+    }
+
+
+def about_model(run: RunFolder, step: int) -> dict[str, Any]:
+    """What a record tells of the model and the moment."""
+    with run.best_model.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"model": str(run.best_model.absolute()), "model_sha256": digest, "step": step, "written": now()}
+
+
+def write_record(path: Path, name: str, entry: dict[str, Any]) -> None:
+    """Put what there is to tell of the file `name` into the record at `path`, which may tell of others."""
+    try:
+        known = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        known = {}
+    known = known if isinstance(known, dict) else {}
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(known | {name: entry}, indent=1) + "\n")

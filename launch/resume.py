@@ -3,14 +3,16 @@
 from pathlib import Path
 
 from minbert.data.errors import UserError
-from minbert.launch.options import parse_run_config
+from minbert.launch.options import asks_for_help, parse_run_config
 from minbert.launch.train import start
 from minbert.trainer.run_folder import RunFolder
 
 
 def main(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help") or arguments[0].startswith("-"):
+    if asks_for_help(arguments):
         parse_run_config(["--help"], "resume RUN", "Go on with the run in the folder RUN; options override its own.")
+    if not arguments or arguments[0].startswith("-"):
+        raise UserError("usage: minbert resume RUN [options]; RUN is the folder of the run to go on with")
     folder, *options = arguments
     RunFolder.existing(Path(folder))
     config = parse_run_config([f"--run={folder}", *options], "resume")

@@ -108,7 +108,11 @@ def _submit_sweep(request: Request, folder: Path | None) -> int:
         raise UserError(f"{folder} is a run, not a folder for a sweep's runs; give another --run")
     configs = []
     for name, words in elements(request.sweep).items():
-        varied, _ = read_options(run_option_types(), words, "submit --sweep")
+        varied, rest = read_options(run_option_types(), words, "submit --sweep")
+        if rest:
+            raise UserError(
+                f"--sweep: what is {rest[0]!r} in {name}? Several words are only for options that take several"
+            )
         config, settings = _reconcile(build_run_config(request.run | varied | {"run": folder / name}), request)
         configs.append(config)
     if request.dry:

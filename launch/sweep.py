@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from hashlib import sha256
 from itertools import product
 
 from minbert.data.errors import UserError
@@ -42,5 +43,6 @@ def elements(axes: dict[str, list[str]]) -> dict[str, list[str]]:
 
 
 def _safe(value: str) -> str:
-    """As part of a file's name."""
-    return re.sub(r"[^\w.+-]+", "_", value).strip("_") or "_"
+    """As part of a file's name; where it loses something, a hash keeps it apart from others."""
+    plain = re.sub(r"[^\w.+-]+", "_", value).strip("_")
+    return plain if plain == value else f"{plain}~{sha256(value.encode()).hexdigest()[:6]}"

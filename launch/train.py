@@ -8,7 +8,8 @@ from minbert.launch.options import parse_run_config
 from minbert.launch.processes import launch
 from minbert.trainer.config import RunConfig
 from minbert.trainer.distributed import require_devices
-from minbert.trainer.preparation import new_run_path, prepare
+from minbert.trainer.memory import require_memory
+from minbert.trainer.preparation import known_shape, new_run_path, prepare
 
 
 def main(arguments: list[str]) -> int:
@@ -21,6 +22,8 @@ def main(arguments: list[str]) -> int:
 def start(config: RunConfig, force: bool) -> int:
     """Train the run that `config` describes, in a new folder or from where its folder stands."""
     require_devices(config.parallel, config.parallel.processes)
+    if shape := known_shape(config):
+        require_memory(config, shape, config.parallel.processes)
     run = prepare(config, force)
     print(f"Run folder: {run.path}", flush=True)
     if config.parallel.processes == 1:

@@ -37,7 +37,7 @@ OWN = {
         Path, None, "Folder of the search; one that exists goes on. The default is a new one under runs/.", "FOLDER"
     ),
     "space": Own(
-        tuple[str, ...],
+        Annotated[tuple[str, ...], Field(min_length=1)],
         (),
         "What to search: a YAML file, or words such as lr=loguniform(1e-5,1e-4) batch_size=16,32. The default is what "
         "the paper wanted to search.",

@@ -32,7 +32,7 @@ def work(run: RunFolder, force: bool = False, stop: StopRequest | None = None, p
             from minbert.launch.results import is_reported, report
 
             if outcome is Outcome.FINISHED or not is_reported(run):
-                report(run)
+                report(run, stop)
         return ExitCode.FINISHED
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minbert.data.errors import UserError
+from minbert.data.reading import read_json_lines
 from minbert.slurm import controller
 from minbert.slurm.controller import ACTIVE, Queued
 from minbert.slurm.records import EXIT_CODES, Ending, Life, Records, Submission
@@ -209,13 +210,8 @@ def _trial(run: Path) -> dict[str, Any]:
 def _progress(run: Path) -> tuple[int | None, float | None, float]:
     """The last logged step, the best overall score so far, and when the log was written last."""
     file = run / "metrics.jsonl"
-    if not file.exists():
+    if not file.is_file():
         return None, None, 0.0
-    lines: list[dict[str, Any]] = []
-    for line in file.read_text().splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue  # a kill can tear a line
-    scores = [line["dev/overall"] for line in lines if "dev/overall" in line]
+    lines = read_json_lines(file)
+    scores = [score for line in lines if isinstance(score := line.get("dev/overall"), int | float)]
     return (lines[-1]["step"] if lines else None), max(scores, default=None), file.stat().st_mtime

@@ -25,6 +25,7 @@ BEFORE_TRAINING = {128 + number for number in (signal.SIGTERM, signal.SIGUSR1, s
 LOST_PEER = re.compile(
     r"[Cc]onnection (was )?(closed|reset|refused)|LostProcess|[Rr]emote process exited|Broken pipe"
     r"|Connection timed out|recvValue failed|sendBytes failed|Socket Timeout|Read timeout"
+    r"|Read error|Socket (unexpectedly )?closed|Remote peer closed|caused pair closure"  # gloo
 )
 
 

@@ -280,7 +280,8 @@ def test_names_and_options():
         ("pcgrda", "did you mean 'pcgrad'"),
         ("cagrad:d=1", "its options: c"),
         ("cagrad:c=much", "must be a number"),
-        ("nowhere:function", "cannot be imported"),
+        ("cagrad:c=1e400", "must be a number"),
+        ("nowhere:2", "unknown aggregator"),
     ]:
         with pytest.raises(UserError, match=message):
             parse_method(text)

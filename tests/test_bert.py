@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,9 +13,12 @@ from transformers import AutoModel, BertModel
 
 from minbert.data.batch import Sentences
 from minbert.data.errors import UserError
+from minbert.launch.options import parse_run_config
 from minbert.trainer.bert import Bert, BertConfig, SentenceLayout, mean_pool
 from minbert.trainer.linear import _OneDnnLinear
+from minbert.trainer.preparation import prepare
 from minbert.trainer.weights import (
+    find_checkpoint,
     from_transformers,
     load_weights,
     read_config,
@@ -22,6 +26,7 @@ from minbert.trainer.weights import (
     to_transformers,
 )
 
+COMMITS = ["a" * 40, "b" * 40]
 LENGTHS = [31, 4, 12, 12, 1, 23, 4]
 SMALL = BertConfig(vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32)
 
@@ -169,6 +174,38 @@ def test_other_architectures_are_refused(minilm, tmp_path, change, message):
     (tmp_path / "config.json").write_text(json.dumps(raw))
     with pytest.raises(UserError, match=message):
         read_config(tmp_path)
+
+
+@pytest.fixture
+def hub(minilm, tmp_path, monkeypatch) -> Callable[[str], None]:
+    """The hub's cache on a machine without network, with two commits of a model; a function moves its main branch."""
+    from huggingface_hub import constants
+
+    repository = tmp_path / "hub" / "models--somebody--bert"
+    for folder in ("snapshots", "refs"):
+        (repository / folder).mkdir(parents=True)
+    for commit in COMMITS:
+        (repository / "snapshots" / commit).symlink_to(minilm, target_is_directory=True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    move = (repository / "refs" / "main").write_text
+    move(COMMITS[0])
+    return move
+
+
+def test_weights_of_the_hub_are_those_that_the_run_was_prepared_with(hub, tmp_path):
+    """A push to the hub between the start of two processes, or before resuming, changes nothing."""
+    text = f"--model somebody/bert --train-limit 20 --eval-limit 10 --trackers --run {tmp_path / 'run'}"
+    assert prepare(parse_run_config(text.split())).read_config().encoder.revision == COMMITS[0]
+    hub(COMMITS[1])
+    run = prepare(parse_run_config(text.split()))
+    config = run.read_config()
+    assert config.encoder.revision == COMMITS[0]
+    assert find_checkpoint(config.encoder.model, config.encoder.revision).name == COMMITS[0]
+    other = prepare(parse_run_config([*text.split(), "--revision", "main", "--run", str(tmp_path / "other")]))
+    assert other.read_config().encoder.revision == COMMITS[1]
+    with pytest.raises(UserError, match="'somebody/bert', revision v2, is no folder here and could not be had"):
+        find_checkpoint("somebody/bert", "v2")
 
 
 def test_missing_weights_are_named(minilm, tmp_path, ours):

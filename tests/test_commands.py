@@ -4,28 +4,43 @@ They are called in this process; where the process itself is the point (exit cod
 """
 
 import csv
+import hashlib
+import io
 import json
 import os
 import pty
+import re
+import resource
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 import pytest
+import torch
 from known_tasks import TASKS
 from pydantic import Field
-from safetensors import safe_open
+from rich.console import Console
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from scipy.stats import pearsonr
 
-from minbert.data.errors import UserError
+from minbert.data.errors import UserError, disk_trouble
 from minbert.data.files import replacing
 from minbert.data.sources import load_examples
 from minbert.launch.main import main
 from minbert.launch.options import parse_run_config, read_options
+from minbert.launch.results import predict_splits, whole_splits
+from minbert.launch.worker import work
 from minbert.trainer.prediction_files import prediction_file_name
 from minbert.trainer.run_folder import RunFolder
+from minbert.trainer.stop import StopRequest
 
 COMMAND = [sys.executable, "-m", "minbert.launch.main"]
 
@@ -43,9 +58,8 @@ def trained(tmp_path_factory) -> RunFolder:
     """A short run, scored on whole dev splits."""
     folder = tmp_path_factory.mktemp("commands") / "run"
     os.environ["MINBERT_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")
-    assert (
-        minbert("train", "--run", folder, "--steps", 6, "--train-limit", 200, "--batch-size", 8, "--log-every", 2) == 0
-    )
+    size = ["--steps", 6, "--train-limit", 200, "--batch-size", 8, "--log-every", 2, "--measure-every", 3]
+    assert minbert("train", "--run", folder, *size) == 0
     return RunFolder(folder)
 
 
@@ -103,24 +117,39 @@ def test_prediction_files_hold_what_was_scored(trained, capsys, name):
 
 
 def test_predict_writes_the_same_files_again(trained, capsys):
-    before = {path.name: path.read_bytes() for path in trained.predictions.iterdir()}
+    before = {path.name: path.read_bytes() for path in trained.predictions.glob("*.csv")}
     assert len(before) == 6
     for path in trained.predictions.iterdir():
         path.unlink()
     assert minbert("predict", trained.path) == 0
-    assert {path.name: path.read_bytes() for path in trained.predictions.iterdir()} == before
+    assert {path.name: path.read_bytes() for path in trained.predictions.glob("*.csv")} == before
+    record = json.loads((trained.predictions / "predictions.json").read_text())
+    assert record.keys() == before.keys()
+    told = record["para-test-output.csv"]
+    assert told["model_sha256"] == hashlib.sha256(trained.best_model.read_bytes()).hexdigest() and told["step"] == 6
+    assert (told["data"], told["task"], told["split"]) == ("builtin", "quora", "test")
+    assert told["rows"] == len(before["para-test-output.csv"].splitlines()) - 1
 
 
 def test_one_sentence_classifier_writes_the_first_parts_files_in_the_files_order(tmp_path, course_folder):
     run = tmp_path / "run"
     arguments = ["--data", course_folder, "--tasks", "sst", "--steps", 1, "--batch-size", 4]
     assert minbert("train", "--run", run, *arguments) == 0
-    assert {path.name for path in (run / "predictions").iterdir()} == {
+    assert {path.name for path in (run / "predictions").glob("*.csv")} == {
         f"finetune-sst-{s}-out.csv" for s in ("dev", "test")
     }
     lines = (run / "predictions" / "finetune-sst-test-out.csv").read_text().splitlines()
     assert [line.split(" , ")[0] for line in lines[1:]] == ["z9", "a1"]
     assert RunFolder(run).read_config().corpus.data == str(course_folder)
+    before = (run / "predictions" / "finetune-sst-test-out.csv").read_bytes()
+    other = tmp_path / "other" / "there"
+    assert minbert("predict", run, "--data", "builtin") == 2 and not other.parent.exists()
+    assert minbert("predict", run, "--data", "builtin", "--out", run / "encoder" / ".." / "predictions") == 2
+    assert minbert("predict", run, "--data", "builtin", "--out", other, "--splits", "test") == 0
+    assert (run / "predictions" / "finetune-sst-test-out.csv").read_bytes() == before
+    assert {path.name for path in other.iterdir()} == {"finetune-sst-test-out.csv", "predictions.json"}
+    assert json.loads((other / "predictions.json").read_text())["finetune-sst-test-out.csv"]["data"] == "builtin"
+    assert minbert("predict", run, "--data", f"{course_folder}/") == 0  # the run's own
 
 
 def test_text_needs_no_task_where_there_is_one(tmp_path, course_folder, capsys):
@@ -139,7 +168,7 @@ PAIRS = [
 
 
 @pytest.mark.parametrize("delimiter", [",", "\t"])
-def test_csv_keeps_rows_and_adds_a_column(trained, tmp_path, capsys, delimiter):
+def test_csv_keeps_rows_and_adds_a_column(trained, tmp_path, monkeypatch, capsys, delimiter):
     source, out = tmp_path / "in.csv", tmp_path / "out.csv"
     with source.open("w", encoding="utf-8-sig", newline="") as file:
         writer = csv.writer(file, delimiter=delimiter)
@@ -154,6 +183,26 @@ def test_csv_keeps_rows_and_adds_a_column(trained, tmp_path, capsys, delimiter):
     assert capsys.readouterr().out.strip() == rows[0][3]
     assert minbert("predict", trained.path, "--task", "sts", "--csv", source) == 0
     assert capsys.readouterr().out == out.read_text(encoding="utf-8")
+    told = json.loads((tmp_path / "out.csv.json").read_text())["out.csv"]
+    assert (told["data"], told["task"], told["rows"], told["step"]) == (str(source), "sts", 3, 6)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(source.read_bytes())))
+    assert minbert("predict", trained.path, "--task", "sts", "--csv", "-", "--out", "-") == 0
+    assert capsys.readouterr().out == out.read_text(encoding="utf-8")
+
+
+def test_sentences_come_from_standard_input(trained, monkeypatch, capsys):
+    def given(text: str, task: str) -> int:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        return minbert("predict", trained.path, "--task", task, "--text", "-")
+
+    assert given("a man sings\ta woman sings\nit rains\tthe sun shines\n", "sts") == 0
+    together = capsys.readouterr().out.splitlines()
+    assert minbert("predict", trained.path, "--task", "sts", "--text", "it rains", "the sun shines") == 0
+    assert len(together) == 2 and capsys.readouterr().out.strip() == together[1]
+    assert given("fine\nbad\n", "sst") == 0 and len(capsys.readouterr().out.splitlines()) == 2
+    assert given("a\tb\nc\n", "sts") == 2
+    assert "standard input:2: task sts takes 2 sentences, with a tab between" in capsys.readouterr().err
+    assert given("", "sst") == 2 and "standard input is empty" in capsys.readouterr().err
 
 
 # Mistakes
@@ -164,6 +213,11 @@ FILES = {
     "empty.csv": "",
     "header.csv": "sentence\n",
     "done.csv": "sentence,prediction\nfine,3\n",
+    "fine.csv": "sentence\nfine\n",
+    "open.csv": 'sentence\n"fine\nbad\n',
+    "quote.csv": 'sentence\n"fi"ne\n',
+    "twice.csv": "sentence,sentence\nfine,bad\n",
+    "marked.csv": b"\xef\xbb\xbfsentence\ncaf\xe9\n",
     "list.yaml": "- lr\n",
     "value.yaml": "optimizer: {lr: fast}\nprocesses: 0\n",
     "number.yaml": "1: 2\n",
@@ -214,7 +268,33 @@ MISTAKES = [
     ("evaluate {run} --jsn", "did you mean --json?"),
     ("evaluate {run} --data {tmp}/nothing", "does not exist"),
     ("predict {run} --text words", "--task sst | quora | sts"),
-    ("predict {run} --out {tmp}/x.csv", "--out goes with --csv"),
+    ("predict {run} --out {tmp}/x.csv", "the course's files need a folder; a file goes with --csv"),
+    ("predict {run} --out -", "need a folder"),
+    ("predict {run} --out {untrained}/predictions", "the folder belongs to another run"),
+    (f"{SST} --csv {{tmp}}/fine.csv --out {{untrained}}/config.yaml", "it belongs to a run"),
+    ("checkpoint convert {run} {run}/best.safetensors", "it belongs to a run"),
+    ("predict {run} --data {tmp}", "say with --out FOLDER where those of {tmp} go"),
+    ("predict {run} --data {tmp} --out {tmp}/list.yaml/x", "cannot write to {tmp}/list.yaml/x: Not a directory"),
+    ("predict {run} --data {tmp} --out {tmp}/new/er", "ids-sst-dev.csv does not exist"),
+    (f"{SST} --text words --out {{tmp}}/x.csv", "--out goes with --csv or the course's files"),
+    (f"{SST} --text words --data {{tmp}}", "--data goes with the course's files"),
+    (f"{SST} --csv {{tmp}}/open.csv", "open.csv:2: unexpected end of data"),
+    (f"{SST} --csv {{tmp}}/quote.csv", "quote.csv:2: ',' expected after '\"'"),
+    (f"{SST} --csv {{tmp}}/twice.csv", "twice.csv:1: two columns are called sentence"),
+    (f"{SST} --csv {{tmp}}/marked.csv", "is not UTF-8 (byte 15)"),
+    (f"{SST} --csv {{tmp}}/fine.csv --out {{tmp}}/no/x.csv", "there is no folder {tmp}/no"),
+    (f"{SST} --csv {{tmp}}/fine.csv --out {{tmp}}", "it is a folder"),
+    ("resume", "usage: minbert resume RUN"),
+    ("resume --steps 3", "usage: minbert resume RUN"),
+    ("plot {run} --out {tmp}/no/x.png", "there is no folder {tmp}/no"),
+    ("plot {run} --out {tmp}/list.yaml/x.png", "there is no folder {tmp}/list.yaml"),
+    ("report {run} --out {tmp}/no/x.html", "there is no folder {tmp}/no"),
+    ("report {run} --mistakes 1e30", "--mistakes must be a valid integer"),
+    ("checkpoint convert {run} {tmp}/no/x.safetensors", "there is no folder {tmp}/no"),
+    ("checkpoint convert {tmp} {tmp}/new/er --steps 3", "{tmp}"),
+    ("checkpoint convert {tmp} {tmp}/list.yaml/x --steps 3", "cannot write to {tmp}/list.yaml/x: Not a directory"),
+    ("export {untrained} {tmp}/new/er", "holds no trained model yet"),
+    ("export {run} {tmp}/list.yaml/x", "cannot write to {tmp}/list.yaml/x: Not a directory"),
     ("predict {run} --task sst", "--task goes with --text or --csv"),
     (f"{SST} --text one two", "task sst takes 1 sentence, and --text has 2"),
     (f"{SST} --text words --csv {{tmp}}/header.csv", "give --text or --csv, not both"),
@@ -229,7 +309,7 @@ MISTAKES = [
     ("train --tasks cfimdb", "no task cfimdb"),
     ("train --aggregator pcgrda", "did you mean 'pcgrad'?"),
     ("train --aggregator cagrad:d=1", "has no option 'd'; its options: c"),
-    ("train --aggregator nowhere:function", "cannot be imported"),
+    ("train --aggregator nowhere:function", "there is no module nowhere in {tmp}"),
     ("train --aggregator pcgrad --task-schedule round_robin", "needs task_schedule=all"),
     ("train --config {tmp}/nowhere.yaml", "cannot read configuration"),
     ("predict {run} --task sts --text hello", "takes 2 sentence"),
@@ -244,14 +324,96 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("command", "message"), MISTAKES, ids=[command for command, _ in MISTAKES])
 def test_a_mistake_is_explained_in_a_line(trained, tmp_path, monkeypatch, capsys, command, message):
+    """And leaves no folder."""
     for name, content in FILES.items():
         (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     monkeypatch.chdir(tmp_path)
-    places = {"tmp": tmp_path, "run": trained.path}
+    places = {"tmp": tmp_path, "run": trained.path, "untrained": tmp_path / "untrained"}
+    places["untrained"].mkdir()
+    shutil.copyfile(trained.config_file, places["untrained"] / "config.yaml")
+    before = sorted(tmp_path.iterdir())
     assert minbert(*(word.format(**places) for word in command.split())) == 2
     shown = capsys.readouterr()
     assert message.format(**places) in " ".join(shown.err.split())
     assert shown.out == ""
+    assert command.startswith("train") or sorted(tmp_path.iterdir()) == before
+
+
+WRITERS = [
+    ("train --run {there}/run", "run/"),
+    ("predict {run} --out {there}/new", "new/sst-dev-output.csv"),
+    ("predict {run} --task sst --csv {run}/fine.csv --out {there}/x.csv", "x.csv"),
+    ("export {run} {there}/new", "new/model.safetensors"),
+    ("report {run} --out {there}/x.html", "x.html"),
+    ("checkpoint convert {run} {there}/x.safetensors", "x.safetensors"),
+    ("plot {run} --out {there}/x.png", "x.png"),
+]
+
+
+@pytest.fixture
+def copied(trained) -> Iterator[Path]:
+    """The run, and a folder `there`, where any user may read."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        place.chmod(0o755)
+        shutil.copytree(trained.path, place / "run")
+        (place / "run" / "fine.csv").write_text("sentence\n" + 20 * "fine\n")
+        (place / "there").mkdir()
+        yield place
+
+
+@contextmanager
+def no_room() -> Iterator[None]:
+    """No file may grow beyond 64 bytes, which the system reports as it does a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(("command", "file"), WRITERS, ids=[command.split()[0] + file for command, file in WRITERS])
+def test_a_full_disk_is_told_with_the_file(copied, capsys, command, file):
+    there = copied / "there"
+    with no_room():
+        code = minbert(*command.format(run=copied / "run", there=there).split())
+    said = capsys.readouterr()
+    assert code == 2 and said.out == "" and "Make room" in said.err
+    told = r"\S* could not be written: File too large \(the disk at /"
+    assert re.search(re.escape(f"{there}/{file}") + told, said.err)
+
+
+def test_errors_of_other_languages_about_a_full_disk_are_understood(tmp_path):
+    with no_room(), pytest.raises(SafetensorError) as caught:
+        save_file({"a": torch.zeros(9)}, tmp_path / "a")
+    assert "File too large" in str(disk_trouble(caught.value))
+    assert disk_trouble(ValueError("no space")) is None
+
+
+def test_folders_that_may_not_be_read_or_written_are_named(copied, capsys):
+    there, run, closed = copied / "there", copied / "run", copied / "closed"
+    closed.mkdir()
+    readers = ["evaluate {closed}/x", "resume {closed}/x", "checkpoint list {closed}/x", "report {closed}/x"]
+    readers += ["predict {run} --task sst --csv {closed}/x.csv", "train --config {closed}/x.yaml"]
+    there.chmod(0o555)
+    closed.chmod(0)
+    user = os.getuid()
+    if user == 0:
+        os.setresuid(65534, 65534, 0)  # root may do anything
+    try:
+        for command in [*readers, *(command for command, _ in WRITERS)]:
+            assert minbert(*command.format(run=run, there=there, closed=closed).split()) == 2, command
+            said = capsys.readouterr()
+            assert str(closed if command in readers else there) in said.err, command
+            assert re.search("Permission denied|may not be written to|not writable", said.err), command
+            assert said.out == "", command
+    finally:
+        if user == 0:
+            os.setresuid(0, 0, 0)
+        closed.chmod(0o755)
+        there.chmod(0o755)
+    assert list(there.iterdir()) == []
 
 
 def test_an_unwritable_out_file_is_explained(trained, tmp_path, capsys):
@@ -352,6 +514,44 @@ def test_an_option_may_mend_what_a_file_leaves_inconsistent(tmp_path):
 
 
 # What else is seen of a run
+
+
+def test_a_finished_run_that_is_asked_to_stop_leaves_its_predictions_for_later(copied, capsys):
+    run = RunFolder(copied / "run")
+    shutil.rmtree(run.predictions)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert work(run, stop=stop) == 0
+    said = capsys.readouterr().out
+    assert "the run is finished" in said and f"minbert predict {run.path}" in said and "evaluate" in said
+    assert not run.predictions.exists()
+    assert minbert("train", "--run", run.path) == 0  # the same command makes up for it
+    assert len(list(run.predictions.glob("*.csv"))) == 6
+
+
+def test_predictions_hear_a_stop_between_two_batches_and_show_how_far_they_are(trained, tmp_path, monkeypatch):
+    config, asked = whole_splits(trained.read_config()), []
+
+    def predict(name: str, most: int, terminal: bool) -> tuple[object, str]:
+        asked.clear()
+        console = Console(file=io.StringIO(), force_terminal=terminal, width=100)
+        stopped = lambda: asked.append(1) or len(asked) > most  # noqa: E731
+        found = predict_splits(trained, config, ("dev", "test"), tmp_path / name, console, stopped)
+        return found, console.file.getvalue()
+
+    monkeypatch.setattr("minbert.trainer.progress.QUIET", 0.0)
+    found, shown = predict("whole", 10**9, terminal=False)
+    batches = len(asked) - 1  # once before all
+    assert found["dev"].keys() == {"sst", "quora", "sts", "overall"} and found["test"] == {}
+    assert len(shown.splitlines()) == batches and "predicting sts test: 9" in shown
+    found, shown = predict("part", batches - 1, terminal=True)
+    assert found is None and len(asked) == batches
+    assert "predicting" in shown and "━" in shown
+    assert {path.name for path in (tmp_path / "whole").iterdir()} > {
+        path.name for path in (tmp_path / "part").iterdir()
+    }
+    monkeypatch.setattr("minbert.trainer.progress.QUIET", 30.0)
+    assert predict("quiet", 10**9, terminal=False)[1] == ""
 
 
 def test_the_terminal_shows_progress_and_no_chatter(tmp_path):

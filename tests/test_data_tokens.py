@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from known_tasks import QUORA, SST
 
 from minbert.data import tokens
+from minbert.data.batch import Ragged
 from minbert.data.builtin import builtin_examples
 from minbert.data.errors import UserError
 from minbert.data.examples import limit
@@ -180,6 +182,22 @@ def pickle_instead(path: Path) -> None:
         np.save(file, np.array([{"a": 1}], dtype=object))
 
 
+def change(edit: Callable[[np.ndarray], object], signed: bool = False) -> Callable[[Path], None]:
+    """Edit the ids of the first column, and put the right hash beside them if it is to be `signed`."""
+
+    def damage(path: Path) -> None:
+        with np.load(path) as archive:
+            arrays = dict(archive)
+        arrays["ids0"] = arrays["ids0"].copy()
+        edit(arrays["ids0"])
+        if signed:
+            columns = tuple(Ragged(arrays[f"ids{i}"], arrays[f"offsets{i}"]) for i in (0, 1))
+            arrays["sha256"] = np.frombuffer(tokens._digest(columns), np.uint8)
+        np.savez(path, **arrays)
+
+    return damage
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -190,8 +208,15 @@ def pickle_instead(path: Path) -> None:
         lambda path: np.savez(path, ids0=np.zeros(3)),
         lambda path: np.savez(path, **{f"{name}{i}": np.zeros(1, int) for name in ("ids", "offsets") for i in (0, 1)}),
         pickle_instead,
+        change(lambda ids: ids.__setitem__(7, 10**6)),
+        change(lambda ids: ids.__setitem__(7, 10**6), signed=True),
+        change(lambda ids: ids.__setitem__(7, -1), signed=True),
+        change(lambda ids: ids[1:5].sort()),
     ],
-    ids=["empty", "text", "cut off", "flipped bits", "arrays missing", "wrong arrays", "pickle"],
+    ids=[
+        *["empty", "text", "cut off", "flipped bits", "arrays missing", "wrong arrays", "pickle"],
+        *["an id changed", "ids beyond the vocabulary", "negative ids", "other tokens"],
+    ],
 )
 def test_a_damaged_file_is_made_anew(small, tmp_path, caplog, damage):
     examples = limit(builtin_examples(QUORA, "dev"), 50)

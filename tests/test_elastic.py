@@ -84,6 +84,26 @@ def test_one_two_four_processes_and_every_kind_of_engine_within_one_run(tmp_path
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=2e-5, msg=name)
 
 
+def test_heads_go_on_with_their_own_numbers_of_updates(tmp_path):
+    """One task a step: AdamW's bias correction counts the steps of each head, elsewhere too."""
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    still = ["--encoder-dropout", 0, "--head-dropout", 0, "--freeze", "embeddings", "--task-schedule", "round_robin"]
+    arguments = [*SMALL, *still, "--steps", 8, "--eval-every", 8, "--save-every", 4]
+    assert main(["train", "--run", str(whole), *map(str, arguments)]) == 0
+    shutil.copytree(whole, moved)
+    stop_before(moved, 4)
+    assert "from step 4 of 8" in minbert("resume", moved, "--processes", 2, "--zero-stage", 3)
+    for run in (whole, moved):
+        counts = [read_manifest(path).state.updates for path in published(run / "checkpoints")]
+        assert counts == [
+            {"trunk": 4, "heads.sst": 2, "heads.quora": 1, "heads.sts": 1},
+            {"trunk": 8, "heads.sst": 3, "heads.quora": 3, "heads.sts": 2},
+        ]
+    expected, found = (tensors_of(published(run / "checkpoints")[-1]) for run in (whole, moved))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=2e-5, msg=name)
+
+
 def stop_before(run: Path, step: int) -> None:
     """Take the run back to the checkpoint of `step`, as if it had been killed after it."""
     for path in published(run / "checkpoints"):

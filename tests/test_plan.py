@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minbert.data.plan import BatchPlan, share
+from minbert.data.plan import BatchPlan, _order, share
 
 SCHEDULES = ["all", "round_robin", "proportional", "square_root", "annealed"]
 plans = st.builds(
@@ -54,6 +54,24 @@ def test_every_row_is_visited_once_per_epoch_of_its_task(plan):
         order = np.concatenate(visits) if visits else np.zeros(0, int)
         for epoch in range(len(order) // size):
             assert sorted(order[epoch * size : (epoch + 1) * size]) == list(range(size))
+
+
+@given(plans)
+def test_no_row_is_twice_in_a_batch_unless_there_are_too_few(plan):
+    for task, size in plan.sizes.items():
+        for step in range(120):
+            if task in plan.tasks(step):
+                rows = plan.rows(task, step)
+                assert len(set(rows)) == plan.batch_size or size < plan.batch_size
+
+
+@pytest.mark.parametrize("size", [13, 23, 25, 64, 1000])
+def test_rows_do_not_depend_on_what_was_asked_before(size):
+    """Orders of small tasks follow from each other: a resumed run finds the same."""
+    expected = [BatchPlan({"a": size}, 12).rows("a", step).tolist() for step in range(200)]
+    for step in (199, 150, 31, 3, 0):
+        _order.cache_clear()
+        assert BatchPlan({"a": size}, 12).rows("a", step).tolist() == expected[step]
 
 
 @given(st.integers(0, 40), st.integers(1, 9))

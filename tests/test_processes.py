@@ -8,10 +8,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from minbert.data.errors import UserError
 from minbert.launch.exit_codes import ExitCode
-from minbert.launch.processes import launch
+from minbert.launch.processes import GRACE, _environment, launch
+from minbert.slurm.verdict import Error
+from minbert.trainer.config import ParallelConfig
+from minbert.trainer.distributed import pick_device
 
 LAUNCHER = """
 import sys
@@ -176,13 +180,75 @@ def test_the_cause_is_blamed_before_its_consequences(tmp_path, capfd):
     assert "then rank 0: exit code 1" in output
 
 
-def test_workers_that_ignore_sigterm_are_killed_after_a_failure(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr("minbert.launch.processes.TERM_GRACE", 0.5)
+def test_workers_that_hear_no_signal_are_killed_after_a_failure(tmp_path, capfd):
     body = "    if RANK == 1: sys.exit(3)\n    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n    wait()"
-    run = Run(tmp_path, body, grace=0.2)
+    run, start = Run(tmp_path, body, grace=GRACE), time.monotonic()
     code, output = run.here(capfd)
     assert code == 3 and "then rank 0: stopped" in output
+    assert time.monotonic() - start < 30
     _gone(run.pids("pid"))
+
+
+def test_a_lost_connection_is_no_cause_even_if_told_long_before_the_death_is_seen(tmp_path, capfd, monkeypatch):
+    """Rank 1 is killed amid communication; here its death is noticed much later, as on a machine out of memory."""
+    monkeypatch.setattr("minbert.launch.processes.UNSEEN", -60.0)
+    body = ALL_REDUCE + "    if RANK == 1: os.kill(os.getpid(), signal.SIGKILL)\n    dist.all_reduce(total)\n"
+    code, output = Run(tmp_path, body, processes=2).here(capfd)
+    assert code == 128 + signal.SIGKILL
+    assert "rank 1 of 2 failed first: killed by SIGKILL" in output and "memory" in output
+    assert "then rank 0: exit code 1" in output and "Traceback" not in output
+
+
+@pytest.mark.parametrize("told", ["Read error [127.0.0.1]:4711", "Socket closed [::1]:1", "Connection closed by peer"])
+def test_what_gloo_says_of_a_peer_that_is_gone_is_known(told):
+    assert Error(0, ExitCode.FAILED, f"RuntimeError: {told} GLHF!").lost_peer
+    assert not Error(0, ExitCode.USER_MISTAKE, told).lost_peer
+
+
+SAVE = """
+    import torch
+    import torch.distributed as dist
+    from types import SimpleNamespace
+    from minbert.trainer import distributed, saving
+    from minbert.trainer.checkpoint import Manifest, TrainingState
+    from minbert.trainer.config import BudgetConfig, ParallelConfig
+    from minbert.trainer.shards import Part
+    world = distributed.start(ParallelConfig(device="cpu"))
+    part = Part("w", 0, {"weight": torch.zeros(4)}, replicated=True)
+    def describe(state):
+        return Manifest(state.step, "now", 2, None, state, {}, {}, {}, {}, {"w": [4]}, {})
+    holds = SimpleNamespace(parts=lambda: [part], state_dict=dict)
+    writer = saving.CheckpointWriter(FOLDER / "checkpoints", holds, holds, world, BudgetConfig(), describe)
+    write_hashed = saving.write_hashed
+    def slow(*arguments):
+        note("writes")
+        if RANK == SLOW == 1:
+            wait()
+        if RANK == SLOW == 0:
+            while not (FOLDER / "dies-1").exists(): time.sleep(0.01)
+            time.sleep(1.5)
+        return write_hashed(*arguments)
+    saving.write_hashed = slow
+    writer.save(TrainingState(step=7))
+    if RANK == 1:
+        reported = ["minbert/save/1/1"]
+        while not ((FOLDER / "writes-0").exists() and (SLOW or world.messages.store.check(reported))): time.sleep(0.01)
+        note("dies")
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        dist.barrier()
+    except RuntimeError:
+        writer.abandon()
+        raise
+"""
+
+
+@pytest.mark.parametrize("slow", [0, 1])
+def test_who_survives_a_killed_rank_finishes_the_checkpoint_if_that_is_possible(tmp_path, capfd, slow):
+    """It is, if the killed rank had written its part; otherwise nobody waits for it."""
+    code, output = Run(tmp_path, SAVE.replace("SLOW", str(slow)), grace=0.5).here(capfd)
+    assert code == 128 + signal.SIGKILL and "rank 1 of 2 failed first: killed by SIGKILL" in output
+    assert [path.name for path in (tmp_path / "checkpoints").glob("step-????????")] == ["step-00000007"] * (slow == 0)
 
 
 @pytest.mark.parametrize("end", ["os.abort()", "wait()"])
@@ -204,6 +270,18 @@ def test_a_users_mistake_is_told_once_and_plainly(tmp_path, capfd, condition):
     assert code == ExitCode.USER_MISTAKE
     assert output.count("no such file: x.csv") == 1
     assert "Traceback" not in output and "failed" not in output
+
+
+def test_a_full_disk_is_told_with_the_file_and_without_a_traceback(tmp_path, capfd):
+    body = """
+    from minbert.data.files import naming
+    if RANK == 0: wait()
+    with naming(Path("/dev/full")), open("/dev/full", "wb", buffering=0) as file:
+        file.write(b"x")
+"""
+    code, output = Run(tmp_path, body, grace=0.2).here(capfd)
+    assert code == ExitCode.USER_MISTAKE and "Traceback" not in output
+    assert "(rank 1) /dev/full could not be written: No space left on device (the disk at /" in output
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
@@ -276,6 +354,40 @@ def test_environment_and_logs(tmp_path, monkeypatch):
     assert (tmp_path / "rank-1.log").read_text() == "earlier\n7 1 1 2 2 127.0.0.1 x\n"
     assert not (tmp_path / "rank-1.error").exists()
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_gloo_takes_the_loopback_beside_nccl_too(monkeypatch):
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    for has_gpus in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpus=has_gpus: has_gpus)
+        assert _environment({}, 1, 1234)["GLOO_SOCKET_IFNAME"] == "lo"
+        assert _environment({"GLOO_SOCKET_IFNAME": "ib0"}, 1, 1234)["GLOO_SOCKET_IFNAME"] == "ib0"
+
+
+@pytest.mark.parametrize("given", ["0,1", "GPU-6c1b", "", "-1", "NoDevFiles"])
+def test_gpus_that_pytorch_does_not_see_are_not_forgone_in_silence(monkeypatch, given):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", given)
+    if given in ("", "-1", "NoDevFiles"):
+        assert pick_device(ParallelConfig()).type == "cpu"
+    else:
+        with pytest.raises(UserError, match=f"(?s)CUDA_VISIBLE_DEVICES={given}.*device=cpu does without"):
+            pick_device(ParallelConfig())
+    assert pick_device(ParallelConfig(device="cpu")).type == "cpu"
+
+
+def test_deterministic_kernels_are_asked_for():
+    """In a process of its own, as the choice is for the whole process."""
+    program = """
+import os, torch
+from minbert.trainer import distributed
+from minbert.trainer.config import ParallelConfig
+for flag in (False, True):
+    distributed.start(ParallelConfig(deterministic=flag))
+    print(torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG"))
+"""
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=100)
+    assert said.stdout.splitlines() == ["False None", "True :4096:8"]
 
 
 def test_the_cores_are_shared_out(tmp_path, monkeypatch, capfd):

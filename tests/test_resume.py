@@ -57,7 +57,7 @@ def assert_same_end(run: Path, other: Path) -> None:
     for weights in (final_weights, lambda path: load_file(path / "best.safetensors")):
         found, expected = weights(run), weights(other)
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    files = [path.name for path in (other / "predictions").iterdir()]
+    files = [path.name for path in (other / "predictions").glob("*.csv")]
     assert all(
         (run / "predictions" / name).read_bytes() == (other / "predictions" / name).read_bytes() for name in files
     )

@@ -178,11 +178,11 @@ def test_the_elements_of_a_sweep():
     found = elements(parse_sweep(["seed=1,2", "aggregator=sum,cagrad:c=0.4"]))
     assert list(found) == [
         "seed=1,aggregator=sum",
-        "seed=1,aggregator=cagrad_c_0.4",
+        "seed=1,aggregator=cagrad_c_0.4~ab4755",
         "seed=2,aggregator=sum",
-        "seed=2,aggregator=cagrad_c_0.4",
+        "seed=2,aggregator=cagrad_c_0.4~ab4755",
     ]
-    assert found["seed=2,aggregator=cagrad_c_0.4"] == ["--seed", "2", "--aggregator", "cagrad:c=0.4"]
+    assert found["seed=2,aggregator=cagrad_c_0.4~ab4755"] == ["--seed", "2", "--aggregator", "cagrad:c=0.4"]
 
 
 @given(st.lists(st.text("abc1.-", min_size=1, max_size=4), min_size=1, max_size=5, unique=True))

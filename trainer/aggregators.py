@@ -11,6 +11,8 @@ Methods that torchjd has are taken from there.
 """
 
 import difflib
+import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from minbert.data.errors import UserError
+from minbert.data.errors import UserError, shown
 from minbert.trainer.random_state import stream
 
 Weighting = Callable[[Tensor], Tensor]
@@ -163,14 +165,17 @@ METHODS["graddrop"] = Method(
 
 
 def parse_method(text: str) -> tuple[str, Method, dict[str, float]]:
-    """`name`, `name:option=value,...` or `package.module:function` -> name, method, options. Raises UserError."""
+    """`name`, `name:option=value,...` or `package.module:function` -> name, method, options. Raises UserError.
+
+    Imports nothing: a configuration may be somebody else's. Building the method does.
+    """
     name, _, rest = text.partition(":")
     if name not in METHODS:
-        if rest and "=" not in rest:
-            return text, _imported(name, rest), {}
-        near = difflib.get_close_matches(name, METHODS, n=1)
+        if is_own(text):
+            return text, Method("gramian", lambda tasks: _imported(text, tasks), {}, text), {}
+        near = difflib.get_close_matches(name[:80], METHODS, n=1)
         raise UserError(
-            f"unknown aggregator {name!r}{f'; did you mean {near[0]!r}?' if near else ''}\n"
+            f"unknown aggregator {shown(text)}{f'; did you mean {near[0]!r}?' if near else ''}\n"
             f"There are {', '.join(METHODS)}, and package.module:function"
         )
     method, options = METHODS[name], dict(METHODS[name].options)
@@ -178,20 +183,33 @@ def parse_method(text: str) -> tuple[str, Method, dict[str, float]]:
         key, _, value = part.partition("=")
         if key not in options:
             known = ", ".join(options) or "none"
-            raise UserError(f"aggregator {name} has no option {key!r}; its options: {known}")
+            raise UserError(f"aggregator {name} has no option {shown(key)}; its options: {known}")
         try:
             options[key] = float(value)
         except ValueError:
-            raise UserError(f"aggregator {name}: {key} must be a number, not {value!r}") from None
+            options[key] = math.nan
+        if not math.isfinite(options[key]):
+            raise UserError(f"aggregator {name}: {key} must be a number, not {shown(value)}")
     return name, method, options
 
 
-def _imported(module: str, function: str) -> Method:
+def is_own(text: str) -> bool:
+    """Whether a text looks like `package.module:function`."""
+    return re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", text) is not None
+
+
+def _imported(text: str, tasks: int) -> Weighting:
+    """Import `package.module:function`, and try it on gradients that are orthogonal. Raises UserError."""
+    module, _, function = text.partition(":")
     try:
         weighting = getattr(import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"aggregator {module}:{function} cannot be imported: {error}") from None
-    return Method("gramian", lambda tasks: weighting, {}, f"{module}:{function}")
+        with _Seeded(0):
+            weights = weighting(torch.eye(tasks, dtype=torch.float64))
+    except Exception as error:  # whatever somebody's code may raise
+        raise UserError(f"aggregator {text} cannot be used: {type(error).__name__}: {error}") from error
+    if not isinstance(weights, Tensor) or weights.shape != (tasks,):
+        raise UserError(f"aggregator {text} must make a tensor of {tasks} weights of a Gramian, not {shown(weights)}")
+    return weighting
 
 
 class Aggregator:
@@ -275,6 +293,17 @@ class Aggregator:
         if self._optimizer is not None:
             self._optimizer.load_state_dict(state["optimizer"])
 
+    def rehearse(self) -> None:
+        """A step on made-up numbers, which shows whether a state fits; it leaves its trace in what is remembered."""
+        ones = torch.ones(self.tasks, dtype=torch.float64)
+        if self.source == "losses":
+            self.from_losses(ones, 0)
+        elif self.source == "gramian":
+            eye = torch.diag(ones)
+            self.from_gramian(eye if self.groups == 1 else eye.expand(self.groups, -1, -1), 0)
+        if self.wants_losses_after:
+            self.observe(ones)
+
     def _weigh(self, weighting: Weighting, gramian: Tensor) -> Tensor:
         weights = torch.ones(len(gramian), dtype=gramian.dtype)
         active = gramian.diagonal() > 0
@@ -327,6 +356,8 @@ def _restore(weighting: Any, snapshot: Mapping[str, Any], tasks: int) -> None:
     for key, optimizer in snapshot["optimizers"].items():
         getattr(weighting, key).load_state_dict(optimizer)
     for key, value in snapshot["attributes"].items():
+        if key not in vars(weighting):
+            raise ValueError(f"it has no {key!r}")
         setattr(weighting, key, value)
     with torch.no_grad():
         for key, value in weighting.named_parameters():

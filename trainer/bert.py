@@ -7,31 +7,36 @@ tells it, once per batch for all layers. `Bert.forward_padded` takes and gives t
 
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from minbert.data.batch import Sentences
 from minbert.trainer.linear import Linear
+
+_Size = Annotated[int, Field(ge=1, lt=2**31)]
+_Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 @dataclass(frozen=True)
 class BertConfig:
     """The shape of an encoder, in the field names of a BERT `config.json`."""
 
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    intermediate_size: int
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
-    layer_norm_eps: float = 1e-12
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
-    initializer_range: float = 0.02
-    pad_token_id: int = 0
+    vocab_size: _Size
+    hidden_size: _Size
+    num_hidden_layers: _Size
+    num_attention_heads: _Size
+    intermediate_size: _Size
+    max_position_embeddings: _Size = 512
+    type_vocab_size: _Size = 2
+    layer_norm_eps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-12
+    hidden_dropout_prob: _Share = 0.1
+    attention_probs_dropout_prob: _Share = 0.1
+    initializer_range: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.02
+    pad_token_id: Annotated[int, Field(ge=0)] = 0
 
 
 class SentenceLayout:

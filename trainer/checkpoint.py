@@ -19,8 +19,12 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
-from minbert.data.errors import UserError
-from minbert.data.files import flush_folder, replacing
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from typing_extensions import TypedDict  # Python 3.11's own is not enough for pydantic
+
+from minbert.data.errors import UserError, shown
+from minbert.data.files import flush_folder, naming, replacing
+from minbert.data.reading import parse_json, read_small
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -32,6 +36,7 @@ UNFINISHED, DAMAGED, DELETED = ".unfinished", ".damaged", ".deleted"  # suffixes
 class TrainingState:
     """Where a run stands, between two steps."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
     step: int = 0
     epochs: float = 0.0  # the budget, as far as it has been extended
     evaluated_at: int = 0
@@ -44,6 +49,13 @@ class TrainingState:
     trackers: dict[str, str] = field(default_factory=dict)  # each tracker's name for this run
 
 
+class FileRecord(TypedDict):
+    """What a file of a checkpoint was when it was written."""
+
+    bytes: int
+    sha256: str
+
+
 @dataclass(frozen=True)
 class Manifest:
     """All about a checkpoint but its tensors.
@@ -52,6 +64,7 @@ class Manifest:
     parameter. `positions`: examples of each task consumed. `files`: {name: {"bytes", "sha256"}}.
     """
 
+    __pydantic_config__ = ConfigDict(extra="forbid")
     step: int
     written: str  # when, ISO 8601
     processes: int  # that wrote it, and whose random numbers it holds
@@ -62,7 +75,7 @@ class Manifest:
     config: dict[str, Any]
     code: dict[str, Any]
     shapes: dict[str, list[int]]
-    files: dict[str, dict[str, Any]]
+    files: dict[str, FileRecord]
     format: int = FORMAT
 
     def write(self, folder: Path) -> None:
@@ -93,7 +106,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
     """Raises Damaged if it is missing, torn or altered, UserError if another version of the format wrote it."""
     path = checkpoint / MANIFEST
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(read_small(path))
         digest = content.pop("sha256")
     except PermissionError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
@@ -105,9 +118,18 @@ def read_manifest(checkpoint: Path) -> Manifest:
         raise Damaged(f"{path} is not whole") from None
     if digest != _digest(content):
         raise Damaged(f"{path} is not as it was written (its SHA-256 differs)")
-    if content["format"] != FORMAT:
-        raise UserError(f"{checkpoint} has format {content['format']}; this version of minbert reads format {FORMAT}")
-    return Manifest(**content | {"state": TrainingState(**content["state"])})
+    if content.get("format") != FORMAT:
+        raise UserError(
+            f"{checkpoint} has format {shown(content.get('format'))}; this version of minbert reads format {FORMAT}"
+        )
+    try:
+        manifest = TypeAdapter(Manifest).validate_python(content)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise Damaged(f"{path} is no manifest: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
+    if strangers := [name for name in manifest.files if Path(name).name != name]:
+        raise Damaged(f"{path} names a file outside its folder: {shown(strangers[0])}")
+    return manifest
 
 
 def verify(checkpoint: Path, manifest: Manifest, names: Iterable[str] | None = None) -> list[str]:
@@ -122,6 +144,9 @@ def verify(checkpoint: Path, manifest: Manifest, names: Iterable[str] | None = N
             size = path.stat().st_size
             if size != expected["bytes"]:
                 problems.append(f"{path} has {size:,} bytes instead of {expected['bytes']:,}")
+                continue
+            if not path.is_file():  # a pipe would never end
+                problems.append(f"{path} is no regular file")
                 continue
             with path.open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != expected["sha256"]:
@@ -148,7 +173,7 @@ def damaged(folder: Path) -> list[Path]:
 def write_hashed(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, Any]:
     """Write a file, flushed to the disk; its size and SHA-256, taken of the memory it came from."""
     digest, size = hashlib.sha256(), 0
-    with path.open("wb", buffering=0) as file:
+    with naming(path), path.open("wb", buffering=0) as file:
         for chunk in map(memoryview, chunks):
             digest.update(chunk)
             size += len(chunk)

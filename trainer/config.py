@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -21,18 +22,35 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from minbert.data.errors import UserError
+from minbert.data.errors import UserError, shown
 from minbert.data.examples import BadRows
 from minbert.data.plan import Schedule
 from minbert.data.task import Task, resolve_task
 
 
+def _usable(path: str | Path) -> str | Path:
+    """Raises ValueError for what can be no path."""
+    if "\0" in str(path):
+        raise ValueError("a path cannot hold a NUL byte")
+    try:
+        Path(str(path).removeprefix("hub:")).expanduser()
+    except RuntimeError as error:  # `~nobody`
+        raise ValueError(str(error)) from None
+    return path
+
+
+Folder = Annotated[Path, AfterValidator(_usable)]
+Source = Annotated[str, AfterValidator(_usable)]  # of data or weights: a folder, or a name
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # what every random generator takes
+
+
 class Section(BaseModel):
     """A group of options. A wrong key or value raises ValueError with one line for each."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    def __init__(self, **values: Any):
+    def __init__(self, /, **values: Any):
         try:
             super().__init__(**values)
         except ValidationError as error:
@@ -42,21 +60,21 @@ class Section(BaseModel):
 class CorpusConfig(Section):
     """What to train on."""
 
-    data: str = "builtin"
+    data: Source = "builtin"
     """`builtin` (a small generated corpus), a folder with the course's files, `hub`, or `hub:DIR` (saved data sets)."""
-    task_folder: Path | None = None
+    task_folder: Folder | None = None
     """A folder with declarations of tasks of one's own, NAME.yaml, which `tasks` may name."""
     tasks: Annotated[tuple[Task, ...], Field(min_length=1, validate_default=True)] = ("sst", "quora", "sts")
     """Tasks to train, in this order: names, or YAML files with the declaration of one's own (docs/tasks.md)."""
     bad_rows: BadRows = "refuse"
     """What to do with rows that cannot be used: `refuse` to start, or `skip` and count them."""
-    max_length: Annotated[int, Field(ge=8)] = 128
+    max_length: Annotated[int, Field(ge=8, lt=2**31)] = 128
     """Longest sentence, in tokens; the rest is cut off."""
-    train_limit: Annotated[int, Field(ge=1)] | None = None
+    train_limit: Count | None = None
     """Train on this many examples per task, spread evenly over its file."""
-    eval_limit: Annotated[int, Field(ge=1)] | None = None
+    eval_limit: Count | None = None
     """Score this many examples per task during training."""
-    cache: Path | None = None
+    cache: Folder | None = None
     """Folder for tokenised data; the default is $MINBERT_CACHE, or minbert in the user's cache folder."""
 
     @field_validator("tasks", mode="before")
@@ -80,11 +98,13 @@ class CorpusConfig(Section):
 class EncoderConfig(Section):
     """The shared encoder."""
 
-    model: str = "tiny"
+    model: Source = "tiny"
     """`tiny` (random weights), `minilm` (an installed package), a local BERT checkpoint's folder, or a hub name."""
     pooling: Literal["cls", "mean"] = "mean"
     """Sentence embedding: the pooler's output for [CLS], or the mean of the hidden states."""
-    freeze: Literal["none", "embeddings", "encoder"] | Annotated[int, Field(ge=1)] = "none"
+    revision: Annotated[str, Field(min_length=1)] | None = None
+    """Commit, branch or tag of a hub name's weights. The run keeps the commit that it was when the run was prepared."""
+    freeze: Literal["none", "embeddings", "encoder"] | Count = "none"
     """What of the encoder stays fixed: a number freezes the embeddings and that many lower layers."""
     encoder_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     """Dropout in the encoder; the default is the checkpoint's own."""
@@ -95,9 +115,9 @@ class HeadsConfig(Section):
 
     features: Literal["baseline", "siamese"] = "siamese"
     """What a pair head sees of sentence embeddings u and v: `baseline` (u, v) or `siamese` (u, v, |u - v|)."""
-    hidden_layers: Annotated[int, Field(ge=0)] = 1
+    hidden_layers: Annotated[int, Field(ge=0, lt=2**31)] = 1
     """Hidden layers of each head."""
-    hidden_size: Annotated[int, Field(ge=1)] | None = None
+    hidden_size: Count | None = None
     """Their width; the default is the encoder's."""
     head_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Dropout before every linear layer of a head."""
@@ -123,9 +143,9 @@ class OptimizerConfig(Section):
 class BatchConfig(Section):
     """What makes up a step."""
 
-    batch_size: Annotated[int, Field(ge=1)] = 32
+    batch_size: Count = 32
     """Examples per task and optimizer step, over all processes."""
-    accumulation: Annotated[int, Field(ge=1)] = 1
+    accumulation: Count = 1
     """Parts in which a step's batch goes through the model, to save memory; the result is the same."""
     task_schedule: Schedule = "all"
     """Tasks of a step: all of them, or one in turn, or one drawn by the size of its data."""
@@ -137,9 +157,9 @@ class BatchConfig(Section):
     """A fixed factor for each task's loss, in the order of `tasks`."""
     surgery_scope: Literal["encoder", "layer"] = "encoder"
     """Whether gradient surgery weighs the tasks once for the encoder or for each of its layers."""
-    measure_every: Annotated[int, Field(ge=1)] | None = None
+    measure_every: Count | None = None
     """Steps between measurements of the tasks' gradient conflicts; surgery has them at every logged step anyway."""
-    max_skipped: Annotated[int, Field(ge=1)] = 10
+    max_skipped: Count = 10
     """Stop after this many steps in a row that were skipped because a gradient was not finite."""
 
 
@@ -149,34 +169,34 @@ class BudgetConfig(Section):
     epochs: Annotated[float, Field(gt=0)] | None = None
     """Passes over as many examples as there are, all tasks together; the default is 5 for random and 3 for pretrained
     weights."""
-    steps: Annotated[int, Field(ge=1)] | None = None
+    steps: Count | None = None
     """Optimizer steps; overrides `epochs`."""
     extend_to: Annotated[float, Field(gt=0)] | None = None
     """Go on past `epochs` to at most this many while the last evaluation is the best; needs lr_schedule=constant."""
-    eval_every: Annotated[int, Field(ge=1)] | None = None
+    eval_every: Count | None = None
     """Steps between evaluations; the default is an epoch."""
-    evaluations: Annotated[int, Field(ge=1)] | None = None
+    evaluations: Count | None = None
     """Evaluate this many times, evenly over the budget, in place of every `eval_every` steps."""
-    patience: Annotated[int, Field(ge=1)] | None = None
+    patience: Count | None = None
     """Stop after this many evaluations without a new best score."""
-    save_every: Annotated[int, Field(ge=1)] | None = None
+    save_every: Count | None = None
     """Steps between checkpoints; the default is at every evaluation."""
-    keep: Annotated[int, Field(ge=1)] = 2
+    keep: Count = 2
     """Newest checkpoints to keep."""
-    keep_every: Annotated[int, Field(ge=1)] | None = None
+    keep_every: Count | None = None
     """Also keep every checkpoint whose step is a multiple of this."""
     keep_best: bool = False
     """Also keep the checkpoint of the best score."""
     save_in_step: bool = False
     """Write checkpoints while the step waits, not in the background: that takes no second copy in memory."""
-    failed_saves: Annotated[int, Field(ge=1)] = 3
+    failed_saves: Count = 3
     """Stop when this many checkpoints in a row could not be written."""
 
 
 class ParallelConfig(Section):
     """Processes, sharding and precision."""
 
-    processes: Annotated[int, Field(ge=1)] = 1
+    processes: Count = 1
     """Processes on this machine, one per accelerator or per share of the cores."""
     zero_stage: Literal[0, 1, 2, 3] | None = None
     """DeepSpeed ZeRO stage; without it, plain PyTorch (data parallel when there are several processes)."""
@@ -184,6 +204,8 @@ class ParallelConfig(Section):
     """Arithmetic of the forward and backward pass; weights, sums and optimizer are always fp32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
+    deterministic: bool = False
+    """On a GPU: only kernels that give the same to the bit each time, which are slower. On a CPU all do."""
     timeout: Annotated[float, Field(gt=0)] = 30
     """Minutes that a process waits for the others before the run fails and says who was missing."""
 
@@ -191,11 +213,11 @@ class ParallelConfig(Section):
 class RunConfig(Section):
     """Train minBERT on several tasks at once."""
 
-    run: Path | None = None
+    run: Folder | None = None
     """Run folder; one that exists is resumed. The default is a new one under runs/."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     """Seed of the weights, the dropout and the order of the data."""
-    log_every: Annotated[int, Field(ge=1)] = 10
+    log_every: Count = 10
     """Steps between lines of metrics.jsonl."""
     trackers: tuple[str, ...] = ("tensorboard",)
     """Experiment trackers known to Accelerate: tensorboard, wandb, mlflow, ..."""
@@ -247,7 +269,7 @@ class RunConfig(Section):
             return "losses"  # the default does without the import of PyTorch, which takes a second
         from minbert.trainer.aggregators import parse_method
 
-        return parse_method(self.batch.aggregator)[1].source
+        return parse_method(self.batch.aggregator)[1].source  # imports nothing that the text names
 
     @property
     def trains_tasks_apart(self) -> bool:
@@ -274,6 +296,7 @@ MAY_CHANGE = frozenset(
         "processes",
         "zero_stage",
         "device",
+        "deterministic",
         "timeout",
         "accumulation",
         "log_every",
@@ -304,26 +327,59 @@ def flatten(config: RunConfig) -> dict[str, Any]:
 def parse_config(raw: Mapping[str, Any], where: str) -> RunConfig:
     """A configuration from nested or flat keys. Raises UserError naming every wrong key or value in `where`."""
     nested: dict[str, Any] = {}
-    for key, value in raw.items():
-        if key in SECTIONS and isinstance(value, Mapping):
-            nested.setdefault(key, {}).update(value)
-        elif OPTIONS.get(key) is not None:
-            nested.setdefault(OPTIONS[key], {})[key] = value
-        else:
-            nested[key] = value
+    for key, value in flat_options(raw, where).items():
+        section = OPTIONS.get(key)
+        (nested if section is None else nested.setdefault(section, {}))[key] = value
     try:
         return RunConfig(**nested)
     except ValueError as error:
         raise UserError("\n".join(f"{where}: {line}" for line in str(error).splitlines())) from None
 
 
+def flat_options(raw: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Options that stand alone or under the name of their section -> by their own names alone. Raises UserError."""
+    flat: dict[str, Any] = {}
+    problems: list[str] = []
+
+    def take(key: str, value: Any) -> None:
+        if key in flat:
+            problems.append(f"{key} is given twice, alone and under {OPTIONS.get(key)}")
+        flat[key] = value
+
+    for key, value in raw.items():
+        if key not in SECTIONS:
+            take(key, value)
+        elif isinstance(value, Mapping):
+            for name, inner in value.items():
+                if OPTIONS.get(name) == key:
+                    take(name, inner)
+                else:
+                    problems.append(_unknown(name, key))
+        elif value is not None:
+            problems.append(
+                f"{key} is a group of options ({', '.join(SECTIONS[key].model_fields)}), not {shown(value)}"
+            )
+    if problems:
+        raise UserError("\n".join(f"{where}: {problem}" for problem in problems))
+    return flat
+
+
 def _explain(problem: ErrorDetails) -> str:
     """One line on a wrong key (with the nearest valid one) or a wrong value (with what is allowed)."""
     place = [str(part) for part in problem["loc"]]
-    if problem["type"] == "value_error":
-        return problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(place[-1], [*OPTIONS, *SECTIONS], n=1)
-        return f"unknown key {'.'.join(place)!r}" + (f"; did you mean {near[0]!r}?" if near else "")
     key = ".".join(part for part in place if part in OPTIONS or part in SECTIONS)
-    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, not {problem['input']!r}"
+    if problem["type"] == "value_error":
+        own = place and place[-1] in OPTIONS  # what a section says names its options itself
+        return (f"{key}: " if own else "") + problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "extra_forbidden":
+        return _unknown(place[-1])
+    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, not {shown(problem['input'])}"
+
+
+def _unknown(name: Any, section: str | None = None) -> str:
+    place = f" under {section}" if section else ""
+    if name in OPTIONS:
+        other = f", or under {OPTIONS[name]}" if OPTIONS[name] else ""
+        return f"{name} is no option{place}: it stands alone{other}"
+    near = difflib.get_close_matches(str(name)[:80], [*OPTIONS, *SECTIONS], n=1)
+    return f"unknown key {shown(name)}{place}" + (f"; did you mean {near[0]!r}?" if near else "")

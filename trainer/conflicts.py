@@ -1,6 +1,5 @@
 """What the Gramian of the task gradients tells: who pulls against whom, how hard, and where in the encoder."""
 
-import json
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minbert.data.errors import UserError
+from minbert.data.reading import read_json_lines
 from minbert.trainer.step import StepResult
 
 
@@ -47,14 +48,21 @@ def gramian_record(step: int, result: StepResult) -> dict[str, Any] | None:
 
 
 def read_gramians(path: Path) -> tuple[list[int], list[str], list[str], Tensor]:
-    """Steps, tasks, layers and Gramians (steps, L, T, T) of such a file, of the last line for each step."""
+    """Steps, tasks, layers and Gramians (steps, L, T, T) of such a file, of the last line for each step.
+
+    Lines of another shape than the last one are left out. Raises UserError if there is none.
+    """
     by_step = {}
-    for line in path.read_text().splitlines():
+    for record in read_json_lines(path):
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # a kill can tear the last line
-        by_step[record["step"]] = record
-    records = [by_step[step] for step in sorted(by_step)]
-    values = torch.tensor([record["gramians"] for record in records], dtype=torch.float64)
-    return sorted(by_step), records[0]["tasks"], records[0]["layers"], values
+            values = torch.tensor(record["gramians"], dtype=torch.float64)
+            if values.shape == (len(record["layers"]), len(record["tasks"]), len(record["tasks"])):
+                by_step[record["step"]] = (list(map(str, record["tasks"])), list(map(str, record["layers"])), values)
+        except (KeyError, TypeError, ValueError, RuntimeError, OverflowError):
+            continue
+    if not by_step:
+        raise UserError(f"{path} holds no measurements")
+    steps = sorted(by_step)
+    tasks, layers, _ = by_step[steps[-1]]
+    steps = [step for step in steps if by_step[step][:2] == (tasks, layers)]
+    return steps, tasks, layers, torch.stack([by_step[step][2] for step in steps])

@@ -47,6 +47,8 @@ def start(parallel: ParallelConfig) -> World:
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(parallel)
+    if parallel.deterministic:
+        _make_deterministic()
     if device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would look for a GPU by itself
     timeout = timedelta(minutes=parallel.timeout)
@@ -58,10 +60,20 @@ def start(parallel: ParallelConfig) -> World:
     if parallel.zero_stage is not None:
         # DeepSpeed wants a process group even for one process; a store in memory needs no port.
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # nobody else is to be reached, by whatever name
         backend = "gloo" if device.type == "cpu" else "nccl"
         if not dist.is_initialized():
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return World(rank, size, device)
+
+
+def _make_deterministic() -> None:
+    """Have PyTorch take the kernels whose results do not depend on the order in which threads come to add up."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's library is first used
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    for enable in (torch.backends.cuda.enable_flash_sdp, torch.backends.cuda.enable_mem_efficient_sdp):
+        enable(False)  # the backward passes of fused attention add up in any order
 
 
 def _meet(rank: int, size: int, timeout: timedelta) -> dist.Store:
@@ -98,8 +110,14 @@ def require_devices(parallel: ParallelConfig, processes: int) -> None:
     if parallel.device == "cpu":
         return
     if not torch.cuda.is_available():
+        given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         if parallel.device == "cuda":
             raise UserError("device=cuda, but PyTorch sees no CUDA device here; `minbert doctor` tells more")
+        if given and given not in ("-1", "NoDevFiles"):  # what stands for none
+            raise UserError(
+                f"this process was given GPUs (CUDA_VISIBLE_DEVICES={given}), and PyTorch sees none of them: it was "
+                "built without CUDA, or the driver does not fit.\n`minbert doctor` tells more; device=cpu does without."
+            )
         return
     if processes > torch.cuda.device_count():
         raise UserError(

@@ -99,6 +99,11 @@ def overall(tasks: Iterable[Task], scores: Mapping[str, float]) -> float:
     return sum(w * ((r + 1) / 2 if correlation else r) for w, r, correlation in parts) / sum(w for w, _, _ in parts)
 
 
+def count_batches(split: TokenisedSplit) -> int:
+    """How often `outputs` asks for a stop in one process."""
+    return len(_chunks(split))
+
+
 def _chunks(split: TokenisedSplit) -> list[np.ndarray]:
     """Rows by descending length, cut where a batch reaches the token budget: the largest batch comes first."""
     lengths = sum(column.lengths for column in split.columns)

@@ -8,12 +8,14 @@ import contextlib
 import json
 import socket
 import time
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Any
 
 from torch.distributed import DistStoreError, Store
 
 FAREWELL = 60.0  # seconds
+_CHECKPOINT = "minbert/checkpoint"  # the topic of the one being written, or nothing
 
 
 class LostProcess(RuntimeError):
@@ -72,6 +74,12 @@ class Messages:
         """Every process's value in the order of ranks, on every process."""
         return self.share(topic, self.gather(topic, value))
 
+    def announce_checkpoint(self, topic: str) -> None:
+        """Tell who watches the processes that rank 0 waits for them to report under `topic`, or, if that is empty, that
+        it does so no more."""
+        if self.size > 1 and self.rank == 0:
+            self.store.set(_CHECKPOINT, topic)
+
     def farewell(self) -> None:
         """The last word of a process that ends well. Rank 0, which may host the store, stays until it has heard all."""
         if self.size > 1:
@@ -92,3 +100,9 @@ class Messages:
     def _host(self, rank: int) -> str:
         key = f"minbert/host/{rank}"
         return self.store.get(key).decode() if self.store.check([key]) else "an unknown host"
+
+
+def completes_checkpoint(store: Store, lost: Iterable[int]) -> bool:
+    """Whether a checkpoint is being written of which the `lost` processes, which use `store`, have done their part."""
+    topic = store.get(_CHECKPOINT).decode() if store.check([_CHECKPOINT]) else ""
+    return bool(topic) and all(rank and store.check([f"minbert/{topic}/{rank}"]) for rank in lost)

@@ -33,7 +33,7 @@ from minbert.trainer.bert import BertConfig
 from minbert.trainer.checkpoint import damaged, published
 from minbert.trainer.config import MAY_CHANGE, RunConfig, flatten
 from minbert.trainer.run_folder import RunFolder
-from minbert.trainer.weights import TINY, find_checkpoint, read_config, write_shape
+from minbert.trainer.weights import TINY, find_checkpoint, is_hub_name, read_config, write_shape
 
 log = logging.getLogger(__name__)
 
@@ -56,11 +56,12 @@ def prepare(config: RunConfig, force: bool = False) -> RunFolder:
     the model or a tracker cannot be had.
     """
     run = RunFolder(config.run)
-    config = resolve(config)
+    config = _pin_weights(run, resolve(config))
     _require_trackers(config.trackers)
     _require_run_folder(run)
     if run.config_file.exists() and _has_checkpoints(run):
         _refuse_other_settings(run, config, force)
+    _prepare_aggregator(run, config)
     tokenizer = _prepare_encoder(run, config)
     for name in config.corpus.names:
         for split in ("train", "dev"):
@@ -92,6 +93,20 @@ def resolve(config: RunConfig) -> RunConfig:
             "budget": config.budget.model_copy(update={"epochs": config.budget.epochs or (3 if pretrained else 5)}),
         }
     )
+
+
+def _pin_weights(run: RunFolder, config: RunConfig) -> RunConfig:
+    """Say which commit of a hub name's weights the run has: that of the run in the folder, or else the one that the hub
+    names now. The processes then need not ask, and cannot be told different ones."""
+    model, revision = config.encoder.model, config.encoder.revision
+    if not is_hub_name(model):
+        if revision is not None:
+            raise UserError(f"revision={revision} is for a model of the hub, and {model} is here")
+        return config
+    if revision is None and run.config_file.exists() and (saved := run.read_config().encoder).model == model:
+        revision = saved.revision
+    commit = find_checkpoint(model, revision).name
+    return config.model_copy(update={"encoder": config.encoder.model_copy(update={"revision": commit})})
 
 
 def _absolute(folder: str) -> str:
@@ -129,6 +144,18 @@ def identity(config: RunConfig, run: RunFolder, splits: Mapping[str, TokenisedSp
         "vocabulary": {path.name: f"SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}" for path in words},
         "data": {name: split.fingerprint() for name, split in splits.items()},
     }
+
+
+def known_shape(config: RunConfig) -> BertConfig | None:
+    """The shape of the encoder of a run that may not be prepared yet, without a look at the network or the data."""
+    folder = RunFolder(config.run).encoder
+    if (folder / "config.json").exists():
+        return read_config(folder)
+    if config.encoder.model == "tiny":
+        return BertConfig(vocab_size=1, **TINY)
+    if config.encoder.model == "minilm" or Path(config.encoder.model).expanduser().is_dir():
+        return read_config(find_checkpoint(config.encoder.model))
+    return None
 
 
 def total_steps(config: RunConfig) -> int:
@@ -196,6 +223,19 @@ def _refuse_other_settings(run: RunFolder, config: RunConfig, force: bool) -> No
         )
 
 
+def _prepare_aggregator(run: RunFolder, config: RunConfig) -> None:
+    """Keep the source of an aggregator of the user's own, unless a checkpoint relies on it, and build it once."""
+    if config.batch.aggregator == "sum":
+        return
+    from minbert.trainer.aggregators import Aggregator
+    from minbert.trainer.own_code import keep_source, use_source
+
+    if not _has_checkpoints(run):
+        keep_source(config.batch.aggregator, run.own_code)
+    use_source(run.own_code)
+    Aggregator(config.batch.aggregator, len(config.corpus.tasks), config.seed)
+
+
 def _prepare_encoder(run: RunFolder, config: RunConfig) -> Tokenizer:
     """Write the encoder's config.json and tokenizer into the run folder, unless a checkpoint relies on them."""
     missing = [task.name for task in config.corpus.tasks if task.builtin is None and task.files is None]
@@ -215,7 +255,7 @@ def _prepare_encoder(run: RunFolder, config: RunConfig) -> Tokenizer:
             write_vocabulary(run.encoder, vocabulary)
             write_shape(run.encoder, BertConfig(vocab_size=len(vocabulary), **TINY))
         else:
-            source = find_checkpoint(config.encoder.model)
+            source = find_checkpoint(config.encoder.model, config.encoder.revision)
             load_tokenizer(source)
             write_shape(run.encoder, read_config(source), tokenizer_from=source)
     shape, freeze = read_config(run.encoder), config.encoder.freeze

@@ -1,6 +1,7 @@
 """What a person sees of a run: a bar with the scores on a terminal, a line per evaluation elsewhere."""
 
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -8,6 +9,8 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 
 from minbert.data.task import Task
+
+QUIET = 30.0  # seconds between two lines where there is no terminal
 
 
 class Progress:
@@ -49,6 +52,36 @@ class Progress:
         self.bar.update(self.task, completed=step, description=line)
         mark = "  (best so far)" if best else ""
         self.console.print(f"step {step:>6}/{self.total}  {line}{mark}", highlight=False, soft_wrap=True)
+
+
+class PredictionProgress:
+    """How many of `total` batches are predicted: a bar on a terminal, elsewhere a line every half minute."""
+
+    def __init__(self, total: int, console: Console):
+        self.console, self.total, self.done, self.said = console, total, 0, time.monotonic()
+        columns = (TextColumn("predicting {task.description}"), BarColumn(), TextColumn("left"), TimeRemainingColumn())
+        self.bar = RichProgress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self.task = self.bar.add_task("", total=total)
+
+    def __enter__(self) -> "PredictionProgress":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.bar.stop()
+
+    def counting(self, what: str, stopped: Callable[[], bool]) -> Callable[[], bool]:
+        """`stopped`, as it is asked before each batch of `what`: the batches are counted on the way."""
+
+        def ask() -> bool:
+            self.bar.update(self.task, completed=self.done, description=what)
+            if not self.console.is_terminal and time.monotonic() - self.said > QUIET:
+                self.said = time.monotonic()
+                self.console.print(f"predicting {what}: {self.done / self.total:.0%} of all", highlight=False)
+            self.done += 1
+            return stopped()
+
+        return ask
 
 
 def score_table(title: str, tasks: Iterable[Task], columns: Mapping[str, Mapping[str, float]]) -> Table:

@@ -6,6 +6,7 @@ damaged checkpoint is named and set aside, and the one before it is tried.
 
 import logging
 import time
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,14 @@ def restore(
                     world.size,
                 )
     if (checkpoint / AGGREGATOR).exists():
-        aggregator.load_state_dict(torch.load(checkpoint / AGGREGATOR, weights_only=True))
+        try:
+            aggregator.load_state_dict(torch.load(checkpoint / AGGREGATOR, weights_only=True))
+            deepcopy(aggregator).rehearse()
+        except Exception as error:  # nothing says how a state of another shape fails
+            raise UserError(
+                f"{checkpoint / AGGREGATOR} does not fit the aggregator {aggregator.name}: {error!r}\n"
+                "Remove this checkpoint to go on from the one before."
+            ) from error
 
 
 def _leaves(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,6 +6,7 @@ code.diff         uncommitted changes of the code     tensorboard/     the same 
 encoder/          the encoder's shape and tokenizer   checkpoints/     what resuming needs
 best.safetensors  the model with the best score       predictions/     the course's prediction files
 gramians.jsonl    inner products of the tasks' gradients, layer by layer
+aggregator/       the source of an aggregator of the user's own
 slurm/, code/     of a submitted run: its jobs' files and records, and the code that they run
 """
 
@@ -27,6 +28,7 @@ from filelock import FileLock, Timeout
 
 from minbert.data.errors import UserError
 from minbert.data.files import LineFile, replacing
+from minbert.data.reading import read_json, read_json_lines, read_small, read_yaml
 from minbert.trainer.config import RunConfig, parse_config
 
 log = logging.getLogger(__name__)
@@ -48,6 +50,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.best_model = path / "best.safetensors"
         self.predictions = path / "predictions"
+        self.own_code = path / "aggregator"
         self._metrics, self._gramians = LineFile(self.metrics_file), LineFile(self.gramians_file)
 
     @staticmethod
@@ -77,14 +80,15 @@ class RunFolder:
             "commit": commit,
             "uncommitted_changes": bool(diff),
         }
-        (self.path / "environment.json").write_text(json.dumps(record, indent=2) + "\n")
-        (self.path / "code.diff").write_text(diff)
+        for name, content in (("environment.json", json.dumps(record, indent=2) + "\n"), ("code.diff", diff)):
+            with replacing(self.path / name) as temporary:
+                temporary.write_text(content)
 
     def code_state(self) -> dict[str, Any]:
         """Commit and uncommitted changes of the code, as they were when the run was started last."""
-        record = json.loads((self.path / "environment.json").read_text())
-        diff = (self.path / "code.diff").read_bytes()
-        return {"commit": record["commit"], "changes_sha256": hashlib.sha256(diff).hexdigest() if diff else None}
+        record = read_json(self.path / "environment.json")
+        diff = read_small(self.path / "code.diff")
+        return {"commit": record.get("commit"), "changes_sha256": hashlib.sha256(diff).hexdigest() if diff else None}
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -111,15 +115,12 @@ class RunFolder:
         self._gramians.append(json.dumps(record))
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        if not self.metrics_file.exists():
-            return []
-        records = []
-        for line in self.metrics_file.read_text().splitlines():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue  # a kill can tear the last line
-        return records
+        """The lines that hold numbers, as we write them."""
+        return [
+            record
+            for record in read_json_lines(self.metrics_file)
+            if all(isinstance(value, int | float | None) for value in record.values())
+        ]
 
     def rewind_metrics(self, step: int) -> None:
         """Drop what was logged after `step`, which the run will log again."""
@@ -131,19 +132,6 @@ class RunFolder:
 def read_config_file(path: Path) -> RunConfig:
     """A configuration file (YAML). Raises UserError naming the file and every key that is wrong."""
     return parse_config(read_yaml(path), str(path))
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The keys and values of a YAML file, as they stand there. Raises UserError if it holds anything else."""
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read configuration {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(raw, dict | None) or not all(isinstance(key, str) for key in raw or {}):
-        raise UserError(f"{path} must hold `key: value` lines")
-    return raw or {}
 
 
 def _version(package: str) -> str | None:

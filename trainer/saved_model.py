@@ -1,6 +1,7 @@
 """The trained model as one file: what evaluation, prediction and export load, in one process, without DeepSpeed."""
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from minbert.data.errors import UserError
 from minbert.data.files import replacing
 from minbert.data.tokens import Tokenizer, load_tokenizer
 from minbert.trainer.config import RunConfig
+from minbert.trainer.memory import require_memory
 from minbert.trainer.model import MultitaskModel
 from minbert.trainer.run_folder import RunFolder
 from minbert.trainer.weights import read_config, save_checkpoint
@@ -33,6 +35,7 @@ def build_model(config: RunConfig, run: RunFolder) -> MultitaskModel:
 
         dropout = config.encoder.encoder_dropout
         shape = replace(shape, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
+    require_memory(config, shape, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     return MultitaskModel(config.corpus.tasks, shape, config.encoder, config.heads, config.parallel.precision)
 
 
@@ -42,8 +45,11 @@ def load_model(run: RunFolder, device: torch.device) -> tuple[MultitaskModel, To
         raise UserError(f"{run.path} holds no trained model yet: the first evaluation writes best.safetensors")
     model = build_model(run.read_config(), run)
     with safe_open(run.best_model, framework="pt") as file:
-        model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-        metadata = file.metadata()
+        state, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise UserError(f"{run.best_model} does not fit the run's model: {error}") from None
     described = {"step": int(metadata["step"]), "scores": json.loads(metadata["scores"])}
     return model.to(device).eval(), load_tokenizer(run.encoder), described
 

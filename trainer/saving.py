@@ -137,6 +137,7 @@ class CheckpointWriter:
 
     def _write(self, manifest: Manifest, topic: str, extra: memoryview) -> str | None:
         """Write this process's files and have rank 0 publish; the reason if that failed."""
+        self._messages.announce_checkpoint(topic)
         unfinished = self.folder / f"{folder_name(manifest.step)}.{self._life}{UNFINISHED}"
         files, error = {}, None
         try:
@@ -159,6 +160,7 @@ class CheckpointWriter:
             if error is not None:
                 shutil.rmtree(unfinished, ignore_errors=True)
                 log.warning("%s %s", error, self._what_there_is())
+        self._messages.announce_checkpoint("")
         error = self._messages.share(topic, error)
         if error is None and not self.world.is_main:
             self._newest = manifest

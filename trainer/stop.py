@@ -3,6 +3,8 @@
 import os
 import signal
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -29,6 +31,10 @@ def leave_terminal(number: int) -> None:
     os.close(nowhere)
 
 
+class Stopped(BaseException):
+    """Raised by a signal where nothing is there yet that could be saved; like KeyboardInterrupt, no error."""
+
+
 class StopRequest:
     """Catches the signals while the block runs. A second one leaves at once, with `exit_code`, unless `patient`: a
     batch system repeats itself, and kills what has taken too long. So does a terminal that is closed: its shell and the
@@ -42,6 +48,7 @@ class StopRequest:
         self.signal: int | None = None
         self.exit_code: int = LEFT_AT_ONCE
         self.patient = patient
+        self._raises = False
 
     def __enter__(self) -> "StopRequest":
         self.previous = {number: signal.getsignal(number) for number in stop_signals()}
@@ -63,6 +70,21 @@ class StopRequest:
         if self.signal is not None and not self.patient and number != signal.SIGHUP:
             os._exit(self.exit_code)
         self.signal = self.signal or number
+        if self._raises:
+            raise Stopped
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Inside, where nothing could be lost, a signal raises Stopped; one that came before does so too."""
+        self._raises = True
+        try:
+            if self.signal is not None:
+                raise Stopped
+            yield
+        finally:
+            self._raises = False
+        if self.signal is not None:
+            raise Stopped
 
     def agreed(self, world: "World") -> bool:
         """Whether any process was asked to stop; the same answer on all. Collective.

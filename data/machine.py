@@ -1,0 +1,33 @@
+"""How much memory there is for us."""
+
+from pathlib import Path
+
+GIB = 2**30
+
+
+def available() -> float:
+    """Bytes of memory that this machine has, or this process's control group lets it use."""
+    meminfo = {line.split(":")[0]: line.split()[1] for line in _read(Path("/proc/meminfo")).splitlines()}
+    return min(int(meminfo.get("MemTotal", 0)) * 1024 or float("inf"), cgroup_limit())
+
+
+def cgroup_limit(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:
+    """The tightest memory limit in bytes over this process's control group and its parents, of version 1 or 2."""
+    limits = [float("inf")]
+    for line in _read(proc).splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        folder, name = (root / "memory", "memory.limit_in_bytes") if controllers else (root, "memory.max")
+        group = Path(path.lstrip("/"))
+        values = [_read(folder / parent / name).strip() for parent in (group, *group.parents)]
+        limits += [float(value) for value in values if value.isdigit()]
+    return min(limits)
+
+
+def size(count: float) -> str:
+    return f"{count / GIB:,.1f} GiB"
+
+
+def _read(path: Path) -> str:
+    return path.read_text() if path.is_file() else ""

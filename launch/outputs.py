@@ -1,0 +1,59 @@
+"""Files and folders that a command writes where the user said: refused before the work, and whole or not there."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from minbert.data.errors import UserError, disk_trouble
+from minbert.data.files import replacing
+
+# What nobody writes but the run itself.
+OF_A_RUN = {"config.yaml", "best.safetensors", "metrics.jsonl", "gramians.jsonl", "environment.json"}
+
+
+def require_place(path: Path) -> None:
+    """Raises UserError unless a file may be written at `path`."""
+    folder = path.parent
+    if (folder / "manifest.json").exists() or (path.name in OF_A_RUN and (folder / "config.yaml").exists()):
+        raise UserError(f"cannot write {path}: it belongs to a run; choose another name or folder")
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder; name a file")
+    if not folder.is_dir():
+        raise UserError(f"cannot write {path}: there is no folder {folder}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write {path}: the folder {folder} may not be written to")
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """`replacing`, for a file that the user named. Raises UserError where it cannot be written."""
+    try:
+        with replacing(path) as temporary:
+            yield temporary
+    except OSError as error:
+        raise disk_trouble(error) or UserError(f"cannot write {path}: {error.strerror}") from None
+
+
+@contextmanager
+def whole_or_gone(folder: Path) -> Iterator[None]:
+    """Make a folder, unless it is there; remove it, and the parents made for it, if the block fails that fills it.
+
+    Raises UserError where it cannot be made or may not be written to.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(f"cannot write to {folder}: it may not be written to")
+        yield
+    except BaseException as error:
+        for path in made[:1]:
+            shutil.rmtree(path, ignore_errors=True)
+        for parent in made[1:]:
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
+        if isinstance(error, OSError) and error.filename in (str(path) for path in (folder, *folder.parents)):
+            raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+        raise
