@@ -123,7 +123,7 @@ def look(runs: Sequence[Path]) -> list[Report]:
         jobs = {each.submission.job_id for each in known if each.on_cluster and each.submission.job_id}
         told = _Told(controller.jobs(jobs) if jobs else {})
     except UserError as error:
-        told = _Told(silence=str(error))
+        told = _Told(silence=str(error).rpartition("error: ")[2])
     unclear = [
         each.submission.job_id
         for each in known

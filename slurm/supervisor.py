@@ -8,7 +8,6 @@ its name holds the token of the submission. A job that is not the run's latest s
 
 import os
 import re
-import shutil
 import signal
 import sys
 import time
@@ -85,14 +84,10 @@ def provide_task(submission: Submission, job_id: str) -> None:
     """Put the task where submitit's processes look for it, if submitit could not: it never learned the job's id."""
     from submitit.core.utils import JobPaths
 
-    task, kept = JobPaths(submission.folder, job_id).submitted_pickle, kept_task(submission)
-    if not task.exists() and kept.exists():
-        copy = task.with_suffix(f".{os.getpid()}")
-        try:
-            shutil.copyfile(kept, copy)
-            copy.replace(task)
-        except FileNotFoundError:  # submitit has just done it
-            pass
+    task = JobPaths(submission.folder, job_id).submitted_pickle
+    if not task.exists():
+        with suppress(FileNotFoundError):  # submitit has just done it
+            kept_task(submission).replace(task)
 
 
 def setup_failed(run: Path, allocation: Allocation, status: int, line: str) -> int:
