@@ -182,10 +182,9 @@ def _report(known: _Known, told: _Told) -> Report:
         state, detail, nodes, active = trial["status"], trial["error"] or "trial", "", False
     else:
         state, detail, nodes, active = _state(known, told)
-        advanced = life is None or (life.last_step is not None and life.last_step < Records(run).newest_step())
-        if not active and state != Ending.FINISHED and advanced and (run / "config.yaml").exists():
+        if not active and state != Ending.FINISHED and (run / "config.yaml").exists():
             own, own_total = _own_state(run)  # what was trained here, without a job
-            if submission is None or own == Ending.FINISHED:
+            if submission is None or (own == Ending.FINISHED and _has_advanced(run, life)):
                 state, detail, total = own, "", total or own_total
     detail = "; ".join(filter(None, [detail, *known.problems]))
     left = None
@@ -205,6 +204,11 @@ def _report(known: _Known, told: _Told) -> Report:
         active=active,
         exit_code=_exit_code(state, active, life, bool(trial)),
     )
+
+
+def _has_advanced(run: Path, life: Life | None) -> bool:
+    """Whether it was trained further since its job's last life."""
+    return life is None or (life.last_step is not None and life.last_step < Records(run).newest_step())
 
 
 def _exit_code(state: str, active: bool, life: Life | None, trial: bool) -> int:

@@ -26,7 +26,7 @@ from minbert.slurm.verdict import BEFORE_TRAINING, SCRIPT_KILLED, USER_MISTAKE, 
 KILLED = re.compile(r"^srun: error: (\S+): tasks? (\S+): (?!Exited)(.*)$", re.MULTILINE)
 # srun about its own arguments or its step, or that a program is not there
 COMPLAINT = re.compile(
-    r"^(?:srun: (?:error: |fatal: )?(?!\S+: tasks? |Job step aborted|forcing|got SIG|Terminating|launch/)(.+)"
+    r"^(?:srun: (?!(?:error: )?(?:\S+: tasks? |Job step aborted|forcing|got SIG|Terminating|launch/))(?:error: )?(.+)"
     r"|slurmstepd\S*: error: (execve.+))$",
     re.MULTILINE,
 )
