@@ -25,10 +25,11 @@ from minbert.launch.options import (
     show_help,
 )
 from minbert.launch.sweep import elements, parse_sweep
+from minbert.slurm.batch_script import batch_script
 from minbert.slurm.records import Records
 from minbert.slurm.settings import JobSettings, parse_parameters, resolve_settings
 from minbert.slurm.status import is_active, look
-from minbert.slurm.submission import batch_script, refuse_hopeless, submit
+from minbert.slurm.submission import refuse_hopeless, submit
 from minbert.trainer.config import RunConfig
 from minbert.trainer.preparation import new_run_path, prepare, resolve, total_steps
 

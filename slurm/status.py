@@ -4,8 +4,6 @@ A few questions to SLURM serve any number of runs. A run whose job the controlle
 which counts as active: nothing is submitted from it. What is wrong with one folder is said in that folder's line.
 """
 
-import json
-import math
 import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,12 +14,11 @@ from typing import Any
 from minbert.data.errors import UserError
 from minbert.slurm import controller
 from minbert.slurm.controller import Queued
-from minbert.slurm.records import EXIT_CODES, Ending, Life, Records, Submission, read_record
+from minbert.slurm.own_files import has_advanced, own_state, progress, read_trial
+from minbert.slurm.records import EXIT_CODES, Ending, Life, Records, Submission
 from minbert.slurm.submission import job_id_of
 from minbert.slurm.supervisor import ACCOUNTED
 from minbert.slurm.verdict import SCRIPT_KILLED
-from minbert.trainer.checkpoint import Damaged, Manifest, published, read_manifest
-from minbert.trainer.run_folder import RunFolder
 
 GOING_ON = 75  # exit code for a run that has not ended
 UNKNOWN, UNKNOWN_CODE = "unknown", 87
@@ -89,7 +86,7 @@ class _Known:
         lives, problems = records.read_lives()
         try:
             submission = records.submission()
-            trial = _trial(run) if submission is None else {}
+            trial = read_trial(run) if submission is None else {}
         except (UserError, OSError) as error:
             return cls(run, lives=lives, problems=[str(error)], unreadable=True)
         return cls(run, submission, lives, trial, problems)
@@ -101,7 +98,7 @@ class _Known:
     @property
     def open(self) -> bool:
         """Whether the records leave open how the job ended: it never began, a life has no end or was to be followed."""
-        if len(self.lives) <= self.submission.earlier_lives:
+        if not self.submission.job_id or len(self.lives) <= self.submission.earlier_lives:
             return True
         return self.lives[-1].ending is None or bool(self.lives[-1].then)
 
@@ -174,7 +171,7 @@ def find_runs(folders: Iterable[Path], depth: int = 3) -> list[Path]:
 def _report(known: _Known, told: _Told) -> Report:
     run, submission, lives, trial = known.run, known.submission, known.lives, known.trial
     life = lives[-1] if lives else None
-    step, score, when = _progress(run)
+    step, score, when = progress(run)
     total = submission.total_steps if submission else trial.get("steps")
     if known.unreadable:
         state, detail, nodes, active = DAMAGED, "", "", True
@@ -183,8 +180,8 @@ def _report(known: _Known, told: _Told) -> Report:
     else:
         state, detail, nodes, active = _state(known, told)
         if not active and state != Ending.FINISHED and (run / "config.yaml").exists():
-            own, own_total = _own_state(run)  # what was trained here, without a job
-            if submission is None or (own == Ending.FINISHED and _has_advanced(run, life)):
+            own, own_total = own_state(run)  # what was trained here, without a job
+            if submission is None or (own == Ending.FINISHED and has_advanced(run, life)):
                 state, detail, total = own, "", total or own_total
     detail = "; ".join(filter(None, [detail, *known.problems]))
     left = None
@@ -204,11 +201,6 @@ def _report(known: _Known, told: _Told) -> Report:
         active=active,
         exit_code=_exit_code(state, active, life, bool(trial)),
     )
-
-
-def _has_advanced(run: Path, life: Life | None) -> bool:
-    """Whether it was trained further since its job's last life."""
-    return life is None or (life.last_step is not None and life.last_step < Records(run).newest_step())
 
 
 def _exit_code(state: str, active: bool, life: Life | None, trial: bool) -> int:
@@ -234,6 +226,8 @@ def _state(known: _Known, told: _Told) -> tuple[str, str, str, bool]:
     if not submission.job_id:
         if time.time() - submission.submitted < SETTLED:
             return UNKNOWN, "being submitted, or sbatch has not said whether it was", "", True
+        if life and life.ending:
+            return life.ending, life.detail, life.nodes, False
         return "not submitted", "SLURM did not take the job", "", False
     job = told.queued.get(submission.job_id)
     if job and job.active:
@@ -259,32 +253,6 @@ def _ended_in_silence(known: _Known, job: Queued | None, told: _Told) -> tuple[s
     if ending is Ending.FAILED:
         return ending, f"before anything was recorded; minbert logs {known.run} may tell why"
     return ending, ""
-
-
-def _own_state(run: Path) -> tuple[str, int | None]:
-    """The state of what `minbert train` does here, and the steps of its budget, from the run's own files."""
-    folder = RunFolder(run)
-    newest = published(folder.checkpoints)[-1:]
-    try:
-        manifest = read_manifest(newest[0]) if newest else None
-        wanted = folder.read_config().budget.steps or 0
-    except (Damaged, UserError, TypeError, KeyError):
-        manifest, wanted = None, 0
-    total = max(manifest.total_steps or 0, wanted) or None if manifest else None
-    if folder.is_locked():
-        return "running", total
-    if manifest and manifest.state.step >= wanted and _is_finished(manifest):
-        return Ending.FINISHED, total
-    return "interrupted" if newest else "not started", total
-
-
-def _is_finished(manifest: Manifest) -> bool:
-    """Whether the budget was used up, or the patience, and the model evaluated."""
-    state, patience = manifest.state, manifest.config.get("budget", {}).get("patience")
-    spent = manifest.total_steps is not None and state.step >= manifest.total_steps
-    return state.evaluated_at == state.step and (
-        spent or (patience is not None and state.stale_evaluations >= patience)
-    )
 
 
 def _state_here(submission: Submission, life: Life | None) -> tuple[str, str, str, bool]:
@@ -313,39 +281,3 @@ def _controller_lives(submission: Submission) -> bool:
 
 def _is_active(queued: Mapping[str, Queued], job_id: str) -> bool:
     return job_id in queued and queued[job_id].active
-
-
-@dataclass
-class _Trial:
-    """What a search knows of the run, if it is a trial of one."""
-
-    status: str
-    steps: int | None = None
-    error: str | None = None
-
-
-def _trial(run: Path) -> dict[str, Any]:
-    """Empty if it is none. Raises UserError if the record is damaged."""
-    try:
-        return vars(read_record(run / "trial.json", _Trial))
-    except FileNotFoundError:
-        return {}
-
-
-def _progress(run: Path) -> tuple[int | None, float | None, float]:
-    """The last logged step, the best overall score so far, and when the log was written last."""
-    file = run / "metrics.jsonl"
-    if not file.is_file():
-        return None, None, 0.0
-    steps, scores = [], []
-    for line in file.read_text(errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue  # a kill can tear a line
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            steps.append(record["step"])
-            score = record.get("dev/overall")
-            if isinstance(score, int | float) and math.isfinite(score):
-                scores.append(score)
-    return (steps[-1] if steps else None), max(scores, default=None), file.stat().st_mtime

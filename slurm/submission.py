@@ -11,10 +11,8 @@ by that the job is found, and the job itself finds its task and leaves its id in
 import io
 import os
 import re
-import shlex
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -25,10 +23,10 @@ from uuid import uuid4
 
 from minbert.data.errors import UserError
 from minbert.slurm import controller
+from minbert.slurm.batch_script import python_command, slurm_parameters
 from minbert.slurm.records import Records, Submission
 from minbert.slurm.settings import UNLIMITED, JobSettings, refuse_control_characters
 
-SUPERVISOR = "minbert.slurm.supervisor"
 REFUSED = re.compile(r"sbatch: (error|fatal)")
 NEVER_ASKED = re.compile(r"connect failure|Could not establish a configuration source")
 LOST_ANSWER = re.compile(r"tim(ed|e) ?out|zero bytes|unexpected message|communicat|contact", re.IGNORECASE)
@@ -106,13 +104,13 @@ def _submit_part(
         except (subprocess.SubprocessError, RuntimeError) as error:
             if settings.executor != "slurm" or is_refusal(str(error)):
                 _record(runs, earlier)
+                _forget_tasks(submissions)
                 raise UserError(f"SLURM refused the job: {error}") from None
             ids = _lost_and_found(submissions, str(error))
     for run, job_id in zip(runs, ids):
         Records(run).change(token, job_id=job_id)
     if jobs:  # otherwise the job fetches them
-        for submission in submissions:
-            kept_task(submission).unlink(missing_ok=True)
+        _forget_tasks(submissions)
     if settings.executor == "debug":
         jobs[0].results()
     return ids
@@ -178,13 +176,14 @@ def job_id_of(submission: Submission, job_id: str) -> str:
     return job_id if submission.element is None else f"{job_id}_{submission.element}"
 
 
-def token_of(runs_file: Path) -> str:
-    return runs_file.stem.removeprefix("runs-")
-
-
 def kept_task(submission: Submission) -> Path:
     """Where the task lies until the job's id is known."""
     return Path(submission.folder) / f"task-{submission.token}-{submission.element or 0}.pkl"
+
+
+def _forget_tasks(submissions: Sequence[Submission]) -> None:
+    for submission in submissions:
+        kept_task(submission).unlink(missing_ok=True)
 
 
 def _record(runs: Sequence[Path], submissions: Sequence[Submission | None]) -> None:
@@ -218,77 +217,13 @@ def mark_cancelled(run: Path) -> None:
     records.write_submission(replace(records.submission(), cancelled=True))
 
 
-def batch_script(settings: JobSettings, folder: Path, code: Path, runs_file: Path, name: str, array: int = 1) -> str:
-    """What sbatch would get, for a job or an array."""
-    from submitit.slurm.slurm import _make_sbatch_string
-
-    command = f"{_python(settings)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
-    parameters = slurm_parameters(settings, code, runs_file, name)
-    return _make_sbatch_string(command=command, folder=folder, map_count=array if array > 1 else None, **parameters)
-
-
-def slurm_parameters(settings: JobSettings, code: Path, runs_file: Path, name: str) -> dict[str, Any]:
-    """The settings in the words of submitit's SLURM executor."""
-    supervisor = f"{shlex.quote(sys.executable)} -m {SUPERVISOR}"
-    file = shlex.quote(str(runs_file))
-    srun_args = ["--kill-on-bad-exit=1"]
-    if settings.cpus_per_task:
-        srun_args.append(f"--cpus-per-task={settings.cpus_per_task}")  # srun has not inherited it since 22.05
-    more = dict(settings.slurm_parameters)
-    additional = {"requeue": True} | dict(more.pop("additional_parameters", {}))
-    if settings.reservation:
-        additional["reservation"] = settings.reservation
-    comment = f"{more.pop('comment', '')} {controller.comment(token_of(runs_file))}".strip()
-    python_path = f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}"
-    return {
-        "job_name": settings.job_name or name,
-        "time": settings.minutes,
-        "nodes": settings.nodes,
-        "ntasks_per_node": settings.processes_per_node,
-        "gpus_per_node": settings.gpus_per_node or None,
-        "cpus_per_task": settings.cpus_per_task,
-        "mem": settings.mem,
-        "partition": settings.partition,
-        "account": settings.account,
-        "qos": settings.qos,
-        "constraint": settings.constraint,
-        "comment": comment,
-        "signal_delay_s": settings.signal_before,
-        "array_parallelism": settings.array_parallelism,
-        "stderr_to_stdout": True,
-        "wckey": None,
-        "setup": [
-            "trap : TERM  # this script outlives SIGTERM, to say how its processes ended",
-            *(_watched(settings.setup, f"{python_path}; {supervisor} setup {file}") if settings.setup else ()),
-            python_path,
-            f"{supervisor} begin {file} || exit $?",
-        ],
-        "srun_args": [*srun_args, *settings.srun_args],
-        "teardown": [f"{supervisor} end {file} $?"],
-        "additional_parameters": additional,
-        **more,
-    }
-
-
-def _watched(lines: Sequence[str], failed: str) -> list[str]:
-    """The user's lines of bash. One that fails, or leaves, ends the script by `failed`, which gets status and line;
-    what fails inside a file that a line reads is that file's business."""
-    leave = f'status=$? line=$BASH_COMMAND; {failed} $status "$line"; exit $?'
-    return [
-        "trap 'status=$?; [ ${#BASH_SOURCE[@]} -gt 1 ] || exit $status' ERR",
-        f"trap {shlex.quote(leave)} EXIT",
-        *lines,
-        "trap - ERR EXIT",
-    ]
-
-
 def _executor(settings: JobSettings, folder: Path, code: Path, runs_file: Path, name: str) -> Any:
     import submitit
 
     if settings.executor == "debug":
         return submitit.DebugExecutor(folder)
     if settings.executor == "local":
-        executor = submitit.LocalExecutor(folder, python=_python(settings))
+        executor = submitit.LocalExecutor(folder, python=python_command(settings))
         executor.update_parameters(
             timeout_min=settings.minutes or UNLIMITED,
             tasks_per_node=settings.processes_per_node,
@@ -298,15 +233,11 @@ def _executor(settings: JobSettings, folder: Path, code: Path, runs_file: Path, 
         )
         return executor
     try:
-        executor = submitit.SlurmExecutor(folder, python=_python(settings))
+        executor = submitit.SlurmExecutor(folder, python=python_command(settings))
     except RuntimeError:
         raise UserError("there is no SLURM here; try --executor local, or log in to the cluster") from None
     executor.update_parameters(**slurm_parameters(settings, code, runs_file, name))
     return executor
-
-
-def _python(settings: JobSettings) -> str:
-    return settings.python or shlex.quote(sys.executable)
 
 
 @contextmanager

@@ -17,9 +17,10 @@ from pathlib import Path
 from minbert.data.errors import UserError
 from minbert.slurm import controller
 from minbert.slurm.allocation import Allocation
+from minbert.slurm.batch_script import token_of
 from minbert.slurm.check import check_allocation
 from minbert.slurm.records import EXIT_CODES, UNANNOUNCED, Ending, Life, Records, Submission
-from minbert.slurm.submission import kept_task, submit_anew, token_of
+from minbert.slurm.submission import kept_task, submit_anew
 from minbert.slurm.verdict import BEFORE_TRAINING, SCRIPT_KILLED, USER_MISTAKE, Error, Evidence, Next, Verdict, judge
 
 # srun about a task that ended by a signal: "srun: error: n2: task 3: Killed"

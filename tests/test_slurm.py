@@ -20,16 +20,18 @@ from minbert.data.errors import UserError
 from minbert.launch.main import main
 from minbert.launch.sweep import elements, parse_sweep
 from minbert.slurm.allocation import Allocation, expand_counts
+from minbert.slurm.batch_script import watched
 from minbert.slurm.check import Node, mismatches
 from minbert.slurm.controller import Job, Queued, without_job
 from minbert.slurm.records import EXIT_CODES, Ending, Records, Submission
 from minbert.slurm.settings import JobSettings, parse_time, resolve_settings
 from minbert.slurm.snapshot import take_snapshot
 from minbert.slurm.status import is_active, look
-from minbert.slurm.submission import _watched, is_refusal, kept_task, mark_cancelled
+from minbert.slurm.submission import is_refusal, kept_task, mark_cancelled
 from minbert.slurm.submission import submit as submit_runs
 from minbert.slurm.supervisor import KILLED, accept, bounded, complaint
 from minbert.slurm.verdict import Error, Evidence, Next, Verdict, judge
+from minbert.trainer.checkpoint import published, read_manifest
 from minbert.trainer.run_folder import RunFolder
 
 SMALL = ["--train-limit", "120", "--eval-limit", "40", "--batch-size", "8", "--steps", "4", "--log-every", "1"]
@@ -445,7 +447,7 @@ def test_what_sbatch_says_is_a_refusal_or_no_answer(complaint, refused):
 )
 def test_a_line_of_setup_that_fails_ends_the_script(lines, said, tmp_path):
     (tmp_path / "file").write_text("false\ntrue\n")
-    script = "\n".join([*_watched(lines, "echo"), "echo whole"])
+    script = "\n".join([*watched(lines, "echo"), "echo whole"])
     (tmp_path / "script").write_text(script)
     done = subprocess.run(["bash", "script"], cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout == f"{said}\n"
@@ -636,6 +638,13 @@ def test_a_run_without_a_job_stands_as_its_own_files_say(tmp_path, capsys):
     folder.write_config(config.model_copy(update={"budget": config.budget.model_copy(update={"steps": 9})}))
     report = look([run])[0]
     assert (report.state, report.total, report.exit_code) == ("interrupted", 9, 75)
+    manifest = read_manifest(published(folder.checkpoints)[-1])
+    patient = config.budget.model_copy(update={"patience": 1, "steps": 9})
+    folder.write_config(config.model_copy(update={"budget": patient}))
+    budget = {"budget": patient.model_dump()}
+    out_of_patience = replace(manifest.state, stale_evaluations=1)
+    replace(manifest, state=out_of_patience, total_steps=9, config=budget).write(published(folder.checkpoints)[-1])
+    assert look([run])[0].state == "finished"
     folder.write_config(config)
     records = records_of(run)
     life = records.begin("7", 0, "n1")

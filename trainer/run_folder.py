@@ -9,7 +9,6 @@ gramians.jsonl    inner products of the tasks' gradients, layer by layer
 slurm/, code/     of a submitted run: its jobs' files and records, and the code that they run
 """
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -104,17 +103,6 @@ class RunFolder:
             yield
         finally:
             lock.release()
-
-    def is_locked(self) -> bool:
-        """Whether somebody trains in this folder, as far as its file system tells."""
-        try:
-            with (self.path / ".lock").open("rb") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:
-            return False
-        return False
 
     def append_metrics(self, record: dict[str, Any]) -> None:
         self._metrics.append(json.dumps(record))
