@@ -38,7 +38,7 @@ REASONS = {
     "ReqNodeNotAvail": "nodes that it needs are down or reserved",
     "JobHeldUser": "held: scontrol release lets it go",
     "JobHeldAdmin": "held by an administrator",
-    "BeginTime": "until SLURM's pause after a requeue is over",
+    "BeginTime": "until its begin time, which SLURM sets after a requeue",
 }
 
 
@@ -233,7 +233,7 @@ def _state(known: _Known, told: _Told) -> tuple[str, str, str, bool]:
     if job and job.active:
         if job.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD"):
             after = f"{life.ending}, " if life and life.ending and life.then else ""
-            return "pending", f"{after}{REASONS.get(job.reason, job.reason)}", "", True
+            return "pending", f"{after}{REASONS.get(job.reason.partition(',')[0], job.reason)}", "", True
         if not (job.state == "COMPLETING" and life and life.ending and not life.then):
             return WORDS.get(job.state, job.state.lower()), "", job.nodes, True
     if life and life.ending and not known.open:
