@@ -1,6 +1,5 @@
 """What a run's own files say of it, whoever trains it: no questions to SLURM."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from minbert.data.errors import UserError
 from minbert.data.files import is_locked
+from minbert.data.reading import read_json_lines
 from minbert.slurm.records import Ending, Life, Records, read_record
 from minbert.trainer.checkpoint import Damaged, Manifest, published, read_manifest
 from minbert.trainer.run_folder import RunFolder
@@ -71,15 +71,7 @@ def progress(run: Path) -> tuple[int | None, float | None, float]:
     file = run / "metrics.jsonl"
     if not file.is_file():
         return None, None, 0.0
-    steps, scores = [], []
-    for line in file.read_text(errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue  # a kill can tear a line
-        if isinstance(record, dict) and isinstance(record.get("step"), int):
-            steps.append(record["step"])
-            score = record.get("dev/overall")
-            if isinstance(score, int | float) and math.isfinite(score):
-                scores.append(score)
-    return (steps[-1] if steps else None), max(scores, default=None), file.stat().st_mtime
+    records = read_json_lines(file)
+    found = [record.get("dev/overall") for record in records]
+    scores = [score for score in found if isinstance(score, int | float) and math.isfinite(score)]
+    return (records[-1]["step"] if records else None), max(scores, default=None), file.stat().st_mtime
