@@ -13,6 +13,7 @@ from minbert.launch.exit_codes import ExitCode
 from minbert.launch.processes import ERROR_FILE, record_errors
 from minbert.slurm.allocation import Allocation
 from minbert.slurm.records import EXIT_CODES, Ending, Records
+from minbert.slurm.supervisor import stand_in
 from minbert.slurm.verdict import Error
 from minbert.trainer.stop import StopRequest
 
@@ -38,6 +39,7 @@ class RunJob:
             code = self._train(allocation, stop)
             if allocation.rank == 0:
                 self._tell(allocation, code, stop)
+                stand_in(self.run, allocation)
             if code == ExitCode.INTERRUPTED:  # time is short, and the interpreter's farewell takes seconds
                 sys.stdout.flush()
                 sys.stderr.flush()

@@ -18,11 +18,13 @@ from minbert.slurm.records import Records
 from minbert.slurm.status import Report, find_runs, look
 
 STYLES = {"finished": "green", "running": "cyan", "pending": "yellow", "failed": "bold red", "process killed": "red"}
+STYLES |= {"unknown": "bold yellow", "damaged": "bold red"}
 
 
 @dataclass(frozen=True)
 class JobsOptions:
-    """Show how runs stand. With a single RUN, the exit code tells too: 0 finished, 75 not ended, else how it ended."""
+    """Show how runs stand. With a single RUN, the exit code tells too: 0 finished, 75 not ended, 87 unknown as SLURM is
+    silent, else how it ended."""
 
     folders: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="FOLDER")] = (Path("runs"),)
     """Run folders, or folders that hold some."""
@@ -93,9 +95,11 @@ def resubmit(reports: Sequence[Report]) -> None:
 
     groups: dict[str, list[Path]] = {}
     for report in reports:
+        if report.active or report.finished:
+            continue
         submission = Records(report.run).submission()
         is_run = (report.run / "config.yaml").exists()  # a search goes on by `minbert tune --slurm`
-        if submission and is_run and not report.active and not report.finished:
+        if submission and is_run:
             key = json.dumps([submission.folder, submission.settings], sort_keys=True)
             groups.setdefault(key, []).append(report.run)
     if not groups:

@@ -23,6 +23,7 @@ from minbert.launch.exit_codes import ExitCode
 from minbert.launch.processes import ERROR_FILE, record_errors
 from minbert.slurm.allocation import Allocation, address
 from minbert.slurm.records import Records
+from minbert.slurm.supervisor import stand_in
 from minbert.trainer.stop import StopRequest
 
 POLL = 0.5  # seconds
@@ -48,6 +49,7 @@ class SearchJob:
                     return _join(place, allocation, logs / f"ray-{allocation.rank}.log")
                 code = self._lead(place, allocation, stop)
             self._tell(allocation, code, stop)
+            stand_in(self.folder, allocation)
             return code
 
     def _tell(self, allocation: Allocation, code: int, stop: StopRequest) -> None:

@@ -25,10 +25,11 @@ from minbert.launch.options import (
     show_help,
 )
 from minbert.launch.sweep import elements, parse_sweep
+from minbert.slurm.batch_script import batch_script
 from minbert.slurm.records import Records
 from minbert.slurm.settings import JobSettings, parse_parameters, resolve_settings
 from minbert.slurm.status import is_active, look
-from minbert.slurm.submission import batch_script, submit
+from minbert.slurm.submission import refuse_hopeless, submit
 from minbert.trainer.config import RunConfig
 from minbert.trainer.preparation import new_run_path, prepare, resolve, total_steps
 
@@ -132,6 +133,7 @@ def _submit(configs: Sequence[RunConfig], settings: JobSettings, folder: Path, f
     """Prepare the runs and queue them; `folder` is the run's own, or the sweep's."""
     if settings.executor == "debug" and len(configs) > 1:
         raise UserError("the debug executor runs one run; use executor=local for a sweep")
+    refuse_hopeless(settings, folder)
     runs = [prepare(config, force).path for config in configs]
     queue(runs, settings, folder, [total_steps(config) for config in configs])
 

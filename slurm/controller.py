@@ -1,9 +1,9 @@
 """Questions to SLURM and requests of it: `scontrol` and `squeue` know what waits and runs, `sacct` what has ended.
 
-`sacct` needs the site's accounting; where it is missing, its answers are empty and nothing else is lost.
+`sacct` needs the site's accounting; where it is missing, its answers are empty and nothing else is lost. Nothing in the
+user's environment filters the answers, and that the controller does not know a job is told from no answer at all.
 """
 
-import getpass
 import os
 import re
 import shutil
@@ -14,7 +14,19 @@ from datetime import datetime
 
 from minbert.data.errors import UserError
 
-ACTIVE = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "SIGNALING")
+# States of a job that neither waits nor runs any more.
+OVER = frozenset(
+    (
+        *("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED"),
+        *("REVOKED", "TIMEOUT"),
+    )
+)
+PART = 200  # job ids in one question
+FOREIGN = (
+    *("SLURM_", "SLURMD_", "SBATCH_", "SALLOC_", "SRUN_", "SQUEUE_", "SACCT_", "SCANCEL_", "SINFO_", "SCONTROL_"),
+    "SUBMITIT_",
+)
+OURS = ("SLURM_CONF", "SLURM_JWT")  # where the cluster is, and who we are
 
 
 @dataclass(frozen=True)
@@ -43,16 +55,17 @@ class Queued:
     state: str
     reason: str = ""
     nodes: str = ""
+    comment: str = ""
 
-
-def available() -> bool:
-    return shutil.which("squeue") is not None
+    @property
+    def active(self) -> bool:
+        return self.state not in OVER
 
 
 def call(*command: str, timeout: float = 60.0) -> str:
     """What the command prints. Raises UserError with its complaint if it fails or does not answer."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=without_job())
     except FileNotFoundError:
         raise UserError(f"there is no SLURM here: the command {command[0]} is missing") from None
     except subprocess.TimeoutExpired:
@@ -77,13 +90,46 @@ def show(job_id: str) -> Job:
     )
 
 
-def queue() -> dict[str, Queued]:
-    """Every job of this user that SLURM still remembers; array elements by ARRAY_INDEX, one by one."""
-    lines = call("squeue", "-h", "-r", "-t", "all", "-u", getpass.getuser(), "-o", "%i|%T|%r|%N").splitlines()
+def jobs(job_ids: Iterable[str]) -> dict[str, Queued]:
+    """Those of the jobs that SLURM still remembers, and their whole arrays, whose elements are ARRAY_INDEX.
+
+    Raises UserError if the controller does not answer.
+    """
+    wanted = sorted({job_id.partition("_")[0] for job_id in job_ids})
+    found: dict[str, Queued] = {}
+    for start in range(0, len(wanted), PART):
+        try:
+            found |= _squeue(f"--jobs={','.join(wanted[start : start + PART])}")
+        except UserError as error:
+            if "Invalid job id specified" not in str(error):  # which is said of a single job that is forgotten
+                raise
+    return found
+
+
+def find(tokens: Iterable[str]) -> dict[str, str]:
+    """Token -> id of the job, or array, whose comment ends with it; without those that the controller does not know.
+
+    Raises UserError if the controller does not answer.
+    """
+    mine = _squeue(f"--user={os.getuid()}")
+    return {
+        token: job_id.partition("_")[0]
+        for token in tokens
+        for job_id, job in mine.items()
+        if job.comment.endswith(comment(token))
+    }
+
+
+def comment(token: str) -> str:
+    return f"minbert:{token}"
+
+
+def _squeue(which: str) -> dict[str, Queued]:
     found = {}
-    for line in lines:
-        job_id, state, reason, nodes = line.split("|")
-        found[job_id] = Queued(state, "" if reason == "None" else reason, nodes)
+    for line in call("squeue", "-h", "-r", "--all", "-t", "all", which, "-o", "%i|%T|%r|%N|%k").splitlines():
+        if line.count("|") >= 4:
+            job_id, state, reason, nodes, comment = line.split("|", 4)
+            found[job_id] = Queued(state, "" if reason == "None" else reason, nodes, comment)
     return found
 
 
@@ -130,11 +176,25 @@ def largest_array() -> int:
     return int(found[1]) if found else 1000
 
 
+def largest_partition(names: str | None) -> tuple[str, int] | None:
+    """The largest of the partitions (`a,b`; the default one), and its nodes; None if SLURM does not tell."""
+    try:
+        lines = call("scontrol", "--oneliner", "--all", "show", "partition").splitlines()
+    except UserError:
+        return None
+    shown = [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in lines]
+    wanted = names.split(",") if names else [each["PartitionName"] for each in shown if each.get("Default") == "YES"]
+    sizes = {each["PartitionName"]: int(each.get("TotalNodes", 0)) for each in shown if "PartitionName" in each}
+    if not wanted or not sizes.keys() >= set(wanted):
+        return None
+    return max(((name, sizes[name]) for name in wanted), key=lambda each: each[1])
+
+
 def without_job(environment: dict[str, str] | None = None) -> dict[str, str]:
-    """The environment without the variables of the job we run in: sbatch would take them for options."""
+    """The environment without what SLURM's commands would take for options: the variables of the job we run in, and
+    the user's own filters and formats."""
     environment = dict(os.environ if environment is None else environment)
-    foreign = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SUBMITIT_")
-    return {name: value for name, value in environment.items() if not name.startswith(foreign) or name == "SLURM_CONF"}
+    return {name: value for name, value in environment.items() if not name.startswith(FOREIGN) or name in OURS}
 
 
 def _moment(text: str) -> datetime | None:

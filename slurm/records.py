@@ -5,16 +5,22 @@ with and without the site's accounts.
 """
 
 import json
+import stat
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import TypeAdapter, ValidationError
+
+from minbert.data.errors import UserError
 from minbert.data.files import replacing
-from minbert.slurm.settings import JobSettings
+from minbert.slurm.settings import JobSettings, parse_settings
 from minbert.trainer.checkpoint import published
+
+T = TypeVar("T")
 
 
 class Ending(StrEnum):
@@ -65,13 +71,14 @@ class Life:
     last_step: int | None = None
     code: int | None = None  # what rank 0 returned, and which signal it had received
     signal: int | None = None
+    script: int | None = None  # the batch script's process, on the first node
 
 
 @dataclass(frozen=True)
 class Submission:
     """How a run was submitted last."""
 
-    job_id: str
+    job_id: str  # empty as long as nobody has learned it
     folder: str  # submitit's
     code: str  # the snapshot that the job runs
     settings: Mapping[str, Any]
@@ -80,6 +87,8 @@ class Submission:
     total_steps: int | None = None
     earlier_lives: int = 0  # of jobs that were submitted before by hand
     cancelled: bool = False
+    token: str = ""  # in the job's comment, by which it is found if sbatch's answer is lost
+    element: int | None = None  # of the job array
 
     def job_settings(self) -> JobSettings:
         return JobSettings(**self.settings)
@@ -95,11 +104,13 @@ class Records:
         self.lives_folder = self.folder / "lives"
 
     def submission(self) -> Submission | None:
-        """None if the run was never submitted."""
+        """None if the run was never submitted. Raises UserError if the record is damaged."""
         try:
-            return Submission(**json.loads(self.file.read_text()))
+            submission = read_record(self.file, Submission)
         except FileNotFoundError:
             return None
+        parse_settings(submission.settings, str(self.file))
+        return submission
 
     def write_submission(self, submission: Submission | None) -> None:
         """None takes an earlier record back."""
@@ -110,18 +121,35 @@ class Records:
         with replacing(self.file) as temporary:
             temporary.write_text(json.dumps(asdict(submission), indent=2) + "\n")
 
+    def change(self, token: str, **changes: Any) -> None:
+        """Change the record of the submission `token`, unless another has taken its place."""
+        submission = self.submission()
+        if submission and submission.token == token:
+            self.write_submission(replace(submission, **changes))
+
     def lives(self) -> list[Life]:
-        """The oldest first."""
-        lives = [self._read(path) for path in self.lives_folder.glob("*.json") if not path.name.startswith(".")]
-        return sorted(lives, key=lambda life: life.started)
+        """The oldest first, without damaged records."""
+        return self.read_lives()[0]
+
+    def read_lives(self) -> tuple[list[Life], list[str]]:
+        """The lives, the oldest first, and a line for every record that is damaged."""
+        lives, problems = [], []
+        for path in self.lives_folder.glob("*.json"):
+            if path.name.startswith("."):
+                continue
+            try:
+                lives.append(read_record(path, Life))
+            except (UserError, FileNotFoundError) as error:
+                problems.append(str(error))
+        return sorted(lives, key=lambda life: life.started), problems
 
     def life(self, job_id: str, restart: int) -> Life | None:
         path = self._path(job_id, restart)
-        return self._read(path) if path.exists() else None
+        return read_record(path, Life) if path.exists() else None
 
-    def begin(self, job_id: str, restart: int, nodes: str) -> Life:
+    def begin(self, job_id: str, restart: int, nodes: str, script: int | None = None) -> Life:
         """Record that a life begins."""
-        life = Life(job_id, restart, nodes, time.time(), self.newest_step())
+        life = Life(job_id, restart, nodes, time.time(), self.newest_step(), script=script)
         self.write_life(life)
         return life
 
@@ -145,7 +173,20 @@ class Records:
     def _path(self, job_id: str, restart: int) -> Path:
         return self.lives_folder / f"{job_id}-{restart}.json"
 
-    def _read(self, path: Path) -> Life:
-        life = Life(**json.loads(path.read_text()))
-        life.ending = Ending(life.ending) if life.ending else None
-        return life
+
+def read_record(path: Path, kind: type[T]) -> T:
+    """A small JSON file as a `kind`. Raises UserError naming the file if it holds anything else, FileNotFoundError."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise UserError(f"{path} is no file")
+        return TypeAdapter(kind).validate_python(json.loads(path.read_bytes()))
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path} is damaged: {where + ': ' if where else ''}{first['msg'].lower()[:200]}") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{path} is damaged: it is no JSON") from None

@@ -7,11 +7,12 @@ for what is the same for all of a user's jobs: partition, account, lines that se
 import difflib
 import os
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from minbert.data.errors import UserError
 
@@ -77,6 +78,30 @@ class JobSettings(BaseModel):
     """Any other parameter of submitit's SLURM executor: `exclude`, `gres`, `mail_user`, ..., and
     `additional_parameters` for options of sbatch that it has no name for."""
 
+    @field_validator("setup", "srun_args", mode="before")
+    @classmethod
+    def _from_text(cls, value: Any, info: Any) -> Any:
+        """A file may give the lines, or the arguments, as one text."""
+        if not isinstance(value, str):
+            return value
+        return value.splitlines() if info.field_name == "setup" else shlex.split(value)
+
+    @field_validator("time", mode="before")
+    @classmethod
+    def _no_sexagesimal(cls, value: Any) -> Any:
+        if isinstance(value, int):
+            raise ValueError(
+                f"time: {value} without quotes is ambiguous, as YAML reads 1:30:00 as 5400; write '1:30:00', 90m or 8h"
+            )
+        return value
+
+    @field_validator("job_name", "mem", "partition", "account", "qos", "constraint", "reservation", mode="after")
+    @classmethod
+    def _one_line(cls, value: str | None, info: Any) -> str | None:
+        if value is not None:
+            refuse_control_characters(value, info.field_name)
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> "JobSettings":
         if self.gpus_per_node and self.tasks_per_node and self.tasks_per_node > self.gpus_per_node:
@@ -109,6 +134,12 @@ class JobSettings(BaseModel):
     def minutes(self) -> int | None:
         """The time limit. Raises ValueError if it is none."""
         return None if self.time is None else parse_time(self.time)
+
+
+def refuse_control_characters(text: str, what: str) -> None:
+    """Raises ValueError for a line break and the like: in a batch script the next line may be anything."""
+    if any(ord(character) < 32 or ord(character) == 127 for character in text):
+        raise ValueError(f"{what}: {text!r} holds a line break or another control character")
 
 
 def parse_time(text: str) -> int:
@@ -197,6 +228,24 @@ def _refuse_unknown(parameters: Mapping[str, Any]) -> None:
                 f"SLURM parameter {name!r} is unknown; {hint}There are {', '.join(valid)}. "
                 "Any other option of sbatch goes under additional_parameters."
             )
+        if name != "additional_parameters":
+            _refuse_odd_values(parameters, [name])
+        elif isinstance(additional := parameters[name], Mapping):
+            _refuse_odd_values(additional, additional)
+        else:
+            raise ValueError(
+                f"additional_parameters must hold options of sbatch with their values, not {additional!r}; "
+                "they are given in the site's file"
+            )
+
+
+def _refuse_odd_values(parameters: Mapping[Any, Any], names: Iterable[Any]) -> None:
+    """What becomes a line `#SBATCH --NAME=VALUE` must fit on one."""
+    for name in names:
+        if not isinstance(parameters[name], str | int | float):
+            raise ValueError(f"SLURM parameter {name} must be a text or a number, not {parameters[name]!r}")
+        refuse_control_characters(str(name), "the name of a SLURM parameter")
+        refuse_control_characters(str(parameters[name]), f"SLURM parameter {name}")
 
 
 def _explain(problem: Any) -> str:

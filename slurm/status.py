@@ -1,25 +1,45 @@
 """How runs stand: from their own records, their logs, and what SLURM knows of their jobs.
 
-Two questions to SLURM serve any number of runs, and without SLURM or its accounts the records alone must do.
+A few questions to SLURM serve any number of runs. A run whose job the controller does not tell about is `unknown`,
+which counts as active: nothing is submitted from it. What is wrong with one folder is said in that folder's line.
 """
 
-import json
 import socket
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from minbert.data.errors import UserError
-from minbert.data.reading import read_json_lines
 from minbert.slurm import controller
-from minbert.slurm.controller import ACTIVE, Queued
+from minbert.slurm.controller import Queued
+from minbert.slurm.own_files import has_advanced, own_state, progress, read_trial
 from minbert.slurm.records import EXIT_CODES, Ending, Life, Records, Submission
+from minbert.slurm.submission import job_id_of
 from minbert.slurm.supervisor import ACCOUNTED
+from minbert.slurm.verdict import SCRIPT_KILLED
 
 GOING_ON = 75  # exit code for a run that has not ended
+UNKNOWN, UNKNOWN_CODE = "unknown", 87
+DAMAGED, DAMAGED_CODE = "damaged", 2  # a record that nobody can read
+UNFINISHED = ("running", "interrupted", "not started", "not submitted")  # without a job
+SETTLED = 300.0  # seconds after which a submission that SLURM does not know was none
 WORDS = {"COMPLETING": "ending", "CONFIGURING": "starting"}
+# Why a job waits, where SLURM's word does not say what to do.
+REASONS = {
+    "PartitionConfig": "for ever: it asks for more than the partition has",
+    "PartitionNodeLimit": "for ever: it asks for more nodes than the partition has or allows",
+    "PartitionTimeLimit": "for ever: it asks for more time than the partition allows",
+    "PartitionDown": "the partition is down",
+    "PartitionInactive": "the partition is inactive",
+    "BadConstraints": "for ever: no node is what it asks for",
+    "DependencyNeverSatisfied": "for ever: what it depends on has failed",
+    "ReqNodeNotAvail": "nodes that it needs are down or reserved",
+    "JobHeldUser": "held: scontrol release lets it go",
+    "JobHeldAdmin": "held by an administrator",
+    "BeginTime": "until its begin time, which SLURM sets after a requeue",
+}
 
 
 @dataclass(frozen=True)
@@ -49,26 +69,77 @@ class Report:
         return f"{self.state}{detail}{f', job {self.job_id}' if self.job_id else ''}"
 
 
+@dataclass(frozen=True)
+class _Known:
+    """What a run's folder tells."""
+
+    run: Path
+    submission: Submission | None = None
+    lives: list[Life] = field(default_factory=list)
+    trial: dict[str, Any] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)  # damaged records
+    unreadable: bool = False  # the one that matters most is damaged
+
+    @classmethod
+    def read(cls, run: Path) -> "_Known":
+        records = Records(run)
+        lives, problems = records.read_lives()
+        try:
+            submission = records.submission()
+            trial = read_trial(run) if submission is None else {}
+        except (UserError, OSError) as error:
+            return cls(run, lives=lives, problems=[str(error)], unreadable=True)
+        return cls(run, submission, lives, trial, problems)
+
+    @property
+    def on_cluster(self) -> bool:
+        return self.submission is not None and self.submission.job_settings().executor == "slurm"
+
+    @property
+    def open(self) -> bool:
+        """Whether the records leave open how the job ended: it never began, a life has no end or was to be followed."""
+        if not self.submission.job_id or len(self.lives) <= self.submission.earlier_lives:
+            return True
+        return self.lives[-1].ending is None or bool(self.lives[-1].then)
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What SLURM tells."""
+
+    queued: Mapping[str, Queued] = field(default_factory=dict)
+    accounted: Mapping[str, list[Queued]] = field(default_factory=dict)
+    silence: str = ""  # why it does not
+
+
 def look(runs: Sequence[Path]) -> list[Report]:
     """How each of the runs stands."""
-    records = [Records(run) for run in runs]
-    submissions = [record.submission() for record in records]
-    lives = [record.lives() for record in records]
-    on_cluster = {s.job_id for s in submissions if s and s.job_id and s.job_settings().executor == "slurm"}
-    queued: Mapping[str, Queued] = {}
-    if on_cluster and controller.available():
-        try:
-            queued = controller.queue()
-        except UserError:  # the controller does not answer; the records do
-            queued = {}
+    known = [_Known.read(run) for run in runs]
+    try:
+        known = _with_job_ids(known)
+        jobs = {each.submission.job_id for each in known if each.on_cluster and each.submission.job_id}
+        told = _Told(controller.jobs(jobs) if jobs else {})
+    except UserError as error:
+        told = _Told(silence=str(error).rpartition("error: ")[2])
     unclear = [
-        submission.job_id
-        for submission, past in zip(submissions, lives)
-        if submission and submission.job_id in on_cluster - _active(queued) and _open(submission, past)
+        each.submission.job_id
+        for each in known
+        if each.on_cluster and each.open and not _is_active(told.queued, each.submission.job_id)
     ]
-    accounted = controller.accounts(unclear)
+    if not told.silence:
+        told = replace(told, accounted=controller.accounts(filter(None, unclear)))
+    return [_report(each, told) for each in known]
+
+
+def _with_job_ids(known: Sequence[_Known]) -> list[_Known]:
+    """Jobs whose id sbatch did not tell are asked for by their tokens. Raises UserError if SLURM does not answer."""
+    tokens = {each.submission.token for each in known if each.on_cluster and not each.submission.job_id}
+    found = controller.find(tokens) if tokens else {}
     return [
-        _report(run, submission, past, queued, accounted) for run, submission, past in zip(runs, submissions, lives)
+        replace(each, submission=replace(each.submission, job_id=job_id_of(each.submission, found[token])))
+        if each.submission and not each.submission.job_id and (token := each.submission.token) in found
+        else each
+        for each in known
     ]
 
 
@@ -97,29 +168,25 @@ def find_runs(folders: Iterable[Path], depth: int = 3) -> list[Path]:
     return found
 
 
-def _report(
-    run: Path,
-    submission: Submission | None,
-    lives: list[Life],
-    queued: Mapping[str, Queued],
-    accounted: Mapping[str, list[Queued]],
-) -> Report:
+def _report(known: _Known, told: _Told) -> Report:
+    run, submission, lives, trial = known.run, known.submission, known.lives, known.trial
     life = lives[-1] if lives else None
-    state, detail, nodes, active = _state(submission, lives, queued, accounted)
-    step, score, when = _progress(run)
-    trial = _trial(run) if submission is None else {}
-    if trial:
-        state, detail = trial["status"], trial["error"] or "trial"
-    earlier = submission.earlier_lives if submission else 0
+    step, score, when = progress(run)
     total = submission.total_steps if submission else trial.get("steps")
+    if known.unreadable:
+        state, detail, nodes, active = DAMAGED, "", "", True
+    elif trial:
+        state, detail, nodes, active = trial["status"], trial["error"] or "trial", "", False
+    else:
+        state, detail, nodes, active = _state(known, told)
+        if not active and state != Ending.FINISHED and (run / "config.yaml").exists():
+            own, own_total = own_state(run)  # what was trained here, without a job
+            if submission is None or (own == Ending.FINISHED and has_advanced(run, life)):
+                state, detail, total = own, "", total or own_total
+    detail = "; ".join(filter(None, [detail, *known.problems]))
     left = None
     if state == "running" and life and step is not None and total and when > life.started and step > life.first_step:
         left = max(0.0, (total - step) * (when - life.started) / (step - life.first_step) - (time.time() - when))
-    if active or state == "not submitted" or (trial and state in ("pending", "running")):
-        code = GOING_ON
-    else:
-        told = life is not None and life.ending == state and life.exit_code is not None
-        code = life.exit_code if told else EXIT_CODES.get(state, 1)
     return Report(
         run=run,
         state=state,
@@ -130,38 +197,62 @@ def _report(
         total=total,
         score=score,
         seconds_left=left,
-        requeues=max(0, len(lives) - earlier - (state != "pending")),
+        requeues=max(0, len(lives) - (submission.earlier_lives if submission else 0) - (state != "pending")),
         active=active,
-        exit_code=code,
+        exit_code=_exit_code(state, active, life, bool(trial)),
     )
 
 
-def _state(
-    submission: Submission | None,
-    lives: list[Life],
-    queued: Mapping[str, Queued],
-    accounted: Mapping[str, list[Queued]],
-) -> tuple[str, str, str, bool]:
+def _exit_code(state: str, active: bool, life: Life | None, trial: bool) -> int:
+    if state in (UNKNOWN, DAMAGED):
+        return UNKNOWN_CODE if state == UNKNOWN else DAMAGED_CODE
+    if active or state in UNFINISHED or (trial and state == "pending"):
+        return GOING_ON
+    told = life is not None and life.ending == state and life.exit_code is not None
+    return life.exit_code if told else EXIT_CODES.get(state, 1)
+
+
+def _state(known: _Known, told: _Told) -> tuple[str, str, str, bool]:
     """State, detail, nodes, and whether there is a job that waits or runs."""
-    life = lives[-1] if lives else None
+    submission, life = known.submission, known.lives[-1] if known.lives else None
     if submission is None:
         return "not submitted", "", "", False
     if submission.job_settings().executor != "slurm":
         return _state_here(submission, life)
-    job = queued.get(submission.job_id)
-    if job and job.state in ACTIVE:
+    if not known.open and not _is_active(told.queued, submission.job_id):
+        return life.ending, life.detail, life.nodes, False
+    if told.silence:
+        return UNKNOWN, f"the controller does not answer: {told.silence}", life.nodes if life else "", True
+    if not submission.job_id:
+        if time.time() - submission.submitted < SETTLED:
+            return UNKNOWN, "being submitted, or sbatch has not said whether it was", "", True
+        if life and life.ending:
+            return life.ending, life.detail, life.nodes, False
+        return "not submitted", "SLURM did not take the job", "", False
+    job = told.queued.get(submission.job_id)
+    if job and job.active:
         if job.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD"):
             after = f"{life.ending}, " if life and life.ending and life.then else ""
-            return "pending", f"{after}{job.reason}", "", True
+            return "pending", f"{after}{REASONS.get(job.reason.partition(',')[0], job.reason)}", "", True
         if not (job.state == "COMPLETING" and life and life.ending and not life.then):
             return WORDS.get(job.state, job.state.lower()), "", job.nodes, True
-    if life and life.ending and not _open(submission, lives):
+    if life and life.ending and not known.open:
         return life.ending, life.detail, life.nodes, False
-    told = accounted.get(submission.job_id, [])[-1:] or ([job] if job else [])
-    ending = ACCOUNTED.get(told[0].state) if told else None
+    return *_ended_in_silence(known, job, told), life.nodes if life else "", False
+
+
+def _ended_in_silence(known: _Known, job: Queued | None, told: _Told) -> tuple[str, str]:
+    """Ending and detail of a job of which the records do not tell how it ended."""
+    submission = known.submission
+    accounted = told.accounted.get(submission.job_id, [])[-1:] or ([job] if job else [])
+    ending = ACCOUNTED.get(accounted[0].state) if accounted else None
     if ending is None:
-        ending = Ending.CANCELLED if submission.cancelled else Ending.LOST
-    return ending, "", life.nodes if life else "", False
+        return Ending.CANCELLED if submission.cancelled else Ending.LOST, ""
+    if ending is Ending.FAILED and len(known.lives) > submission.earlier_lives:
+        return Ending.KILLED, f"{SCRIPT_KILLED}, and could not let the job go on: submit the run again"
+    if ending is Ending.FAILED:
+        return ending, f"before anything was recorded; minbert logs {known.run} may tell why"
+    return ending, ""
 
 
 def _state_here(submission: Submission, life: Life | None) -> tuple[str, str, str, bool]:
@@ -188,30 +279,5 @@ def _controller_lives(submission: Submission) -> bool:
         return False
 
 
-def _open(submission: Submission, lives: list[Life]) -> bool:
-    """Whether the records leave open how the job ended: it never began, or a life has no end or was to be followed."""
-    if len(lives) <= submission.earlier_lives:
-        return True
-    return lives[-1].ending is None or bool(lives[-1].then)
-
-
-def _active(queued: Mapping[str, Queued]) -> set[str]:
-    return {job_id for job_id, job in queued.items() if job.state in ACTIVE}
-
-
-def _trial(run: Path) -> dict[str, Any]:
-    """What a search knows of the run, if it is a trial of one."""
-    try:
-        return json.loads((run / "trial.json").read_text())
-    except FileNotFoundError:
-        return {}
-
-
-def _progress(run: Path) -> tuple[int | None, float | None, float]:
-    """The last logged step, the best overall score so far, and when the log was written last."""
-    file = run / "metrics.jsonl"
-    if not file.is_file():
-        return None, None, 0.0
-    lines = read_json_lines(file)
-    scores = [score for line in lines if isinstance(score := line.get("dev/overall"), int | float)]
-    return (lines[-1]["step"] if lines else None), max(scores, default=None), file.stat().st_mtime
+def _is_active(queued: Mapping[str, Queued], job_id: str) -> bool:
+    return job_id in queued and queued[job_id].active

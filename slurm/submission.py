@@ -3,14 +3,16 @@
 The batch script is submitit's: our lines before and after `srun` call the supervisor, which checks the allocation,
 records each life, and lets the job go on. What is pickled holds the run folder's path only; where the run stands, its
 folder says.
+
+sbatch's answer may be lost although the job is queued. So a token is recorded first and travels in the job's comment:
+by that the job is found, and the job itself finds its task and leaves its id in the record.
 """
 
 import io
 import os
-import shlex
+import re
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -21,10 +23,13 @@ from uuid import uuid4
 
 from minbert.data.errors import UserError
 from minbert.slurm import controller
+from minbert.slurm.batch_script import python_command, slurm_parameters
 from minbert.slurm.records import Records, Submission
-from minbert.slurm.settings import UNLIMITED, JobSettings
+from minbert.slurm.settings import UNLIMITED, JobSettings, refuse_control_characters
 
-SUPERVISOR = "minbert.slurm.supervisor"
+REFUSED = re.compile(r"sbatch: (error|fatal)")
+NEVER_ASKED = re.compile(r"connect failure|Could not establish a configuration source")
+LOST_ANSWER = re.compile(r"tim(ed|e) ?out|zero bytes|unexpected message|communicat|contact", re.IGNORECASE)
 
 
 def submit(
@@ -44,6 +49,7 @@ def submit(
 
     Returns: the job ids, as ARRAY_INDEX for elements. Raises UserError with SLURM's reason if it refuses.
     """
+    refuse_hopeless(settings, folder)
     runs = [run.absolute() for run in runs]
     size = controller.largest_array() if settings.executor == "slurm" and len(runs) > 1 else 1
     ids: list[str] = []
@@ -63,9 +69,13 @@ def _submit_part(
     name: str,
     again: bool,
 ) -> list[str]:
+    from submitit.core.utils import DelayedSubmission
+
     folder.mkdir(parents=True, exist_ok=True)
-    runs_file = folder / f"runs-{uuid4().hex[:8]}.txt"
+    token = uuid4().hex[:12]
+    runs_file = folder / f"runs-{token}.txt"
     runs_file.write_text("".join(f"{run}\n" for run in runs))
+    executor = _executor(settings, folder, code, runs_file, name)
 
     earlier = [Records(run).submission() for run in runs]
     submissions = [
@@ -78,21 +88,102 @@ def _submit_part(
             submitted=time.time(),
             total_steps=steps,
             earlier_lives=before.earlier_lives if again and before else len(Records(run).lives()),
+            token=token,
+            element=None if len(runs) == 1 else index,
         )
-        for run, steps, before in zip(runs, total_steps, earlier)
+        for index, (run, steps, before) in enumerate(zip(runs, total_steps, earlier))
     ]
     _record(runs, submissions)  # a job may start before its id is known here
-    executor = _executor(settings, folder, code, runs_file, name)
+    for task, submission in zip(tasks, submissions):
+        DelayedSubmission(task).dump(kept_task(submission))
+    jobs: Sequence[Any] = []
     with _submission_environment(code), redirect_stderr(io.StringIO()):  # submitit prints what it raises
         try:
             jobs = [executor.submit(tasks[0])] if len(runs) == 1 else executor.submit_array(tasks)
+            ids = [job.job_id for job in jobs]
         except (subprocess.SubprocessError, RuntimeError) as error:
-            _record(runs, earlier)
-            raise UserError(f"SLURM refused the job: {error}") from None
-    _record(runs, [replace(submission, job_id=job.job_id) for submission, job in zip(submissions, jobs)])
+            if settings.executor != "slurm" or is_refusal(str(error)):
+                _record(runs, earlier)
+                _forget_tasks(submissions)
+                raise UserError(f"SLURM refused the job: {error}") from None
+            ids = _lost_and_found(submissions, str(error))
+    for run, job_id in zip(runs, ids):
+        Records(run).change(token, job_id=job_id)
+    if jobs:  # otherwise the job fetches them
+        _forget_tasks(submissions)
     if settings.executor == "debug":
         jobs[0].results()
-    return [job.job_id for job in jobs]
+    return ids
+
+
+def refuse_hopeless(settings: JobSettings, folder: Path) -> None:
+    """Raises UserError for a job that could never run, or whose files in `folder` SLURM would misread."""
+    path = str(folder.absolute())
+    if "%" in path or "\\" in path:
+        raise UserError(
+            f"{path}: SLURM replaces % and \\ in the names of a job's files; give a folder without them by --run"
+        )
+    try:
+        refuse_control_characters(path, "the run folder")
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if settings.gpus_per_node and not settings.python:  # another Python may have another PyTorch
+        import torch
+
+        if not torch.backends.cuda.is_built():
+            raise UserError(
+                f"gpus_per_node={settings.gpus_per_node}, but this PyTorch ({torch.__version__}) is built without "
+                "CUDA; install one with CUDA, or name the Python that has it by --python"
+            )
+    if settings.executor == "slurm" and settings.nodes > 1 and (largest := _largest_partition(settings)):
+        partition, nodes = largest
+        if settings.nodes > nodes:
+            raise UserError(
+                f"nodes={settings.nodes}, but the partition {partition} has {nodes}: it would wait for ever"
+            )
+
+
+def _largest_partition(settings: JobSettings) -> tuple[str, int] | None:
+    additional = settings.slurm_parameters.get("additional_parameters", {})
+    elsewhere = {"clusters", "cluster", "partition"} & additional.keys()
+    return None if elsewhere else controller.largest_partition(settings.partition)
+
+
+def is_refusal(complaint: str) -> bool:
+    """Whether sbatch says so that SLURM did not take the job; if not, its answer may just be lost."""
+    if NEVER_ASKED.search(complaint):
+        return True
+    return REFUSED.search(complaint) is not None and LOST_ANSWER.search(complaint) is None
+
+
+def _lost_and_found(submissions: Sequence[Submission], complaint: str) -> list[str]:
+    """The ids under which SLURM has the job after all. Raises UserError if it does not tell; the record then keeps the
+    token, and whoever looks next asks again."""
+    token, problem = submissions[0].token, "it does not list the job"
+    try:
+        if found := controller.find([token]).get(token):
+            return [job_id_of(submission, found) for submission in submissions]
+    except UserError as error:
+        problem = str(error)
+    raise UserError(
+        f"whether SLURM has taken the job is unknown: {complaint}; asked for it by its token {token}, {problem}. "
+        "`minbert jobs` asks again; until that is settled, nothing is submitted."
+    )
+
+
+def job_id_of(submission: Submission, job_id: str) -> str:
+    """The run's job: the one that was submitted, or its element of the array."""
+    return job_id if submission.element is None else f"{job_id}_{submission.element}"
+
+
+def kept_task(submission: Submission) -> Path:
+    """Where the task lies until the job's id is known."""
+    return Path(submission.folder) / f"task-{submission.token}-{submission.element or 0}.pkl"
+
+
+def _forget_tasks(submissions: Sequence[Submission]) -> None:
+    for submission in submissions:
+        kept_task(submission).unlink(missing_ok=True)
 
 
 def _record(runs: Sequence[Path], submissions: Sequence[Submission | None]) -> None:
@@ -126,62 +217,13 @@ def mark_cancelled(run: Path) -> None:
     records.write_submission(replace(records.submission(), cancelled=True))
 
 
-def batch_script(settings: JobSettings, folder: Path, code: Path, runs_file: Path, name: str, array: int = 1) -> str:
-    """What sbatch would get, for a job or an array."""
-    from submitit.slurm.slurm import _make_sbatch_string
-
-    command = f"{_python(settings)} -u -m submitit.core._submit {shlex.quote(str(folder))}"
-    parameters = slurm_parameters(settings, code, runs_file, name)
-    return _make_sbatch_string(command=command, folder=folder, map_count=array if array > 1 else None, **parameters)
-
-
-def slurm_parameters(settings: JobSettings, code: Path, runs_file: Path, name: str) -> dict[str, Any]:
-    """The settings in the words of submitit's SLURM executor."""
-    supervisor = f"{shlex.quote(sys.executable)} -m {SUPERVISOR}"
-    file = shlex.quote(str(runs_file))
-    srun_args = ["--kill-on-bad-exit=1"]
-    if settings.cpus_per_task:
-        srun_args.append(f"--cpus-per-task={settings.cpus_per_task}")  # srun has not inherited it since 22.05
-    more = dict(settings.slurm_parameters)
-    additional = {"requeue": True} | dict(more.pop("additional_parameters", {}))
-    if settings.reservation:
-        additional["reservation"] = settings.reservation
-    return {
-        "job_name": settings.job_name or name,
-        "time": settings.minutes,
-        "nodes": settings.nodes,
-        "ntasks_per_node": settings.processes_per_node,
-        "gpus_per_node": settings.gpus_per_node or None,
-        "cpus_per_task": settings.cpus_per_task,
-        "mem": settings.mem,
-        "partition": settings.partition,
-        "account": settings.account,
-        "qos": settings.qos,
-        "constraint": settings.constraint,
-        "signal_delay_s": settings.signal_before,
-        "array_parallelism": settings.array_parallelism,
-        "stderr_to_stdout": True,
-        "wckey": None,
-        "setup": [
-            *settings.setup,
-            f"export PYTHONPATH={shlex.quote(str(code))}${{PYTHONPATH:+:$PYTHONPATH}}",
-            "trap : TERM  # this script outlives SIGTERM, to say how its processes ended",
-            f"{supervisor} begin {file} || exit $?",
-        ],
-        "srun_args": [*srun_args, *settings.srun_args],
-        "teardown": [f"{supervisor} end {file} $?"],
-        "additional_parameters": additional,
-        **more,
-    }
-
-
 def _executor(settings: JobSettings, folder: Path, code: Path, runs_file: Path, name: str) -> Any:
     import submitit
 
     if settings.executor == "debug":
         return submitit.DebugExecutor(folder)
     if settings.executor == "local":
-        executor = submitit.LocalExecutor(folder, python=_python(settings))
+        executor = submitit.LocalExecutor(folder, python=python_command(settings))
         executor.update_parameters(
             timeout_min=settings.minutes or UNLIMITED,
             tasks_per_node=settings.processes_per_node,
@@ -191,15 +233,11 @@ def _executor(settings: JobSettings, folder: Path, code: Path, runs_file: Path, 
         )
         return executor
     try:
-        executor = submitit.SlurmExecutor(folder, python=_python(settings))
+        executor = submitit.SlurmExecutor(folder, python=python_command(settings))
     except RuntimeError:
         raise UserError("there is no SLURM here; try --executor local, or log in to the cluster") from None
     executor.update_parameters(**slurm_parameters(settings, code, runs_file, name))
     return executor
-
-
-def _python(settings: JobSettings) -> str:
-    return settings.python or shlex.quote(sys.executable)
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """What the batch script runs before and after the processes: `python -m minbert.slurm.supervisor begin RUNS` and
-`... end RUNS STATUS`.
+`... end RUNS STATUS`, or `... setup RUNS STATUS COMMAND` if a line of the user's setup has failed.
 
 `begin` checks the allocation and opens the record of this life; `end` finds out why the processes ended, closes the
-record, and lets the job go on where it should. RUNS is a file with a run folder per line, one for each array element.
+record, and lets the job go on where it should. RUNS is a file with a run folder per line, one for each array element;
+its name holds the token of the submission. A job that is not the run's latest submission does nothing.
 """
 
 import os
@@ -10,18 +11,27 @@ import re
 import signal
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from minbert.data.errors import UserError
 from minbert.slurm import controller
 from minbert.slurm.allocation import Allocation
+from minbert.slurm.batch_script import token_of
 from minbert.slurm.check import check_allocation
-from minbert.slurm.records import EXIT_CODES, UNANNOUNCED, Ending, Life, Records
-from minbert.slurm.submission import submit_anew
-from minbert.slurm.verdict import USER_MISTAKE, Error, Evidence, Next, Verdict, judge
+from minbert.slurm.records import EXIT_CODES, UNANNOUNCED, Ending, Life, Records, Submission
+from minbert.slurm.submission import kept_task, submit_anew
+from minbert.slurm.verdict import BEFORE_TRAINING, SCRIPT_KILLED, USER_MISTAKE, Error, Evidence, Next, Verdict, judge
 
 # srun about a task that ended by a signal: "srun: error: n2: task 3: Killed"
 KILLED = re.compile(r"^srun: error: (\S+): tasks? (\S+): (?!Exited)(.*)$", re.MULTILINE)
+# srun about its own arguments or its step, or that a program is not there
+COMPLAINT = re.compile(
+    r"^(?:srun: (?!(?:error: )?(?:\S+: tasks? |Job step aborted|forcing|got SIG|Terminating|launch/))(?:error: )?(.+)"
+    r"|slurmstepd\S*: error: (execve.+))$",
+    re.MULTILINE,
+)
+PREEMPTED = re.compile(r"^slurmstepd\S*: error: \*\*\* JOB .* DUE TO PREEMPTION", re.MULTILINE)
 ACCOUNTED = {
     "NODE_FAIL": Ending.NODE_FAILURE,
     "PREEMPTED": Ending.PREEMPTED,
@@ -36,13 +46,62 @@ ACCOUNTED = {
 
 def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it comes with what is to be recorded; SIGKILL ends us in time
-    moment, runs_file, *status = arguments
-    runs = Path(runs_file).read_text().splitlines()
+    moment, runs_file, *rest = arguments
+    runs = Path(runs_file).read_text().split("\n")
     allocation = Allocation.current()
     run = Path(runs[int(os.environ.get("SLURM_ARRAY_TASK_ID", 0))])
-    if moment == "begin":
+    try:
+        if moment == "end":
+            return end(run, allocation, int(rest[0]))
+        if not accept(run, allocation, token_of(Path(runs_file))):
+            return EXIT_CODES[Ending.CANCELLED]
+        if moment == "setup":
+            return setup_failed(run, allocation, int(rest[0]), rest[1])
         return begin(run, allocation)
-    return end(run, allocation, int(status[0]))
+    except UserError as error:
+        say(str(error))
+        return USER_MISTAKE
+
+
+def accept(run: Path, allocation: Allocation, token: str) -> bool:
+    """Whether this job is the one that the run waits for; then its record has the job's id, and the job its task."""
+    records = Records(run)
+    submission = records.submission()
+    if submission is None or submission.token != token:
+        say(f"{run} was submitted anew after this job, which has nothing to do any more")
+        return False
+    if submission.job_id != allocation.job_id:  # sbatch may not have answered
+        records.change(token, job_id=allocation.job_id)
+    provide_task(submission, allocation.job_id)
+    if submission.cancelled:
+        life = records.begin(allocation.job_id, allocation.restart, os.environ.get("SLURM_JOB_NODELIST", ""))
+        records.end(life, Ending.CANCELLED)
+        say("cancelled before it started")
+        return False
+    return True
+
+
+def provide_task(submission: Submission, job_id: str) -> None:
+    """Put the task where submitit's processes look for it, if submitit could not: it never learned the job's id."""
+    from submitit.core.utils import JobPaths
+
+    task = JobPaths(submission.folder, job_id).submitted_pickle
+    if not task.exists():
+        with suppress(FileNotFoundError):  # submitit has just done it
+            kept_task(submission).replace(task)
+
+
+def setup_failed(run: Path, allocation: Allocation, status: int, line: str) -> int:
+    """A line of the user's setup failed with `status`, or a signal that the job got ended it."""
+    records = Records(run)
+    nodes = os.environ.get("SLURM_JOB_NODELIST", "")
+    life = records.begin(allocation.job_id, allocation.restart, nodes)
+    if status in BEFORE_TRAINING:
+        return end(run, allocation, status)
+    detail = f"setup: `{line}` failed with exit code {status}"
+    say(f"{detail}. A line that may fail ends with `|| true`.")
+    records.end(life, Ending.FAILED, detail, USER_MISTAKE)
+    return USER_MISTAKE
 
 
 def begin(run: Path, allocation: Allocation) -> int:
@@ -54,7 +113,8 @@ def begin(run: Path, allocation: Allocation) -> int:
             close_lost(records, life)
     for error in (run / "logs").glob("rank-*.error"):
         error.unlink()
-    life = records.begin(allocation.job_id, allocation.restart, os.environ.get("SLURM_JOB_NODELIST", ""))
+    nodes = os.environ.get("SLURM_JOB_NODELIST", "")
+    life = records.begin(allocation.job_id, allocation.restart, nodes, script=os.getppid())
     say(f"job {allocation.job_id} on {life.nodes}, start {allocation.restart + 1}, from step {life.first_step}")
     try:
         check_allocation(run, Path(submission.code), allocation, submission.job_settings())
@@ -65,8 +125,8 @@ def begin(run: Path, allocation: Allocation) -> int:
     return 0
 
 
-def end(run: Path, allocation: Allocation, status: int) -> int:
-    """Returns: the batch script's exit code."""
+def end(run: Path, allocation: Allocation, status: int, script_killed: bool = False) -> int:
+    """Returns: the batch script's exit code. Rank 0 calls it if the batch script was killed."""
     records = Records(run)
     life = records.life(allocation.job_id, allocation.restart)
     submission = records.submission()
@@ -76,6 +136,7 @@ def end(run: Path, allocation: Allocation, status: int) -> int:
     except UserError:
         job = None
     errors = read_errors(run)
+    said = output(Path(submission.folder), life)
     verdict = judge(
         Evidence(
             status=status,
@@ -85,13 +146,23 @@ def end(run: Path, allocation: Allocation, status: int) -> int:
             signal=life.signal,
             cancelled=submission.cancelled,
             errors=errors,
-            killed=_killed(Path(submission.folder), life),
+            killed=killed_task(said),
+            complaint=complaint(said),
+            preempted=PREEMPTED.search(said) is not None,
+            script_killed=script_killed,
             down=controller.down_nodes(life.nodes),
             signal_before=settings.signal_before,
         )
     )
     report(verdict, errors, allocation)
     return go_on(run, records, life, bounded(verdict, records, life, settings.max_requeues))
+
+
+def stand_in(run: Path, allocation: Allocation) -> None:
+    """To be called by rank 0 at its end: does what the batch script would do, if that was killed meanwhile."""
+    life = Records(run).life(allocation.job_id, allocation.restart)
+    if life and life.ended is None and life.script and not Path(f"/proc/{life.script}").exists():
+        end(run, allocation, 128 + signal.SIGKILL, script_killed=True)
 
 
 def bounded(verdict: Verdict, records: Records, life: Life, most: int) -> Verdict:
@@ -112,8 +183,11 @@ def go_on(run: Path, records: Records, life: Life, verdict: Verdict) -> int:
     """Close the record and do what the verdict says; in this order, as requeueing ends this script too."""
     exit_code = EXIT_CODES[verdict.ending] if verdict.exit_code is None else verdict.exit_code
     then = {Next.LEFT_TO_SLURM: "requeued", Next.GO_ON: "requeued"}.get(verdict.next, "")
+    if verdict.next is not Next.LEFT_TO_SLURM and records.submission().cancelled:  # since the verdict
+        records.end(life, Ending.CANCELLED)
+        return EXIT_CODES[Ending.CANCELLED]
     records.end(life, verdict.ending, verdict.detail, exit_code, then)
-    if verdict.next is Next.GO_ON and not records.submission().cancelled:
+    if verdict.next is Next.GO_ON:
         try:
             say("requeueing the job")
             controller.requeue(life.job_id)
@@ -152,24 +226,41 @@ def close_lost(records: Records, life: Life) -> None:
     told = controller.accounts([life.job_id]).get(life.job_id, [])
     ending = ACCOUNTED.get(told[life.restart].state) if life.restart < len(told) else None
     down = controller.down_nodes(life.nodes)
+    submission = records.submission()
+    if ending is Ending.REQUEUED and PREEMPTED.search(output(Path(submission.folder), life)):
+        ending = Ending.PREEMPTED
+    if ending is Ending.FAILED:  # the record would be closed if it were for another reason
+        records.end(life, Ending.KILLED, SCRIPT_KILLED, then="requeued")
+        return
     if ending is None or (ending is Ending.REQUEUED and down):
         ending = Ending.NODE_FAILURE if down else Ending.LOST
     records.end(life, ending, ", ".join(down), then="requeued")
 
 
-def _killed(folder: Path, life: Life) -> str:
-    """What srun says in this life of the first task that a signal ended."""
+def output(folder: Path, life: Life) -> str:
+    """The end of what the batch script and rank 0 have printed in this life."""
     path = folder / f"{life.job_id}_0_log.out"
-    if not path.exists():
+    if not path.is_file():
         return ""
     text = path.read_bytes()[-65536:].decode(errors="replace")
-    this_life = text.rpartition(f"start {life.restart + 1}, from step")[2]
-    found = KILLED.search(this_life)
+    return text.rpartition(f"start {life.restart + 1}, from step")[2]
+
+
+def killed_task(said: str) -> str:
+    """What srun says of the first task that a signal ended."""
+    found = KILLED.search(said)
     return f"{found[1]}: task {found[2]}: {found[3]}" if found else ""
 
 
+def complaint(said: str) -> str:
+    """srun's last complaint that is not about how a task ended: the others lead to it."""
+    found = COMPLAINT.findall(said)
+    return next(filter(None, found[-1])) if found else ""
+
+
 def say(text: str) -> None:
-    print(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {text}", flush=True)
+    with suppress(OSError):  # srun may be gone, which takes our output
+        print(f"[{time.strftime('%Y-%m-%d %H:%M:%S')}] {text}", flush=True)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ them apart (seen with 22.05): while the job is still RUNNING, the end is only an
 a preemption. Afterwards the job is COMPLETING: SLURM has decided. If it will start the job again, `Restarts` is higher
 than the SLURM_RESTART_COUNT the job was started with; otherwise PreemptTime means that the site cancels what it
 preempts, an end after the whole time limit is a timeout, and what remains is a cancelled job. That one must not go on,
-although `scontrol requeue` would take it.
+although `scontrol requeue` would take it. Where a site gives no grace, a preempted job is requeued at once, without a
+PreemptTime: then the job's output says so.
 """
 
 import re
@@ -20,6 +21,7 @@ from minbert.slurm.records import Ending
 
 FINISHED, INTERRUPTED, USER_MISTAKE = 0, 75, 2
 BEFORE_TRAINING = {128 + number for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+SCRIPT_KILLED = "the batch script was killed"
 
 # What a process says when the other side of a connection is gone: a consequence, never the cause.
 LOST_PEER = re.compile(
@@ -78,6 +80,9 @@ class Evidence:
     cancelled: bool = False  # by `minbert cancel`
     errors: list[Error] = field(default_factory=list)  # the earliest first
     killed: str = ""  # what srun says of the first task that a signal ended
+    complaint: str = ""  # of srun, when it is not about a task
+    preempted: bool = False  # says the job's output
+    script_killed: bool = False  # the batch script: rank 0 judges in its place
     down: list[str] = field(default_factory=list)  # nodes
     signal_before: int = 0
     now: datetime = field(default_factory=datetime.now)
@@ -99,6 +104,8 @@ def judge(evidence: Evidence) -> Verdict:
         return _ended_by_slurm(evidence, evidence.job)
     if evidence.cancelled:
         return Verdict(Ending.CANCELLED, Next.NOTHING)
+    if evidence.script_killed:
+        return Verdict(Ending.KILLED, Next.GO_ON, SCRIPT_KILLED)
     if evidence.code == INTERRUPTED or (not evidence.errors and evidence.status in BEFORE_TRAINING):
         return Verdict(_announced(evidence), Next.GO_ON)
     return _failed(evidence)
@@ -106,7 +113,8 @@ def judge(evidence: Evidence) -> Verdict:
 
 def _ended_by_slurm(evidence: Evidence, job: Job) -> Verdict:
     if job.restarts > evidence.restart:
-        ending = Ending.NODE_FAILURE if evidence.down else Ending.PREEMPTED if job.preempted else Ending.REQUEUED
+        preempted = job.preempted or evidence.preempted
+        ending = Ending.NODE_FAILURE if evidence.down else Ending.PREEMPTED if preempted else Ending.REQUEUED
         return Verdict(ending, Next.LEFT_TO_SLURM, ", ".join(evidence.down))
     if evidence.cancelled:
         return Verdict(Ending.CANCELLED, Next.NOTHING)
@@ -116,6 +124,8 @@ def _ended_by_slurm(evidence: Evidence, job: Job) -> Verdict:
         return Verdict(Ending.NODE_FAILURE, Next.SUBMIT_ANEW, ", ".join(evidence.down))
     if job.overtime:
         return Verdict(Ending.TIME_LIMIT, Next.SUBMIT_ANEW)
+    if evidence.script_killed:
+        return Verdict(Ending.KILLED, Next.GO_ON, SCRIPT_KILLED)
     return Verdict(Ending.CANCELLED, Next.NOTHING)
 
 
@@ -140,6 +150,8 @@ def _failed(evidence: Evidence) -> Verdict:
         return Verdict(Ending.NODE_FAILURE, Next.GO_ON, ", ".join(evidence.down))
     if evidence.killed or evidence.errors:
         return Verdict(Ending.KILLED, Next.GO_ON, evidence.killed or "the processes lost contact")
-    if evidence.status > 128:
+    if 128 < evidence.status <= 128 + signal.SIGRTMAX:
         return Verdict(Ending.KILLED, Next.GO_ON, f"signal {evidence.status - 128}")
+    if evidence.complaint:
+        return Verdict(Ending.FAILED, Next.NOTHING, f"srun: {evidence.complaint}", USER_MISTAKE)
     return Verdict(Ending.FAILED, Next.NOTHING, f"exit code {evidence.status}", evidence.status or 1)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -19,15 +20,18 @@ from minbert.data.errors import UserError
 from minbert.launch.main import main
 from minbert.launch.sweep import elements, parse_sweep
 from minbert.slurm.allocation import Allocation, expand_counts
+from minbert.slurm.batch_script import watched
 from minbert.slurm.check import Node, mismatches
 from minbert.slurm.controller import Job, Queued, without_job
 from minbert.slurm.records import EXIT_CODES, Ending, Records, Submission
 from minbert.slurm.settings import JobSettings, parse_time, resolve_settings
 from minbert.slurm.snapshot import take_snapshot
-from minbert.slurm.status import look
+from minbert.slurm.status import is_active, look
+from minbert.slurm.submission import is_refusal, kept_task, mark_cancelled
 from minbert.slurm.submission import submit as submit_runs
-from minbert.slurm.supervisor import KILLED, bounded
+from minbert.slurm.supervisor import KILLED, accept, bounded, complaint
 from minbert.slurm.verdict import Error, Evidence, Next, Verdict, judge
+from minbert.trainer.checkpoint import published, read_manifest
 from minbert.trainer.run_folder import RunFolder
 
 SMALL = ["--train-limit", "120", "--eval-limit", "40", "--batch-size", "8", "--steps", "4", "--log-every", "1"]
@@ -106,6 +110,15 @@ def test_layers_and_the_sites_file(tmp_path, monkeypatch):
         ("slurm_parameters: {exclud: n1}\n", "'exclud' is unknown; did you mean 'exclude'? There are"),
         ("slurm_parameters: {ntasks_per_node: 2}\n", "it is the option tasks_per_node"),
         ("- a\n", "must hold `key: value` lines"),
+        ("time: 1:30:00\n", "time: 5400 without quotes is ambiguous, as YAML reads 1:30:00 as 5400"),
+        ("slurm_parameters: {additional_parameters: 5}\n", "additional_parameters must hold options of sbatch"),
+        ("slurm_parameters: {additional_parameters: {a: [1]}}\n", "SLURM parameter a must be a text or a number"),
+        (
+            'slurm_parameters: {exclude: "n1\\n#SBATCH --x"}\n',
+            "SLURM parameter exclude: 'n1\\n#SBATCH --x' holds a line",
+        ),
+        ('account: "a\\nb"\n', "account: 'a\\nb' holds a line break"),
+        ("setup: 5\n", "setup: input should be a valid tuple, not 5"),
     ],
 )
 def test_a_wrong_site_file_is_named(tmp_path, monkeypatch, text, said):
@@ -115,6 +128,14 @@ def test_a_wrong_site_file_is_named(tmp_path, monkeypatch, text, said):
     with pytest.raises(UserError, match=r"site\.yaml") as caught:
         resolve_settings({})
     assert said in str(caught.value)
+
+
+def test_lines_and_arguments_may_be_given_as_text(tmp_path, monkeypatch):
+    site = tmp_path / "site.yaml"
+    site.write_text("setup: |\n  module load cuda\n  ulimit -c 0\nsrun_args: --mpi=none --label='a b'\n")
+    monkeypatch.setenv("MINBERT_SITE", str(site))
+    settings = resolve_settings({})
+    assert settings.setup == ("module load cuda", "ulimit -c 0") and settings.srun_args == ("--mpi=none", "--label=a b")
 
 
 @pytest.mark.parametrize(
@@ -133,12 +154,23 @@ def test_a_wrong_site_file_is_named(tmp_path, monkeypatch, text, said):
         (["--sweep", "sed=1,2"], "there is no option --sed; did you mean --seed?"),
         (["--sweep", "lr=1,x"], "--lr must be"),
         (["somewhere"], "what is 'somewhere'?"),
+        (["--job-name", "a\n#SBATCH --partition=b"], "holds a line break"),
+        (["--executor", "local", "--gpus-per-node", "1"], "is built without CUDA; install one with CUDA"),
     ],
 )
-def test_mistakes_on_the_command_line(arguments, said, capsys, tmp_path):
+def test_mistakes_on_the_command_line(arguments, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.backends.cuda.is_built", lambda: False)
     assert submit("--run", tmp_path / "run", *arguments) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["run%j", "100%", "a\\b", "a\nb"])
+def test_slurm_would_misread_the_names_of_the_jobs_files(name, tmp_path, capsys):
+    assert submit("--run", tmp_path / name, *SMALL, "--executor", "local") == 2
+    said = capsys.readouterr().err
+    assert "SLURM replaces % and" in said or "holds a line break" in said
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_dry_run_shows_everything_and_leaves_nothing(tmp_path, capsys):
@@ -156,7 +188,7 @@ def test_a_dry_run_shows_everything_and_leaves_nothing(tmp_path, capsys):
         "#SBATCH --signal=USR2@120\n",
         "#SBATCH --reservation=r1\n",
         "#SBATCH --exclude=n9\n",
-        "module load cuda\nexport PYTHONPATH=",
+        "\nmodule load cuda\ntrap - ERR EXIT\nexport PYTHONPATH=",
         "--kill-on-bad-exit=1 --cpus-per-task=6 --mpi=none",
         "  processes: 8\n",
         "  batch_size: 8\n",
@@ -243,6 +275,23 @@ OWN = Error(1, 1, "Traceback\nValueError: boom")
         ("lost contact", {"errors": [PEER]}, Ending.KILLED, Next.GO_ON),
         ("a killed step", {"status": 137}, Ending.KILLED, Next.GO_ON),
         ("no Python", {"status": 127}, Ending.FAILED, Next.NOTHING),
+        ("srun's arguments", {"status": 255, "complaint": "unrecognized option '--x'"}, Ending.FAILED, Next.NOTHING),
+        ("srun without a word", {"status": 255}, Ending.FAILED, Next.NOTHING),
+        ("no grace", {"job": replace(OVER, restarts=1), "preempted": True}, Ending.PREEMPTED, Next.LEFT_TO_SLURM),
+        ("the script killed", {"code": 75, "job": OVER, "script_killed": True}, Ending.KILLED, Next.GO_ON),
+        ("the script killed, seen early", {"code": 75, "script_killed": True}, Ending.KILLED, Next.GO_ON),
+        (
+            "the script killed at the end",
+            {"code": 0, "job": OVER, "script_killed": True},
+            Ending.FINISHED,
+            Next.NOTHING,
+        ),
+        (
+            "the script killed, cancelled",
+            {"code": 75, "job": OVER, "script_killed": True, "cancelled": True},
+            Ending.CANCELLED,
+            Next.NOTHING,
+        ),
         ("SLURM is silent", {"code": 75, "job": None}, Ending.STOPPED, Next.GO_ON),
     ],
 )
@@ -266,6 +315,23 @@ def test_the_cause_is_told_in_a_line():
 def test_what_srun_says_of_a_killed_task():
     text = "srun: error: n2: task 3: Exited with exit code 1\nsrun: error: n1: tasks 0-1: Killed\n"
     assert KILLED.search(text).groups() == ("n1", "0-1", "Killed")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("srun: unrecognized option '--foo=3'\nTry \"srun --help\"", "unrecognized option '--foo=3'"),
+        ("srun: error: MPI: no such plugin\nsrun: error: Invalid MPI type 'x'\n", "Invalid MPI type 'x'"),
+        (
+            "slurmstepd-n2: error: execve(): /py: No such file\nsrun: error: n2: task 0: Exited with exit code 2",
+            "execve",
+        ),
+        ("srun: error: n1: tasks 0-1: Killed\nsrun: Job step aborted: Waiting up to 7 seconds", ""),
+        ("srun: got SIGCONT\nsrun: forcing job termination\nstep 3\n", ""),
+    ],
+)
+def test_what_srun_complains_of(text, said):
+    assert complaint(text).startswith(said) and bool(said) == bool(complaint(text))
 
 
 def records_of(run: Path, *endings: Ending, step: int = 0) -> Records:
@@ -345,7 +411,46 @@ def test_mismatches():
 
 def test_a_job_submitted_from_a_job_inherits_nothing_of_it():
     environment = {"SLURM_JOB_ID": "1", "SLURM_CONF": "c", "SBATCH_ACCOUNT": "a", "SUBMITIT_EXECUTOR": "x", "HOME": "h"}
-    assert without_job(environment) == {"SLURM_CONF": "c", "HOME": "h"}
+    environment |= {"SQUEUE_PARTITION": "p", "SQUEUE_FORMAT": "%i", "SACCT_FORMAT": "JobID", "SINFO_PARTITION": "p"}
+    environment |= {"SLURM_TIME_FORMAT": "relative", "SCANCEL_STATE": "PENDING", "SLURM_CLUSTERS": "c2"}
+    kept = {"SLURM_CONF": "c", "SLURM_JWT": "t", "HOME": "h"}
+    assert without_job(environment | kept) == kept
+
+
+@pytest.mark.parametrize(
+    ("complaint", "refused"),
+    [
+        ("sbatch: error: invalid partition specified: x\nsbatch: error: Batch job submission failed: Invalid", True),
+        ("sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)", True),
+        ("sbatch: fatal: Could not establish a configuration source", True),
+        ("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation", False),
+        ("sbatch: error: Batch job submission failed: Zero Bytes were transmitted or received", False),
+        ('Could not make sense of sbatch output ""', False),
+        ("", False),  # sbatch was killed
+    ],
+)
+def test_what_sbatch_says_is_a_refusal_or_no_answer(complaint, refused):
+    assert is_refusal(complaint) is refused
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (["true", "no_such_command x"], "127 no_such_command x"),
+        (["exit 3"], "3 exit 3"),
+        (["exit 0"], "0 exit 0"),
+        (["if true; then", "false", "fi"], "1 false"),
+        (["set -e", "false"], "1 false"),
+        (["false | true", "false || true", "if false; then :; fi", "! true", ". ./file"], "whole"),
+        (["f() { false; true; }", "f", "x=$(false; true)"], "whole"),
+    ],
+)
+def test_a_line_of_setup_that_fails_ends_the_script(lines, said, tmp_path):
+    (tmp_path / "file").write_text("false\ntrue\n")
+    script = "\n".join([*watched(lines, "echo"), "echo whole"])
+    (tmp_path / "script").write_text(script)
+    done = subprocess.run(["bash", "script"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == f"{said}\n"
 
 
 # Snapshots
@@ -372,8 +477,7 @@ def test_a_snapshot_comes_before_the_installed_code(tmp_path):
 
 def stand(run: Path, records: Records, state: str | None, monkeypatch, accounts: str | None = None):
     queue = {"7": Queued(state, "Resources", "n1")} if state else {}
-    monkeypatch.setattr("minbert.slurm.controller.available", lambda: True)
-    monkeypatch.setattr("minbert.slurm.controller.queue", lambda: queue)
+    monkeypatch.setattr("minbert.slurm.controller.jobs", lambda ids: queue)
     told = {"7": [Queued(accounts)]} if accounts else {}
     monkeypatch.setattr("minbert.slurm.controller.accounts", lambda ids: told if list(ids) else {})
     return look([run])[0]
@@ -401,6 +505,157 @@ def test_how_a_run_stands(tmp_path, monkeypatch):
     records.end(life, Ending.FAILED, "boom", 1)
     report = stand(run, records, None, monkeypatch)
     assert (report.state, report.detail, report.exit_code, report.active) == ("failed", "boom", 1, False)
+
+
+def test_without_an_answer_a_run_is_unknown_and_nothing_is_submitted(tmp_path, monkeypatch, capsys):
+    """Nobody listens where the controller should, or SLURM is not installed."""
+    conf = "ClusterName=x\nSlurmctldHost=localhost(127.0.0.1)\nSlurmctldPort=1\nMessageTimeout=1\nAuthType=auth/munge\n"
+    (tmp_path / "slurm.conf").write_text(conf)
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    records = records_of(run)
+    records_of(whole, Ending.FINISHED)
+    (run / "config.yaml").write_text("steps: 4\n")
+    report, other = look([run, whole])
+    assert (report.state, report.active, report.exit_code) == ("unknown", True, 87) and is_active(run)
+    assert "the controller does not answer" in report.detail and other.state == "finished"
+    assert main(["jobs", str(run)]) == 87
+    assert submit("--run", run) == 2 and main(["jobs", str(run), "--resubmit"]) == 2
+    said = capsys.readouterr().err
+    assert "has a job already: unknown" in said and "nothing to submit again" in said
+    assert records.submission() == Submission("7", str(run / "slurm"), "", {}, "here", 0.0)
+    assert main(["cancel", str(run)]) == 2 and records.submission().cancelled
+    assert "may still wait or run" in capsys.readouterr().err
+    life = records.begin("7", 0, "n1")
+    assert look([run])[0].state == "unknown"
+    records.end(life, Ending.TIME_LIMIT, then="requeued")
+    assert look([run])[0].state == "unknown"
+    records.end(life, Ending.FAILED, "boom", 2)
+    assert look([run])[0].state == "failed"
+
+
+def test_a_submission_whose_answer_was_lost_is_looked_up_by_its_token(tmp_path, monkeypatch):
+    records = Records(tmp_path)
+    lost = Submission("", str(tmp_path / "slurm"), "", {}, "here", time.time(), token="abc", element=2)
+    records.write_submission(lost)
+    known = {"9_2": Queued("PENDING", "Resources", "", "mine minbert:abc"), "8": Queued("RUNNING", "", "n1", "abc")}
+    monkeypatch.setattr("minbert.slurm.controller._squeue", lambda which: known)
+    report = look([tmp_path])[0]
+    assert (report.state, report.job_id, report.active) == ("pending", "9_2", True)
+    known.clear()
+    assert look([tmp_path])[0].state == "unknown" and look([tmp_path])[0].active
+    records.write_submission(replace(lost, submitted=time.time() - 301))
+    report = look([tmp_path])[0]
+    assert (report.state, report.active, report.exit_code) == ("not submitted", False, 75)
+
+
+def test_a_job_that_is_not_the_latest_submission_does_nothing(tmp_path, capsys):
+    """The latest one leaves its id, and finds its task, although sbatch's answer was lost."""
+    records = records_of(tmp_path)
+    submission = replace(records.submission(), job_id="", token="new")
+    records.write_submission(submission)
+    kept_task(submission).write_bytes(b"task")
+    assert not accept(tmp_path, ALLOCATION, "old") and "was submitted anew" in capsys.readouterr().out
+    assert records.submission() == submission and not records.lives()
+    assert accept(tmp_path, ALLOCATION, "new")
+    assert records.submission().job_id == "7" and (tmp_path / "slurm" / "7_submitted.pkl").read_bytes() == b"task"
+    mark_cancelled(tmp_path)
+    assert not accept(tmp_path, ALLOCATION, "new")
+    assert [life.ending for life in records.lives()] == [Ending.CANCELLED]
+
+
+def test_a_killed_batch_script_is_told_in_words(tmp_path, monkeypatch):
+    records = records_of(tmp_path)
+    report = stand(tmp_path, records, None, monkeypatch, "FAILED")
+    assert report.state == "failed" and report.detail.startswith("before anything was recorded; minbert logs")
+    records.begin("7", 0, "n1")
+    report = stand(tmp_path, records, None, monkeypatch, "FAILED")
+    assert report.state == "process killed" and report.exit_code == 84 and "batch script was killed" in report.detail
+
+
+def test_why_a_job_waits_is_told_in_words(tmp_path, monkeypatch):
+    records_of(tmp_path)
+    monkeypatch.setattr("minbert.slurm.controller.jobs", lambda ids: {"7": Queued("PENDING", "PartitionConfig")})
+    assert look([tmp_path])[0].summary == "pending (for ever: it asks for more than the partition has), job 7"
+
+
+GARBAGE = [b"", b"{", b"[]", b"5", b"null", b"\xff\xfe", b"[" * 100_000, b'{"job_id": 5}', b'{"status": [1]}']
+
+
+@pytest.mark.parametrize("name", ["slurm/submission.json", "slurm/lives/7-0.json", "trial.json"])
+def test_one_damaged_folder_is_one_line(name, tmp_path, monkeypatch, capsys):
+    """It is told what is wrong, nothing is submitted from it, and the others are shown as they are."""
+    monkeypatch.setattr("minbert.slurm.controller.jobs", lambda ids: {"7": Queued("PENDING", "Resources")})
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    records_of(good)
+    if "lives" in name:
+        records_of(bad)
+    (bad / "config.yaml").parent.mkdir(exist_ok=True)
+    (bad / "config.yaml").write_text("")
+    file = bad / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    contents = [*GARBAGE, None]
+    for content in contents:
+        file.unlink(missing_ok=True)
+        file.write_bytes(content) if content is not None else os.mkfifo(file)
+        assert main(["jobs", str(tmp_path), "--json"]) == 0
+        first, second = json.loads(capsys.readouterr().out)
+        assert second["state"] == "pending" and second["detail"] == "Resources"
+        assert Path(name).name in first["detail"], content
+        assert first["active"], content
+        if "lives" not in name:
+            assert first["state"] == "damaged" and first["exit_code"] == 2
+            assert main(["jobs", str(bad)]) == 2 and main(["jobs", str(bad), "--resubmit"]) == 2
+            capsys.readouterr()
+    if name == "slurm/submission.json":
+        file.unlink()
+        file.write_text('{"job_id": 5}')
+        assert submit("--run", bad) == 2 and main(["cancel", str(bad)]) == 2 and main(["logs", str(bad)]) == 2
+        assert capsys.readouterr().err.count("submission.json is damaged") == 3
+
+
+def test_garbage_among_the_metrics_is_passed_over(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("")
+    lines = [b'{"step": 3, "dev/overall": 0.5}', b"{", b"[1]", b'"x"', b'{"step": "4"}', b"\xff", b"[" * 100_000]
+    lines += [b'{"step": 5, "dev/overall": NaN}', b'{"step": 6, "dev/overall": "x"}', b'{"loss": 1}']
+    (tmp_path / "metrics.jsonl").write_bytes(b"\n".join(lines))
+    assert main(["jobs", str(tmp_path), "--json"]) == 75
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["step"] == 6 and row["score"] == 0.5
+
+
+def test_a_run_without_a_job_stands_as_its_own_files_say(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert main(["train", "--run", str(run), *SMALL]) == 0
+    capsys.readouterr()
+    assert main(["jobs", str(run), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["state"], row["step"], row["total"], row["active"]) == ("finished", 4, 4, False)
+    folder = RunFolder(run)
+    with folder.locked():
+        assert main(["jobs", str(run)]) == 75 and look([run])[0].state == "running"
+    config = folder.read_config()
+    folder.write_config(config.model_copy(update={"budget": config.budget.model_copy(update={"steps": 9})}))
+    report = look([run])[0]
+    assert (report.state, report.total, report.exit_code) == ("interrupted", 9, 75)
+    manifest = read_manifest(published(folder.checkpoints)[-1])
+    patient = config.budget.model_copy(update={"patience": 1, "steps": 9})
+    folder.write_config(config.model_copy(update={"budget": patient}))
+    budget = {"budget": patient.model_dump()}
+    out_of_patience = replace(manifest.state, stale_evaluations=1)
+    replace(manifest, state=out_of_patience, total_steps=9, config=budget).write(published(folder.checkpoints)[-1])
+    assert look([run])[0].state == "finished"
+    folder.write_config(config)
+    records = records_of(run)
+    life = records.begin("7", 0, "n1")
+    records.end(life, Ending.CANCELLED)
+    assert look([run])[0].state == "cancelled"
+    life.last_step = 2  # and it was finished here afterwards
+    records.write_life(life)
+    assert look([run])[0].state == "finished"
+    records.write_submission(None)
+    shutil.rmtree(folder.checkpoints)
+    assert look([run])[0].state == "not started"
 
 
 # The other executors

@@ -278,6 +278,133 @@ def test_a_lost_node_costs_the_steps_since_the_last_checkpoint(cluster, runs, wh
     assert lives(run)[-1].first_step >= 20
 
 
+@contextmanager
+def patient(cluster, seconds: int = 90) -> Iterator[None]:
+    """Processes that SLURM ends have that long, however slow the machine is."""
+    file = cluster.config.slurm_conf
+    before = file.read_text()
+    file.write_text(before.replace("\nKillWait=5\n", f"\nKillWait={seconds}\n"))
+    assert file.read_text() != before
+    cluster.run("scontrol", "reconfigure")
+    try:
+        yield
+    finally:
+        file.write_text(before)
+        cluster.run("scontrol", "reconfigure")
+
+
+@pytest.fixture(scope="module")
+def troubled(cluster, runs) -> dict[str, Path]:
+    """Runs at once that end in ways of their own: setup and srun refuse, the batch script is killed, no grace."""
+    small = [*SMALL, "--steps", 8, "--eval-every", 8]
+    found = {
+        "setup": submit(runs / "setup", *small, "--setup", "true", "module_load cuda", "touch never"),
+        "srun": submit(runs / "srun", *small, "--srun-args=--no-such-option"),
+        "script": runs / "script",
+        "grace": runs / "grace",
+    }
+    with patient(cluster):
+        with drained(cluster):
+            submit(found["script"], *LONGER, "--slurm-parameters", "nodelist=n1")
+            submit(found["grace"], *LONGER, "--slurm-parameters", "nodelist=n2")
+        with held(20, found["script"], found["grace"]):
+            for name in ("setup", "srun"):
+                ended(found[name])
+            cluster.run("scancel", "--signal=KILL", "--batch", job_id(found["script"]))
+            eventually(lambda: lives(found["script"])[0].ended, "the script's end", found["script"])
+            cluster.run("scontrol", "update", "partitionname=main", "gracetime=0")
+            try:
+                cluster.run("sbatch", "-p", "urgent", "-w", "n2", "--exclusive", "-o", "/dev/null", "--wrap", "true")
+                eventually(lambda: lives(found["grace"])[0].ended, "the preemption", found["grace"])
+            finally:
+                cluster.run("scontrol", "update", "partitionname=main", f"gracetime={cluster.config.grace}")
+    return found
+
+
+def test_a_line_of_setup_that_fails_fails_the_job_in_words(troubled):
+    found = ended(troubled["setup"])
+    assert (found.state, found.exit_code) == ("failed", 2)
+    assert found.detail == "setup: `module_load cuda` failed with exit code 127"
+
+
+def test_arguments_that_srun_does_not_know_fail_the_job_in_its_words(troubled):
+    found = ended(troubled["srun"])
+    assert (found.state, found.exit_code, found.requeues) == ("failed", 2, 0)
+    assert found.detail == "srun: unrecognized option '--no-such-option'"
+
+
+def test_a_killed_batch_script_costs_nothing(troubled, alone):
+    """Rank 0, which SLURM asks to end, does what the script would do."""
+    assert_finished_like(troubled["script"], alone)
+    first, last = lives(troubled["script"])
+    assert (first.ending, first.detail) == (Ending.KILLED, "the batch script was killed")
+    assert last.ending is Ending.FINISHED and last.job_id == first.job_id
+    assert_nothing_lost(troubled["script"])
+
+
+def test_a_preemption_without_grace_is_one(troubled, alone):
+    assert_finished_like(troubled["grace"], alone)
+    assert [life.ending for life in lives(troubled["grace"])] == [Ending.PREEMPTED, Ending.FINISHED]
+
+
+def test_sbatchs_answer_is_lost_and_the_job_is_found(cluster, runs, tmp_path, monkeypatch, capsys):
+    """slurmctld stands still: it has the request, and takes the job later. Nothing is submitted twice."""
+    run, small = runs / "lost-answer", [*SMALL, "--steps", 4, "--eval-every", 4]
+    conf = Path(cluster.environment["SLURM_CONF"]).read_text()
+    impatient = tmp_path / "slurm.conf"
+    impatient.write_text(conf + "MessageTimeout=2\n")
+    controller = psutil.Process(cluster.daemons()["slurmctld"].pid)
+    with monkeypatch.context() as patch:
+        patch.setenv("SLURM_CONF", str(impatient))
+        controller.suspend()
+        try:
+            assert main(["submit", "--run", str(run), *map(str, small)]) == 2
+            assert "whether SLURM has taken the job is unknown" in capsys.readouterr().err
+            found = report(run)
+            assert (found.state, found.active, found.exit_code, found.job_id) == ("unknown", True, 87, "")
+            assert main(["submit", "--run", str(run), *map(str, small)]) == 2
+            assert "has a job already: unknown" in capsys.readouterr().err
+        finally:
+            controller.resume()
+    eventually(lambda: report(run).state not in ("unknown", "not submitted"), "the job to be found", run)
+    assert ended(run).state == "finished", output(run)
+    assert job_id(run) == lives(run)[0].job_id and len(lives(run)) == 1
+    named = cluster.run("squeue", "-h", "-t", "all", "-o", "%i", "--name", run.name).split()
+    assert named == [job_id(run)]
+
+
+def test_neither_filters_nor_another_name_hide_a_job(cluster, runs, monkeypatch, capsys):
+    """And what was cancelled while SLURM did not answer does not start; nor does a job that another has replaced."""
+    with drained(cluster):
+        run, other = submit(runs / "hidden", *SMALL), submit(runs / "replaced", *SMALL)
+        filters = {"SQUEUE_PARTITION": "urgent", "SQUEUE_STATES": "RUNNING", "SQUEUE_USERS": "nobody"}
+        for name, value in {"LOGNAME": "nobody", "USER": "nobody", "SCANCEL_PARTITION": "urgent", **filters}.items():
+            monkeypatch.setenv(name, value)
+        assert report(run).state == "pending"
+        records = Records(other)
+        old = job_id(other)
+        records.write_submission(replace(records.submission(), token="another"))
+        dead = runs / "dead.conf"
+        lines = Path(cluster.environment["SLURM_CONF"]).read_text().splitlines()
+        lines = [line for line in lines if not line.startswith("SlurmctldPort=")]
+        dead.write_text("\n".join([*lines, "SlurmctldPort=1", "MessageTimeout=1", ""]))
+        with monkeypatch.context() as patch:
+            patch.setenv("SLURM_CONF", str(dead))
+            assert report(run).state == "unknown" and main(["cancel", str(run)]) == 2
+            assert "may still wait or run" in capsys.readouterr().err
+        assert report(run).state == "pending"
+    assert ended(run).state == "cancelled" and RunFolder(run).read_metrics() == []
+    done = "squeue", "-h", "-t", "all", "-o", "%T", "-j", old
+    eventually(lambda: cluster.run(*done) == "FAILED", "the end of the job that was replaced", other)
+    assert "was submitted anew" in output(other) and not lives(other)
+
+
+def test_more_nodes_than_there_are_is_refused(runs, capsys):
+    assert main(["submit", "--run", str(runs / "wide"), "--nodes", "9"]) == 2
+    assert "nodes=9, but the partition main has 2" in capsys.readouterr().err
+    assert not (runs / "wide").exists()
+
+
 def test_an_array_with_failures(cluster, runs, capsys):
     """Six runs, two of which fail: table, log, a second submission of those two, cancelling."""
     folder = runs / "sweep"

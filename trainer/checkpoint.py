@@ -77,6 +77,7 @@ class Manifest:
     shapes: dict[str, list[int]]
     files: dict[str, FileRecord]
     format: int = FORMAT
+    total_steps: int | None = None  # of the budget, as far as it has been extended
 
     def write(self, folder: Path) -> None:
         """Write it into `folder`, whole or not at all."""

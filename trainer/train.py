@@ -247,6 +247,7 @@ class Training:
             code=self.code,
             shapes=self.engine.shapes,
             files={},
+            total_steps=self.total_steps,
         )
 
     def _log(self, record: dict[str, float]) -> None:
