@@ -217,5 +217,5 @@ def _progress(run: Path) -> tuple[int | None, float | None, float]:
             lines.append(json.loads(line))
         except json.JSONDecodeError:
             continue  # a kill can tear a line
-    scores = [line["dev/overall"] for line in lines if "dev/overall" in line]
+    scores = [line["dev/overall"] for line in lines if line.get("dev/overall") is not None]
     return (lines[-1]["step"] if lines else None), max(scores, default=None), file.stat().st_mtime

@@ -187,7 +187,7 @@ def test_any_change_to_any_file_is_found(tmp_path_factory, name, data):
 def test_another_version_of_the_format_is_no_damage(tmp_path):
     path = write(tmp_path, 3)
     replace(read_manifest(path), format=99).write(path)
-    with pytest.raises(UserError, match="has format 99; this version of minbert reads format 1"):
+    with pytest.raises(UserError, match="has format 99; this version of minbert reads format 2"):
         read_manifest(path)
 
 
@@ -440,7 +440,8 @@ def run(trained, tmp_path) -> Path:
 def test_list_and_verify_tell_what_there_is(run, capsys):
     assert minbert("checkpoint", "verify", run) == 0
     assert [line.partition(" (")[0] for line in capsys.readouterr().out.splitlines()] == [
-        f"step-0000000{step}: intact" for step in (1, 2, 3)
+        *(f"step-0000000{step}: intact" for step in (1, 2, 3)),
+        "best.safetensors: intact",
     ]
     shard = run / "checkpoints" / "step-00000002" / "rank-00000.safetensors"
     os.truncate(shard, 1000)

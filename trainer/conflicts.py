@@ -5,6 +5,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,7 +48,10 @@ def gramian_record(step: int, result: StepResult) -> dict[str, Any] | None:
 
 
 def read_gramians(path: Path) -> tuple[list[int], list[str], list[str], Tensor]:
-    """Steps, tasks, layers and Gramians (steps, L, T, T) of such a file, of the last line for each step."""
+    """Steps, tasks, layers and Gramians (steps, L, T, T) of such a file, of the last line for each step.
+
+    What was not finite is NaN.
+    """
     by_step = {}
     for line in path.read_text().splitlines():
         try:
@@ -56,5 +60,5 @@ def read_gramians(path: Path) -> tuple[list[int], list[str], list[str], Tensor]:
             continue  # a kill can tear the last line
         by_step[record["step"]] = record
     records = [by_step[step] for step in sorted(by_step)]
-    values = torch.tensor([record["gramians"] for record in records], dtype=torch.float64)
+    values = torch.from_numpy(np.array([record["gramians"] for record in records], dtype=np.float64))
     return sorted(by_step), records[0]["tasks"], records[0]["layers"], values
