@@ -173,7 +173,7 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_over_in_silence(run, ca
         work(RunFolder(run))
     assert minbert("train", "--run", run, "--steps", 2, "--force") == 0
     assert [path.name for path in published(run / "checkpoints")] == ["step-00000001", "step-00000002"]
-    for name in ("metrics.jsonl", "best.safetensors", "gramians.jsonl"):
+    for name in ("metrics.jsonl", "best.safetensors", "saved.json"):
         assert (run / "earlier-1" / name).read_bytes() == before[name]
     assert max(record["step"] for record in RunFolder(run).read_metrics()) == 2
     assert minbert("resume", run) == 0
@@ -238,9 +238,8 @@ def test_a_damaged_best_model_is_replaced_by_its_checkpoint_or_refused(run, tmp_
             assert minbert(*words) == ExitCode.USER_MISTAKE
             said = capsys.readouterr().err
             assert str(best) in said and f"minbert checkpoint convert {run} {best}" in said
-    if published(run / "checkpoints"):
-        assert minbert("checkpoint", "convert", run, best) == 0
-        assert minbert("checkpoint", "verify", run) == 0 and evaluate()
+    assert minbert("checkpoint", "convert", run, best) == 0
+    assert minbert("checkpoint", "verify", run) == 0
 
 
 # Scores, and what JSON cannot say

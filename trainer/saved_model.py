@@ -15,7 +15,7 @@ from minbert.data.errors import UserError
 from minbert.data.files import replacing, to_json
 from minbert.data.tasks import TASKS
 from minbert.data.tokens import Tokenizer, load_tokenizer
-from minbert.trainer.checkpoint import Damaged, Manifest, folder_name, published, read_manifest, verify
+from minbert.trainer.checkpoint import Damaged, Manifest, folder_name, read_manifest, verify
 from minbert.trainer.config import RunConfig
 from minbert.trainer.model import MultitaskModel
 from minbert.trainer.run_folder import RunFolder
@@ -100,25 +100,24 @@ def _best(run: RunFolder) -> tuple[dict[str, Tensor], dict]:
         return state, {"step": int(metadata["step"]), "scores": json.loads(metadata["scores"])}
     except Damaged as problem:
         damage = problem
-    best = 0
-    for checkpoint in reversed(published(run.checkpoints)):
-        try:
-            best = read_manifest(checkpoint).state.best_step
-            break
-        except Damaged:
-            continue
-    if not best and not run.best_model.exists():
-        raise UserError(f"{run.path} holds no trained model yet: the first evaluation writes best.safetensors")
+    evaluations = [record for record in run.read_metrics() if record.get("dev/overall") is not None]
+    best = max(evaluations, key=lambda record: record["dev/overall"], default={"step": 0})  # the first of equals
+    checkpoint = run.checkpoints / folder_name(best["step"])
     try:
-        state = read_weights(run.checkpoints / folder_name(best))[1]
+        state = read_weights(checkpoint)[1]
     except Damaged:
+        if not run.best_model.exists():
+            raise UserError(
+                f"{run.path} holds no trained model yet: the first evaluation writes best.safetensors"
+            ) from None
         raise UserError(
-            f"{damage}, and no intact checkpoint of its step, {best}, is kept (--keep-best would keep it).\n"
+            f"{damage}, and no intact checkpoint of its step, {best['step']}, is kept (--keep-best would keep it).\n"
             "Restore it from a copy, or write the newest checkpoint's model in its place: "
             f"minbert checkpoint convert {shlex.quote(str(run.path))} {shlex.quote(str(run.best_model))}"
         ) from None
-    log.warning("%s; %s, which holds the same weights, is used instead", damage, folder_name(best))
-    return state, {"step": best, "scores": {}}
+    log.warning("%s; %s, which holds the same weights, is used instead", damage, checkpoint.name)
+    scores = {name.removeprefix("dev/"): value for name, value in best.items() if name.startswith("dev/")}
+    return state, {"step": best["step"], "scores": scores}
 
 
 def export_encoder(run: RunFolder, folder: Path) -> None:
