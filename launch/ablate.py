@@ -1,6 +1,5 @@
 """`minbert ablate`: what each extension of the baseline brings, alone, added up, left out, and combined, over seeds."""
 
-import json
 import shlex
 import sys
 import time
@@ -16,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from minbert.data.errors import UserError
-from minbert.data.files import replacing
+from minbert.data.files import replacing, to_json
 from minbert.launch.exit_codes import ExitCode
 from minbert.launch.many_runs import Own, leave_without_ray, only_driver, read_command_line, retry_failed
 from minbert.launch.options import build_run_config
@@ -219,9 +218,8 @@ def _run_on_ray(folder: Path, ablation: Ablation, trials: Sequence[Trial], addre
 
 def _queue_missing(folder: Path, ablation: Ablation, trials: Sequence[Trial], job: dict[str, Any]) -> None:
     """Look how the runs stand on the cluster, and queue those that are neither finished nor queued."""
-    from minbert.launch.submit import queue
+    from minbert.launch.submit import prepare_and_queue
     from minbert.slurm.status import look
-    from minbert.trainer.preparation import prepare, total_steps
 
     if "slurm_parameters" in job:
         job["slurm_parameters"] = parse_parameters(job["slurm_parameters"])
@@ -244,8 +242,7 @@ def _queue_missing(folder: Path, ablation: Ablation, trials: Sequence[Trial], jo
             config = parse_config(ablation.options(trial) | {"run": trial.folder}, trial.name)
             parallel = config.parallel.model_copy(update={"processes": settings.tasks})
             configs.append(config.model_copy(update={"parallel": parallel}))
-        runs = [prepare(config).path for config in configs]
-        queue(runs, settings, folder, [total_steps(config) for config in configs])
+        prepare_and_queue(configs, settings, folder)
 
 
 def _conclude(folder: Path, ablation: Ablation, trials: Sequence[Trial]) -> int:
@@ -262,7 +259,7 @@ def _conclude(folder: Path, ablation: Ablation, trials: Sequence[Trial]) -> int:
             _table(f"{TITLES[group]} (mean ± deviation of {len(ablation.seeds)} seeds)", [rows[n] for n in names])
         )
     with replacing(folder / "summary.json") as temporary:
-        temporary.write_text(json.dumps([asdict(row) for row in rows.values()], indent=2) + "\n")
+        temporary.write_text(to_json([asdict(row) for row in rows.values()], indent=2) + "\n")
     print(f"Summary: {folder / 'summary.json'}")
     return ExitCode.FINISHED
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from minbert.launch.main import main
-from minbert.trainer.checkpoint import published
+from minbert.trainer.checkpoint import MANIFEST, published, read_manifest
 from minbert.trainer.config import RunConfig
 from minbert.trainer.run_folder import RunFolder, read_config_file
 from minbert.tuning.space import EXPLORED, Choice, check_space, explore, paper_space, parse_space
@@ -100,12 +100,14 @@ def test_a_run_that_takes_over_ends_as_the_other_would_with_the_new_options(pair
     assert files(behind) == before
 
 
-@pytest.mark.parametrize("moves", range(6))
+@pytest.mark.parametrize("moves", range(9))
 def test_a_kill_while_taking_over_leaves_what_the_next_start_finishes(pair, monkeypatch, moves):
     behind, ahead = pair
-    other = RunFolder(behind.path.with_name("other"))
-    shutil.copytree(behind.path, other.path)
-    take_over(other, ahead, OPTIONS | {"lr": 5e-4}, 1)
+    before = shutil.copytree(behind.path, behind.path.with_name("before"))
+    take_over(behind, ahead, OPTIONS | {"lr": 5e-4}, 1)
+    wanted = files(behind)
+    shutil.rmtree(behind.path)
+    before.rename(behind.path)
     replace, done = os.replace, 0
 
     def replace_some(source, target):
@@ -119,10 +121,20 @@ def test_a_kill_while_taking_over_leaves_what_the_next_start_finishes(pair, monk
         patch.setattr(os, "replace", replace_some)
         take_over(behind, ahead, OPTIONS | {"lr": 5e-4}, 1)
     take_over(behind, ahead, OPTIONS | {"lr": 5e-4}, 1)
-    found, wanted = files(behind), files(other)
-    assert found.pop("config.yaml").replace(b"behind", b"other") == wanted.pop("config.yaml")
-    assert found == wanted
+    assert files(behind) == wanted
     assert json.loads((behind.path / DONE).read_text())["number"] == 1
+
+
+def test_a_run_that_takes_over_keeps_its_own_trackers(pair):
+    """Two runs under one name would write over each other at the tracker's server."""
+    for run, name in zip(pair, ("mine", "theirs")):
+        newest = published(run.checkpoints)[-1]
+        manifest = read_manifest(newest)
+        manifest.state.trackers["wandb"] = name
+        manifest.write(newest)
+    behind, ahead = pair
+    take_over(behind, ahead, OPTIONS, 1)
+    assert read_manifest(published(behind.checkpoints)[-1]).state.trackers == {"wandb": "mine"}
 
 
 def test_a_damaged_checkpoint_is_not_taken_over(pair):
@@ -136,7 +148,7 @@ def test_a_damaged_checkpoint_is_not_taken_over(pair):
     kept = files(behind)
     take_over(behind, ahead, OPTIONS | {"lr": 5e-4}, 2)  # nothing to take over but the options
     changed = {name for name, content in files(behind).items() if kept.get(name) != content}
-    assert changed == {"config.yaml"}
+    assert changed == {"config.yaml", f"checkpoints/{older.name}/{MANIFEST}"}
 
 
 # A search

@@ -12,6 +12,7 @@ from minbert.trainer.distributed import World
 from minbert.trainer.model import predictions
 
 TOKENS_PER_BATCH = 8192
+ROUNDING = 1e-6  # relative: a few units in the last place of fp32
 
 
 def predict(
@@ -61,13 +62,21 @@ def evaluate(
 
 
 def score(task: Task, predicted: Tensor, labels: np.ndarray) -> float:
-    """Accuracy or Pearson correlation; a constant prediction correlates with nothing: 0."""
+    """Accuracy or Pearson correlation, always a number.
+
+    What is constant, but for rounding, correlates with nothing, and neither does what is not finite: 0. So does a score
+    without examples.
+    """
     truth = torch.from_numpy(labels).double()
+    if not len(truth):
+        return 0.0
     if task.metric == "accuracy":
         return float((predicted == truth).double().mean())
-    if len(truth) < 2 or predicted.std() == 0 or truth.std() == 0:
+    pair = torch.stack([predicted.double(), truth])
+    spread = pair.amax(1) - pair.amin(1)
+    if not pair.isfinite().all() or (spread <= ROUNDING * pair.abs().amax(1)).any():
         return 0.0
-    return float(torch.corrcoef(torch.stack([predicted.double(), truth]))[0, 1])
+    return float(torch.corrcoef(pair)[0, 1])
 
 
 def overall(scores: Mapping[str, float]) -> float:

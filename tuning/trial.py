@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from minbert.data.files import replacing
+from minbert.data.files import replacing, to_json
 from minbert.trainer.run_folder import RunFolder
 
 Status = Literal["pending", "running", "finished", "stopped", "failed"]
@@ -45,7 +45,7 @@ class Trial:
         RunFolder(self.folder).logs.mkdir(parents=True, exist_ok=True)  # by which a run's folder is known
         content = {name: value for name, value in asdict(self).items() if name != "folder"}
         with replacing(self.folder / "trial.json") as temporary:
-            temporary.write_text(json.dumps(content, indent=2) + "\n")
+            temporary.write_text(to_json(content, indent=2) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> "Trial":
