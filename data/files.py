@@ -5,6 +5,7 @@ name and takes its place at once.
 """
 
 import errno
+import fcntl
 import logging
 import os
 from collections.abc import Iterator
@@ -27,6 +28,21 @@ def replacing(path: Path) -> Iterator[Path]:
         flush_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether somebody holds the lock file `path`. The look itself is shared, and over at once."""
+    try:
+        descriptor = os.open(path, os.O_RDWR)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno in (errno.EWOULDBLOCK, errno.EACCES)
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def flush_folder(folder: Path) -> None:

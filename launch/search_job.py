@@ -27,6 +27,7 @@ from minbert.trainer.stop import StopRequest
 
 POLL = 0.5  # seconds
 PATIENCE = 300.0  # seconds for a node to join, or for the head to be there
+LOCK_PATIENCE = 120.0  # seconds in which an earlier life, or the command that has submitted this one, lets go
 
 
 class SearchJob:
@@ -66,7 +67,7 @@ class SearchJob:
             self._tell(allocation, ExitCode.INTERRUPTED, stop)  # the job is requeued
             leave_without_ray(f"minbert tune --slurm --search {self.folder}")
 
-        with only_driver(self.folder):
+        with only_driver(self.folder, LOCK_PATIENCE):
             cluster = partial(_cluster, self.folder, place, allocation, lost)
             return run_search(self.folder, Search.read(self.folder), stop, cluster)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minbert.data.errors import UserError
+from minbert.data.files import is_locked
 from minbert.slurm import controller
 from minbert.slurm.controller import ACTIVE, Queued
 from minbert.slurm.records import EXIT_CODES, Ending, Life, Records, Submission
@@ -114,7 +115,7 @@ def _report(
     left = None
     if state == "running" and life and step is not None and total and when > life.started and step > life.first_step:
         left = max(0.0, (total - step) * (when - life.started) / (step - life.first_step) - (time.time() - when))
-    if active or state == "not submitted" or (trial and state in ("pending", "running")):
+    if active or state == "not submitted" or (trial and state in ("pending", "running", "interrupted")):
         code = GOING_ON
     else:
         told = life is not None and life.ending == state and life.exit_code is not None
@@ -199,11 +200,15 @@ def _active(queued: Mapping[str, Queued]) -> set[str]:
 
 
 def _trial(run: Path) -> dict[str, Any]:
-    """What a search knows of the run, if it is a trial of one."""
+    """What a search knows of the run, if it is a trial of one. The process that runs the search may be gone."""
     try:
-        return json.loads((run / "trial.json").read_text())
+        trial = json.loads((run / "trial.json").read_text())
     except FileNotFoundError:
         return {}
+    locks = [folder / ".lock" for folder in list(run.absolute().parents)[:3]]
+    if trial["status"] == "running" and not any(is_locked(lock) for lock in locks):
+        trial["status"] = "interrupted"
+    return trial
 
 
 def _progress(run: Path) -> tuple[int | None, float | None, float]:

@@ -20,8 +20,8 @@ from minbert.trainer.checkpoint import published
 from minbert.trainer.config import RunConfig
 from minbert.trainer.run_folder import RunFolder, read_config_file
 from minbert.tuning.space import EXPLORED, Choice, check_space, explore, paper_space, parse_space
-from minbert.tuning.take_over import DONE, STAGING, take_over
-from minbert.tuning.trial import Trial, read_trials
+from minbert.tuning.take_over import STAGING, take_over
+from minbert.tuning.trial import SCHEDULE_FILE, Trial, read_trials
 
 TINY = ["--train-limit", "60", "--eval-limit", "20", "--batch-size", "8", "--trackers"]
 OPTIONS = {"train_limit": 60, "eval_limit": 20, "batch_size": 8, "trackers": (), "steps": 12, "eval_every": 3}
@@ -122,7 +122,7 @@ def test_a_kill_while_taking_over_leaves_what_the_next_start_finishes(pair, monk
     found, wanted = files(behind), files(other)
     assert found.pop("config.yaml").replace(b"behind", b"other") == wanted.pop("config.yaml")
     assert found == wanted
-    assert json.loads((behind.path / DONE).read_text())["number"] == 1
+    assert json.loads((behind.path / SCHEDULE_FILE).read_text())["number"] == 1
 
 
 def test_a_damaged_checkpoint_is_not_taken_over(pair):

@@ -4,7 +4,10 @@ The evaluations are read from the run's metrics, whoever writes them, so a trial
 the same from here.
 """
 
+import ctypes
+import gc
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -22,6 +25,16 @@ POLL = 0.03  # seconds between two looks at the metrics
 
 # (configuration, request to stop, what is told the steps of the budget) -> (exit code, error)
 Train = Callable[[RunConfig, StopRequest, Callable[[int], None]], tuple[int, str]]
+
+
+def free_memory() -> None:
+    """Give back what a trial leaves: models hold cycles, the C library keeps what lies between other things, which
+    after a few trials is more than one of them needs, and PyTorch keeps a GPU's memory for itself."""
+    gc.collect()
+    if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc
+        trim(0)
 
 
 class Attempt:
