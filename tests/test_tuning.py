@@ -1,6 +1,7 @@
 """Search spaces, searches that are killed and go on, ablations, and what they do with mistakes."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -11,7 +12,9 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -19,15 +22,19 @@ import yaml
 from filelock import FileLock, Timeout
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ray.tune.schedulers import TrialScheduler
 
 from minbert.data.errors import UserError
 from minbert.launch.main import main
 from minbert.slurm.status import look
-from minbert.trainer.config import RunConfig, parse_config
+from minbert.trainer.config import ParallelConfig, RunConfig, parse_config
 from minbert.trainer.run_folder import read_config_file
 from minbert.tuning.ablation import DEFAULT, PAPER_BASELINE, extension, plan
 from minbert.tuning.comparison import paired
-from minbert.tuning.search import Search
+from minbert.tuning.driver import limits_of
+from minbert.tuning.proposals import TpeProposals
+from minbert.tuning.scheduler import REACHED, WORST, RememberingASHA
+from minbert.tuning.search import NextTrial, Resources, Search
 from minbert.tuning.space import (
     Choice,
     check_space,
@@ -40,7 +47,7 @@ from minbert.tuning.space import (
     read_space,
     refuse_ranges,
 )
-from minbert.tuning.trial import Trial, best, read_trials
+from minbert.tuning.trial import METRIC, Trial, best, better, ranked, read_trials, score_of
 
 TINY = ["--train-limit", "60", "--eval-limit", "20", "--batch-size", "8", "--trackers"]
 TOKEN = "0123456789abcdef" * 4
@@ -80,6 +87,10 @@ def test_words_and_files_say_the_same():
         (["run=a,b"], "cannot be searched"),
         (["lr"], "OPTION=VALUES"),
         (["lr=1e-3", "lr=1e-4"], "names lr twice"),
+        (["lr=1e-3,inf"], "lr must be finite, not inf"),
+        (["weight_decay=0.1,.nan"], "weight_decay must be finite, not nan"),
+        (["lr=loguniform(1e-5,inf)"], "lr must be finite, not inf"),
+        (["device=cpu,cuda"], "cannot be searched"),
     ],
 )
 def test_impossible_spaces_are_refused_before_a_trial(words, message):
@@ -125,6 +136,28 @@ def test_a_grid_has_every_combination_and_no_ranges():
         refuse_ranges(parse_space(["lr=uniform(0.1,0.2)"]))
 
 
+def next_trials(search: Search, folder: Path, count: int, known: list[Trial]) -> list[dict]:
+    make = NextTrial(search, folder, known)
+    return [trial.parameters for trial in (make() for _ in range(count)) if trial is not None]
+
+
+def test_a_random_search_draws_nothing_twice_and_ends_with_the_combinations(tmp_path):
+    space = check_space(parse_space(["batch_size=8,16", "hidden_layers=int(1,3)", "features=baseline,siamese"]))
+    search = Search(samples=100, space=space).limited()
+    assert search.samples == 12
+    drawn = next_trials(search, tmp_path, 100, [])
+    assert len({fingerprint(parameters) for parameters in drawn}) == len(drawn) == 12
+    # The same after another start, whatever was there; and what a population changed stands for what it began with.
+    there = [search.new_trial(tmp_path, number, drawn[number]) for number in range(5)]
+    there[2].taken_over, there[2].parameters = [{"left": {"parameters": drawn[2]}}], drawn[7]
+    assert next_trials(search, tmp_path, 100, there) == drawn[5:]
+    assert Search(samples=100, space=space, scheduler="pbt").limited().samples == 100
+    assert len(next_trials(Search(samples=20, space=space, scheduler="pbt"), tmp_path, 100, [])) == 20
+    endless = check_space(parse_space(["lr=uniform(0.1,0.2)", "batch_size=8,16"]))
+    assert Search(samples=10**9, space=endless).limited().samples == 10**9
+    assert not list(tmp_path.iterdir())  # a trial has a folder when its turn comes
+
+
 # Trials
 
 
@@ -141,6 +174,71 @@ def test_the_best_trial_has_a_score_and_did_not_fail(tmp_path):
     trials[4].status = "failed"
     assert best(trials).number == 2
     assert best(trials[:1]) is None
+
+
+def scored(folder: Path, number: int, scores: list[float], status: str = "finished") -> Trial:
+    """A trial with these evaluations; NaN is what none of our own writes any more."""
+    trial = Trial(folder / f"t{number}", f"t{number}", number, {"lr": 10.0 ** -(number + 1)}, status)
+    trial.step = trial.steps = len(scores)
+    trial.score = max((score for score in scores if score == score), default=math.nan)
+    trial.write()
+    lines = [json.dumps({"step": step, "dev/overall": score}) for step, score in enumerate(scores, 1)]
+    (trial.folder / "metrics.jsonl").write_text("\n".join(lines))
+    return Trial.read(trial.folder)
+
+
+def test_a_score_that_is_no_number_ranks_last_everywhere(tmp_path):
+    pytest.importorskip("optuna")
+    trials = [scored(tmp_path, n, scores) for n, scores in enumerate([[math.nan], [0.2, math.nan], [0.1, 0.3]])]
+    assert [trial.name for trial in ranked(trials)] == ["t2", "t1"]
+    assert trials[0].score is None and "NaN" not in json.dumps([trial.score for trial in trials])
+    assert [len(trial.evaluations()) for trial in trials] == [0, 1, 2]
+    assert better(None, score_of({"dev/overall": math.nan})) is None
+
+    search = Search(samples=10, space=check_space(parse_space(["lr=loguniform(1e-5,1)"])), algorithm="tpe")
+    study = TpeProposals(search, trials, [], lambda trial: {}, partial(search.new_trial, tmp_path)).study
+    assert [trial.state.name for trial in study.trials] == ["PRUNED", "COMPLETE", "COMPLETE"]
+    assert study.best_value == 0.3
+
+
+def test_asha_judges_by_the_best_score_so_far_as_the_ranking_does(tmp_path):
+    earlier = [scored(tmp_path, n, [score] * 10) for n, score in enumerate([0.5, 0.6, 0.7])]
+    asha = RememberingASHA(0.1, 3.0, [*earlier, scored(tmp_path, 3, [math.nan] * 10)])
+    asked = SimpleNamespace(config={"name": "new"})
+
+    def decide(name: str, reached: float) -> str:
+        asked.config["name"] = name
+        asha.on_trial_add(None, asked)
+        return asha.on_trial_result(None, asked, {"progress": 0.1, METRIC: 0.0, REACHED: reached})
+
+    assert decide("fell back, and is among the best", 0.9) == TrialScheduler.CONTINUE
+    assert decide("never was", 0.1) == TrialScheduler.STOP
+    assert decide("has no number", WORST) == TrialScheduler.STOP
+
+
+# What a trial takes
+
+
+@pytest.mark.parametrize(
+    ("resources", "parallel", "nodes", "limits"),
+    [
+        ({}, {}, [{"CPU": 4}], {"cpu": 1}),
+        ({}, {"processes": 2}, [{"CPU": 4}, {"CPU": 4, "GPU": 2}], {"cpu": 2, "gpu": 2}),
+        ({}, {"device": "cpu"}, [{"CPU": 4, "GPU": 2}], {"cpu": 1}),
+        ({"gpus": 0}, {}, [{"CPU": 4, "GPU": 2}], {"cpu": 1}),
+        ({"gpus": 0.5, "cpus": 2}, {}, [{"CPU": 4, "GPU": 2}], {"cpu": 2, "gpu": 0.5}),
+        ({"gpus": 0.5}, {"processes": 2}, [{"CPU": 4, "GPU": 2}], "part of a GPU"),
+        ({"gpus": 0}, {"device": "cuda"}, [{"CPU": 4, "GPU": 2}], "--gpus 0"),
+        ({}, {"device": "cuda"}, [{"CPU": 4}], "nodes have none"),
+    ],
+)
+def test_a_gpu_is_used_where_there_is_one(resources, parallel, nodes, limits):
+    asked = (Resources(**resources), ParallelConfig(**parallel), nodes)
+    if isinstance(limits, str):
+        with pytest.raises(UserError, match=limits):
+            limits_of(*asked)
+    else:
+        assert limits_of(*asked) == limits
 
 
 # Ablations
@@ -395,12 +493,52 @@ def test_a_search_that_is_asked_to_stop_saves_and_goes_on_with_tpe_and_several_p
         (["--algorithm", "grid"], "has a range"),
         (["--best", "nowhere"], "is not a search"),
         (["--algorithm", "pbt"], "--algorithm must be"),
+        (["--space"], "--space needs a value"),
+        (["--seed", str(2**70)], "seed"),
+        (["--cpus", "inf"], "cpus"),
+        (["--data", "/nowhere"], "/nowhere"),
+        (["--model", "/nowhere"], "/nowhere"),
+        (["--trackers", "clearly_not"], "clearly_not"),
+        (["--search", "FILE"], "is a file"),
+        (["--search", "FILE/below"], "cannot be used"),
     ],
 )
-def test_mistakes_are_explained(words, message, tmp_path, capsys):
-    search = [] if "--best" in words else ["--search", str(tmp_path / "s")]
+def test_mistakes_are_explained_once_and_leave_no_folder(words, message, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    words = [word.replace("FILE", str(tmp_path / "file")) for word in words]
+    search = [] if "--best" in words or "--search" in words else ["--search", str(tmp_path / "new" / "s")]
     assert main(["tune", *search, *words]) == 2
-    assert message in capsys.readouterr().err
+    assert capsys.readouterr().err.count(message) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_refused_start_changes_nothing(tmp_path, capsys, monkeypatch):
+    """Neither a search, nor an ablation, nor what else a folder holds; the lock comes before anything is written."""
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    folder, other = tmp_path / "s", tmp_path / "other"
+    space = check_space(parse_space(["lr=loguniform(1e-4,1e-3)"]), {})
+    Search(samples=4, space=space, base={"batch_size": 8, "evaluations": 10}).write(folder)
+    other.mkdir()
+    (other / "mine").touch()
+    before = (folder / "search.yaml").read_bytes()
+    more = ["tune", "--search", str(folder), "--samples", "9", "--batch-size", "8"]
+    assert main([*more, "--address", "127.0.0.2:1"]) == 2
+    assert "nothing answers" in capsys.readouterr().err
+    assert main([*more, "--data", str(tmp_path / "nowhere")]) == 2
+    with FileLock(folder / ".lock"):
+        assert main(more) == 2
+        assert "is being run by another process" in capsys.readouterr().err
+        assert main([*more, "--slurm"]) == 2
+    for command in ("tune", "ablate"):
+        assert main([command, f"--{'search' if command == 'tune' else 'ablation'}", str(other)]) == 2
+    assert main(["ablate", "--ablation", str(tmp_path / "a"), "--seeds"]) == 2
+    assert main(["ablate", "--ablation", str(tmp_path / "a"), "--data", "/nowhere"]) == 2
+    assert main(["ablate", "--ablation", str(tmp_path / "a"), "--ray", "--address", "127.0.0.2:1", *TINY]) == 2
+    assert (folder / "search.yaml").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.rglob("*")) in (
+        [".lock", "mine", "other", "s", "search.yaml"],
+        ["mine", "other", "s", "search.yaml"],
+    )
 
 
 def test_another_search_in_the_same_folder_is_refused(tmp_path, capsys):
