@@ -1,5 +1,6 @@
 """Search spaces, searches that are killed and go on, ablations, and what they do with mistakes."""
 
+import contextlib
 import json
 import math
 import os
@@ -27,9 +28,11 @@ from ray.tune.schedulers import TrialScheduler
 from minbert.data.errors import UserError
 from minbert.launch.main import main
 from minbert.slurm.status import look
+from minbert.trainer.checkpoint import published
 from minbert.trainer.config import ParallelConfig, RunConfig, parse_config
 from minbert.trainer.run_folder import read_config_file
 from minbert.tuning.ablation import DEFAULT, PAPER_BASELINE, extension, plan
+from minbert.tuning.cluster import _base, _family
 from minbert.tuning.comparison import paired
 from minbert.tuning.driver import limits_of
 from minbert.tuning.proposals import TpeProposals
@@ -370,6 +373,17 @@ def kill(process: subprocess.Popen, what: str) -> None:
             worker.kill()
 
 
+def vanished(processes: list[psutil.Process], folder: Path) -> bool:
+    """Whether Ray's processes, and its folder, have gone within reasonable time."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        alive = [process for process in processes if process.is_running() and process.status() != "zombie"]
+        if not alive and not list(_base().glob(f"{_family(folder)}-*")):
+            return True
+        time.sleep(0.2)
+    return False
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """The result of a search that nobody disturbed, one trial at a time."""
@@ -387,12 +401,16 @@ def test_a_search_that_is_killed_ends_as_if_it_had_not_been(tmp_path, undisturbe
     before = await_trials(
         folder, process, lambda trials: trials and trials[0].over and any(t.step and not t.over for t in trials)
     )
+    started = psutil.Process(process.pid).children(recursive=True)
     kill(process, what)
     output, _ = process.communicate(timeout=120)
+    assert "Traceback" not in output and "\x1b[" not in output
+    assert vanished(started, folder)
     if what == "worker":  # the search goes on by itself
         assert process.returncode == 0, output
         assert "goes on from step" in output
     else:
+        assert [report.state for report in look([folder / "trials" / "trial-0001"])] == ["interrupted"]
         assert process.returncode == {"driver": -signal.SIGKILL, "head": 75}[what], output
         assert "of 3 trials are over; 1 go on from their checkpoints" in finish(words)
     after = read_trials(folder / "trials")
@@ -402,6 +420,8 @@ def test_a_search_that_is_killed_ends_as_if_it_had_not_been(tmp_path, undisturbe
     for trial in before:
         if trial.over:  # and was not touched again
             assert Trial.read(trial.folder) == trial
+    assert not any((trial.folder / "checkpoints").exists() for trial in after)  # the best model is what stays
+    assert all((trial.folder / "best.safetensors").exists() for trial in after)
 
 
 @pytest.fixture
@@ -433,6 +453,11 @@ def existing(tmp_path):
             child.kill()
 
 
+def existing_port(process: psutil.Process) -> str:
+    ports = [word.partition("=")[2] for word in process.cmdline() if word.startswith("--gcs_server_port=")]
+    return f":{ports[0]}" if ports else "none"
+
+
 @ray
 def test_a_search_on_an_existing_cluster(tmp_path, existing, monkeypatch):
     """Also one that cannot be joined, or lacks this program; one trial is broken, and the other becomes a run."""
@@ -462,18 +487,69 @@ def test_a_search_on_an_existing_cluster(tmp_path, existing, monkeypatch):
     assert read_config_file(run / "config.yaml").corpus.max_length == 64
     assert (run / "predictions").exists()
 
+    long = small_search(tmp_path / "long", "--samples", "2", "--epochs", "1000", "--address", existing)
+    process = subprocess.Popen(long, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    await_trials(tmp_path / "long", process, lambda trials: any(trial.step for trial in trials))
+    head = next(p for p in psutil.process_iter() if p.name() == "gcs_server" and existing_port(p) in existing)
+    head.kill()
+    lost = time.monotonic()
+    output, _ = process.communicate(timeout=120)
+    assert time.monotonic() - lost < 30  # Ray itself takes more than a minute
+    assert process.returncode == 75, output
+    assert f"--search {tmp_path / 'long'} --address {existing}" in output
+    assert "Traceback" not in output
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of its own, in which the trials of a small search have room."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96m", "tmpfs", disk], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a file system cannot be mounted here: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+@ray
+def test_a_full_disk_stops_a_search_and_fails_no_trial(disk):
+    folder, ballast = disk / "s", disk / "ballast"
+    words = small_search(folder, "--samples", "3", "--epochs", "10", "--scheduler", "none")
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    await_trials(folder, process, lambda trials: any(trial.step for trial in trials))
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while file.write(b"\0" * 65536):
+            pass
+    said = process.communicate(timeout=240)[0]
+    assert process.returncode == 2, said
+    assert "No space left on device" in said and str(folder) in said and "Make room" in said
+    assert "Traceback" not in said
+    assert not any(trial.over for trial in _read(folder))
+    ballast.unlink()
+    finish(words)
+    assert [trial.status for trial in read_trials(folder / "trials")] == ["finished"] * 3
+
 
 @ray
 def test_a_search_that_is_asked_to_stop_saves_and_goes_on_with_tpe_and_several_processes(tmp_path):
     pytest.importorskip("optuna")
     folder = tmp_path / "s"
     words = small_search(folder, "--samples", "2", "--epochs", "8", "--algorithm", "tpe", "--processes", "2")
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    await_trials(folder, process, lambda trials: trials and trials[0].step)
-    process.send_signal(signal.SIGTERM)
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    before = await_trials(folder, process, lambda trials: trials and trials[0].step)
+    started = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGTERM)  # as `timeout` and job managers send it, to the whole group
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output
     assert "To go on: minbert tune --search" in output
+    assert "Traceback" not in output
+    assert vanished(started, folder)
+    for trial in before:
+        saved = published(trial.folder / "checkpoints")
+        assert Trial.read(trial.folder).over or (saved and int(saved[-1].name.removeprefix("step-")) >= trial.step)
     finish(words)
     trials = read_trials(folder / "trials")
     assert [trial.status for trial in trials] in (["finished"] * 2, ["finished", "stopped"])
