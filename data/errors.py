@@ -1,9 +1,6 @@
 """The one exception for what a user can mend. Commands print its message without a traceback."""
 
 import errno
-import os
-
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 class UserError(Exception):
@@ -16,11 +13,6 @@ class DataError(UserError):
 
 def disk_trouble(error: OSError) -> UserError | None:
     """What to tell of a disk that is full or read-only, wherever it was noticed; None for any other error."""
-    if error.errno not in DISK_ERRORS:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return None
     return UserError(f"{error.filename or 'a file'} could not be written: {error.strerror}")
-
-
-def tells_of_disk(text: str) -> bool:
-    """Whether an error of another process, of which there is only its text, is of a disk that is full or read-only."""
-    return any(os.strerror(number) in text for number in DISK_ERRORS)

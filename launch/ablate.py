@@ -15,7 +15,7 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from minbert.data.errors import UserError, tells_of_disk
+from minbert.data.errors import UserError
 from minbert.data.files import replacing
 from minbert.launch.exit_codes import ExitCode
 from minbert.launch.many_runs import (
@@ -172,7 +172,7 @@ def _baseline(run: dict[str, Any], saved: Ablation | None) -> Parameters:
 
 def _run_here(ablation: Ablation, trials: Sequence[Trial]) -> int:
     """One run after another, in this process."""
-    from minbert.tuning.attempt import USER_MISTAKE, Attempt, free_memory
+    from minbert.tuning.attempt import USER_MISTAKE, Attempt, free_memory, tells_of_disk
 
     with StopRequest() as stop:
         for number, trial in enumerate(trials, 1):

@@ -95,9 +95,9 @@ def only_driver(folder: Path, patience: float = 0.5) -> Iterator[None]:
     """Keep others from running the same search or ablation meanwhile; makes the folder if there is none. If the block
     refuses to run, what was made goes again. Raises UserError if somebody runs it, after `patience` seconds."""
     lock = FileLock(folder / LOCK, timeout=patience)
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    new = not (folder / LOCK).exists()
     try:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        new = not (folder / LOCK).exists()
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:

@@ -123,6 +123,9 @@ def _join(place: Path, allocation: Allocation, log: Path) -> int:
         time.sleep(POLL)
     head = json.loads(place.read_text())
     private = Path(head["temporary"])  # Ray uses the same path on all nodes
+    for left in private.parent.glob(f"{private.name.rpartition('-')[0]}-*"):  # by an earlier life that was killed
+        if left != private:
+            shutil.rmtree(left, ignore_errors=True)
     if not private.exists():  # nodes of a test may be one machine
         make_private(private)
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]

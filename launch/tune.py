@@ -90,9 +90,11 @@ def main(arguments: list[str]) -> int:
     with only_driver(folder):
         search = _resolve(folder, own, run)
         refuse_queued(folder)
-        check_data_and_model(parse_config(search.base | search.sources(), SEARCH_FILE))
+        trials, retry = search.trials(folder), own.get("retry_failed", False)
+        if retry or len(trials) < search.samples or any(not trial.over for trial in trials):
+            check_data_and_model(parse_config(search.base | search.sources(), SEARCH_FILE))
         if own.get("slurm"):
-            return _submit(folder, search, job, own.get("retry_failed", False))
+            return _submit(folder, search, job, retry)
         print(f"Search: {folder}", flush=True)
         from minbert.tuning.cluster import join_or_start
 
@@ -100,7 +102,7 @@ def main(arguments: list[str]) -> int:
         elsewhere = f" --address {own['address']}" if "address" in own else ""
         start = partial(join_or_start, own.get("address"), folder, partial(leave_without_ray, again + elsewhere))
         with StopRequest() as stop:
-            code = run_search(folder, search, stop, start, own.get("retry_failed", False))
+            code = run_search(folder, search, stop, start, retry)
             stop.exit_code = code
     if code == ExitCode.INTERRUPTED:
         print(f"Stopped, and saved. To go on: {again}{elsewhere}")

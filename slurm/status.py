@@ -205,8 +205,9 @@ def _trial(run: Path) -> dict[str, Any]:
         trial = json.loads((run / "trial.json").read_text())
     except FileNotFoundError:
         return {}
-    locks = [folder / ".lock" for folder in list(run.absolute().parents)[:3]]
-    if trial["status"] == "running" and not any(is_locked(lock) for lock in locks):
+    above = list(run.absolute().parents)[:3]
+    submitted = any((folder / "slurm").is_dir() for folder in above)  # its lock may be held on another machine
+    if trial["status"] == "running" and not submitted and not any(is_locked(folder / ".lock") for folder in above):
         trial["status"] = "interrupted"
     return trial
 

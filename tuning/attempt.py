@@ -5,7 +5,9 @@ the same from here.
 """
 
 import ctypes
+import errno
 import gc
+import os
 import signal
 import sys
 import threading
@@ -35,6 +37,11 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc
         trim(0)
+
+
+def tells_of_disk(text: str) -> bool:
+    """Whether an error, of which there is only the text, is that a disk is full or read-only."""
+    return any(os.strerror(number) in text for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS))
 
 
 class Attempt:

@@ -18,11 +18,11 @@ import ray
 from ray import tune
 from ray.tune import Callback, CheckpointConfig, FailureConfig, RunConfig, Stopper, TuneConfig, Tuner
 
-from minbert.data.errors import UserError, disk_trouble, tells_of_disk
+from minbert.data.errors import UserError, disk_trouble
 from minbert.trainer.config import ParallelConfig
 from minbert.trainer.run_folder import RunFolder
 from minbert.trainer.stop import StopRequest
-from minbert.tuning.attempt import Train
+from minbert.tuning.attempt import Train, tells_of_disk
 from minbert.tuning.population import Population, record_take_over
 from minbert.tuning.proposals import Proposals
 from minbert.tuning.search import Resources

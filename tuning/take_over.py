@@ -49,7 +49,7 @@ def stage(run: RunFolder, donor: RunFolder, options: Mapping[str, Any], number: 
     """Put together, unless that was done, what the run will go on from. Takes no room where files can have two names.
 
     Without an intact checkpoint of the donor, the run goes on from its own with the new options. By which options the
-    weights came about is written down, too, from what the checkpoint itself says.
+    weights came about is written down, too.
     """
     staging = run.path / STAGING
     if (staging / READY).exists() and json.loads((staging / READY).read_text())["number"] == number:
@@ -70,17 +70,12 @@ def stage(run: RunFolder, donor: RunFolder, options: Mapping[str, Any], number: 
 
 
 def _schedule(run: RunFolder, manifest: Manifest | None) -> list[dict[str, Any]]:
-    """The parts up to the checkpoint of `manifest`, which says itself by what options the last of them was trained;
-    without one, those of the whole run."""
+    """The parts up to the checkpoint of `manifest`; without one, those of the whole run."""
     file = run.path / SCHEDULE_FILE
     parts = json.loads(file.read_text())["schedule"] if file.exists() else []
-    if manifest is None:
-        return parts or (
-            [{"from_step": 0, "options": _explored(run.read_config())}] if run.config_file.exists() else []
-        )
-    parts = [part for part in parts if part["from_step"] < manifest.step]
-    options = _explored(parse_config(manifest.config, "the checkpoint"))
-    return [*parts[:-1], {"from_step": parts[-1]["from_step"] if parts else 0, "options": options}]
+    if not parts and run.config_file.exists():
+        parts = [{"from_step": 0, "options": _explored(run.read_config())}]
+    return [part for part in parts if manifest is None or part["from_step"] < manifest.step]
 
 
 def _explored(config: RunConfig) -> dict[str, Any]:
