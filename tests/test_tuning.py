@@ -30,7 +30,8 @@ from minbert.launch.main import main
 from minbert.slurm.status import look
 from minbert.trainer.checkpoint import published
 from minbert.trainer.config import ParallelConfig, RunConfig, parse_config
-from minbert.trainer.run_folder import read_config_file
+from minbert.trainer.run_folder import RunFolder, read_config_file
+from minbert.trainer.stop import StopRequest
 from minbert.tuning.ablation import DEFAULT, PAPER_BASELINE, extension, plan
 from minbert.tuning.cluster import _base, _family
 from minbert.tuning.comparison import paired
@@ -50,6 +51,7 @@ from minbert.tuning.space import (
     read_space,
     refuse_ranges,
 )
+from minbert.tuning.trainable import TrialWorker
 from minbert.tuning.trial import METRIC, Trial, best, better, ranked, read_trials, score_of
 
 TINY = ["--train-limit", "60", "--eval-limit", "20", "--batch-size", "8", "--trackers"]
@@ -217,6 +219,34 @@ def test_asha_judges_by_the_best_score_so_far_as_the_ranking_does(tmp_path):
     assert decide("fell back, and is among the best", 0.9) == TrialScheduler.CONTINUE
     assert decide("never was", 0.1) == TrialScheduler.STOP
     assert decide("has no number", WORST) == TrialScheduler.STOP
+
+
+def test_a_worker_tells_scores_that_are_no_number_and_a_full_disk_apart(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    trial = Trial(tmp_path / "trial", "trial", 0, {})
+    trial.write()
+
+    def train(config: RunConfig, stop: StopRequest, begin: Callable[[int], None]) -> tuple[int, str]:
+        begin(4)
+        run = RunFolder(config.run)
+        for step, score in ((1, math.nan), (2, None), (3, 0.5), (4, 0.25)):
+            run.append_metrics({"step": step, METRIC: score})
+        return 1, "Traceback ...\nOSError: [Errno 28] No space left on device"
+
+    class Worker(TrialWorker):
+        def setup(self, config: dict) -> None:
+            super().setup(config, train)
+
+    config = {"folder": str(trial.folder), "options": {}, "taken_over": [], "gpus": 0}
+    worker = Worker(config)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""  # nobody set a GPU aside
+    results = []
+    while not results or "ending" not in results[-1]:
+        results.append(worker.step())
+    told = [(result["at"], result[METRIC], result["best"], result[REACHED]) for result in results if METRIC in result]
+    assert told == [(1, None, None, WORST), (2, None, None, WORST), (3, 0.5, 0.5, 0.5), (4, 0.25, 0.5, 0.5)]
+    assert results[-1]["ending"] == "no room"
+    worker.stop()
 
 
 # What a trial takes
@@ -515,7 +545,7 @@ def disk(tmp_path):
 @ray
 def test_a_full_disk_stops_a_search_and_fails_no_trial(disk):
     folder, ballast = disk / "s", disk / "ballast"
-    words = small_search(folder, "--samples", "3", "--epochs", "10", "--scheduler", "none")
+    words = small_search(folder, "--samples", "2", "--epochs", "8", "--scheduler", "none")
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     await_trials(folder, process, lambda trials: any(trial.step for trial in trials))
     with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
@@ -528,7 +558,7 @@ def test_a_full_disk_stops_a_search_and_fails_no_trial(disk):
     assert not any(trial.over for trial in _read(folder))
     ballast.unlink()
     finish(words)
-    assert [trial.status for trial in read_trials(folder / "trials")] == ["finished"] * 3
+    assert [trial.status for trial in read_trials(folder / "trials")] == ["finished"] * 2
 
 
 @ray
