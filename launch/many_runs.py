@@ -108,7 +108,7 @@ def only_driver(folder: Path, patience: float = 0.5) -> Iterator[None]:
         raise UserError(f"{folder} cannot be used: {error.strerror}") from None
     try:
         yield
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         if new:
             _remove_traces(folder, made)
         raise
