@@ -254,6 +254,7 @@ def _init(**options: Any) -> None:
     print of failures, in colours and with tracebacks, the search says in its own words."""
     import ray
 
+    ray._private.worker._worker_logs_enabled = False  # what the nodes say of lost workers
     handlers = {number: signal.getsignal(number) for number in stop_signals()}
     try:
         ray.init(logging_level=logging.CRITICAL, **options)
