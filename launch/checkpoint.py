@@ -2,6 +2,7 @@
 
 import difflib
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -119,8 +120,11 @@ def convert(arguments: list[str]) -> int:
             raise UserError(f"what is {options[0]!r}? Writing a model takes no options")
         if not (checkpoints := _checkpoints(source)):
             raise UserError(f"{source} has no checkpoints")
-        require_place(target)
-        manifest = to_safetensors(checkpoints[-1], target)
+        mends = target.absolute() == RunFolder(source).best_model.absolute()  # which is the run's own to replace
+        if not mends:
+            require_place(target)
+        with own([source]) if mends else nullcontext():
+            manifest = to_safetensors(checkpoints[-1], target)
         print(f"Wrote the weights of step {manifest.step} to {target}")
         return ExitCode.FINISHED
     from minbert.trainer.preparation import prepare
