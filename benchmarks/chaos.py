@@ -63,6 +63,7 @@ class Chaos:
         self.reference = RunFolder(options.out / "reference")
         self.violations: list[str] = []
         self.kills: list[dict] = []
+        self.disturbances: list[dict] = []
         self.runs = self.late = 0  # late: lives that ended before the kill that was meant for them
         self.course = Course(options.steps, 0.0, 0.0, 0.0)
         self._kinds: list[str] = []
@@ -116,8 +117,9 @@ class Chaos:
     def wants_more(self) -> bool:
         """Whether kills are missing: as many as asked for, and of as many kinds, whose turn may not have come as there
         was nothing to load."""
-        kinds = {kill["kind"] for kill in self.kills}
-        return len(self.kills) < self.options.kills or len(kinds) < min(self.options.kills, len(KINDS))
+        kinds = {one["kind"] for one in self.kills + self.disturbances}
+        done = len(self.kills) + len(self.disturbances)
+        return done < self.options.kills or len(kinds) < min(self.options.kills, len(KINDS))
 
     def live(self, run: RunFolder) -> bool:
         """Start a run, and kill it if kills are wanted and it is still training; whether it finished."""
@@ -126,9 +128,13 @@ class Chaos:
         if self.wants_more() and newest < self.options.steps:
             kind = self.draw_kind(newest)
             try:
-                KINDS[kind](life, self.random)
+                wrong = KINDS[kind](life, self.random)
             except Ended:
                 kind = None
+            else:
+                if wrong is not None:
+                    self.note_disturbance(run, kind, wrong)
+                    kind, newest = None, self.options.steps  # it was not too late
         code = self.end(life)
         if code == ExitCode.FINISHED:
             self.late += self.wants_more() and newest < self.options.steps
@@ -139,6 +145,13 @@ class Chaos:
             self._kinds.remove(kind)
             self.inspect(run, life, kind, code, newest)
         return False
+
+    def note_disturbance(self, run: RunFolder, kind: str, wrong: list[str]) -> None:
+        """A life was disturbed, and must end as if it had not been."""
+        self._kinds.remove(kind)
+        self.violations += [f"{run.path.name} ({kind}): {line}" for line in wrong]
+        self.disturbances.append({"run": run.path.name, "kind": kind})
+        print(json.dumps(self.disturbances[-1]), *wrong, sep="\n  ", flush=True)
 
     def draw_kind(self, newest: int) -> str:
         """At random, but so that every kind comes up equally often."""
@@ -281,6 +294,7 @@ def main() -> None:
     console = Console(width=120)
     console.print(f"{platform.machine()}, {options}", highlight=False)
     console.print(table(chaos.kills))
+    console.print(f"disturbed: {dict(Counter(one['kind'] for one in chaos.disturbances))}", highlight=False)
     noticed = sum((count for case in cases for count in case["found"].values()), Counter())
     console.print(
         f"{chaos.runs} runs, {chaos.late} lives over before their kill, {(time.monotonic() - started) / 60:.0f} minutes"
@@ -291,7 +305,7 @@ def main() -> None:
     )
     result = {"options": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(options).items()}}
     result |= {"runs": chaos.runs, "late": chaos.late, "undisturbed": asdict(chaos.course), "kills": chaos.kills}
-    result |= {"damage": cases, "violations": chaos.violations}
+    result |= {"disturbances": chaos.disturbances, "damage": cases, "violations": chaos.violations}
     (options.out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
     sys.exit(bool(chaos.violations))
 

@@ -1,4 +1,4 @@
-"""The ways in which the chaos benchmark kills a run, and how it sees from outside where the run stands.
+"""The ways in which the chaos benchmark kills or disturbs a run, and how it sees from outside where the run stands.
 
 A life is one start of a run. What its processes do is told from what any user could see: the process table, the
 signals they catch, the folders that come and go, and the files that are opened.
@@ -11,6 +11,7 @@ import select
 import signal
 import struct
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,8 +19,11 @@ from pathlib import Path
 
 import psutil
 
+from minbert.data.files import lock
+from minbert.launch.exit_codes import ExitCode
+from minbert.trainer.checkpoint import newest_step as newest_in
 from minbert.trainer.checkpoint import published
-from minbert.trainer.run_folder import RunFolder
+from minbert.trainer.run_folder import LOCK, RunFolder
 
 IN_OPEN, NAME_MAX, EVENT = 0x20, 256, struct.Struct("iIII")  # inotify(7): an event is followed by a name
 
@@ -208,21 +212,63 @@ def kill_while_loading(life: Life, rng: random.Random) -> None:
     life.strike(signal.SIGKILL, *([rng.choice(life.ranks())] if rng.random() < 0.5 else []))
 
 
+OTHER = ("--lr", "0.5", "--train-limit", "30", "--force")  # what would change the run's rates and vocabulary
+PREPARED = ("config.yaml", "environment.json", "code.diff", "encoder/config.json", "encoder/vocab.txt")
+
+
+def start_again(life: Life, rng: random.Random, *command: str) -> list[str]:
+    """Start the run once more while it trains: that must be refused, and change nothing. Returns what is wrong."""
+    life.wait(rng)
+    while not life.trained():  # from then on the folder is its own
+        life.must_be_here()
+        time.sleep(0.01)
+    before = [(life.run.path / name).read_bytes() for name in PREPARED]
+    words = [*(command or ("train",)), "--run", str(life.run.path), *OTHER]
+    os.kill(life.process.pid, signal.SIGSTOP)  # the launcher, which owns the folder: it cannot end meanwhile
+    try:
+        while psutil.Process(life.process.pid).status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
+            time.sleep(0.001)
+        if not _is_locked(life.run.path / LOCK):
+            raise Ended
+        again = subprocess.run([sys.executable, "-m", "minbert.launch.main", *words], capture_output=True, text=True)
+    finally:
+        os.kill(life.process.pid, signal.SIGCONT)
+    wrong = []
+    if again.returncode != ExitCode.USER_MISTAKE or "is being trained by another process" not in again.stderr:
+        wrong.append(f"`{words[0]}` was not refused: exit code {again.returncode}: {again.stderr}")
+    changed = [name for name, old in zip(PREPARED, before) if (life.run.path / name).read_bytes() != old]
+    return wrong + [f"`{words[0]}` changed {name}" for name in changed]
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        os.close(lock(path))
+    except BlockingIOError:
+        return True
+    return False
+
+
+def submit_again(life: Life, rng: random.Random) -> list[str]:
+    return start_again(life, rng, "submit", "--executor", "local")
+
+
 LOADING = "while loading"  # makes sense where there is something to load
-KINDS: dict[str, Callable[[Life, random.Random], None]] = {
+# After the last two the run lives on.
+KINDS: dict[str, Callable[[Life, random.Random], list[str] | None]] = {
     "SIGKILL, one rank": kill_one_rank,
     "SIGKILL, all": kill_all,
     "SIGTERM": ask_to_stop,
     "SIGTERM twice": ask_twice,
     "while saving": kill_while_saving,
     LOADING: kill_while_loading,
+    "second start": start_again,
+    "second submit": submit_again,
 }
 
 
 def newest_step(run: RunFolder) -> int:
     """Of its checkpoints; 0 without any."""
-    kept = published(run.checkpoints)
-    return int(kept[-1].name.partition("-")[2]) if kept else 0
+    return newest_in(run.checkpoints)
 
 
 def _names(folder: Path) -> list[str]:

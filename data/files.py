@@ -6,11 +6,16 @@ name and takes its place at once.
 
 import errno
 import fcntl
+import json
 import logging
+import math
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain, repeat
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 log = logging.getLogger(__name__)
@@ -68,6 +73,44 @@ def flush_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def lock(path: Path) -> int:
+    """Take the lock that the file `path` stands for. It lasts until every process that has the descriptor, which is
+    returned, has closed it or ended. Raises BlockingIOError if somebody has it for longer than a look at it takes."""
+    for patience in chain(repeat(0.02, 10), repeat(0.0)):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        except FileNotFoundError:
+            pass  # its last owner has removed the file: another one counts now
+        except BlockingIOError:
+            if not patience:
+                os.close(descriptor)
+                raise
+            time.sleep(patience)
+        except OSError:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """As JSON, which has no word for what is not finite: that becomes null."""
+    return json.dumps(finite(value), indent=indent, allow_nan=False)
+
+
+def finite(value: Any) -> Any:
+    """Nested mappings and sequences with None for every number that is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return value
 
 
 class LineFile:

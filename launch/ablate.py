@@ -1,10 +1,9 @@
 """`minbert ablate`: what each extension of the baseline brings, alone, added up, left out, and combined, over seeds."""
 
-import json
 import shlex
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from functools import partial
@@ -16,9 +15,16 @@ from rich.console import Console
 from rich.table import Table
 
 from minbert.data.errors import UserError
-from minbert.data.files import replacing
+from minbert.data.files import replacing, to_json
 from minbert.launch.exit_codes import ExitCode
-from minbert.launch.many_runs import Own, leave_without_ray, only_driver, read_command_line, retry_failed
+from minbert.launch.many_runs import (
+    Own,
+    check_data_and_model,
+    leave_without_ray,
+    only_driver,
+    read_command_line,
+    retry_failed,
+)
 from minbert.launch.options import build_run_config
 from minbert.launch.trial import train_trial
 from minbert.slurm.settings import parse_parameters, resolve_settings
@@ -41,7 +47,7 @@ from minbert.tuning.ablation import (
 from minbert.tuning.comparison import Row, compare
 from minbert.tuning.search import Resources, base_options
 from minbert.tuning.space import Parameters
-from minbert.tuning.trial import METRIC, Trial
+from minbert.tuning.trial import LOCK, METRIC, Trial, better, score_of
 
 DESCRIPTION = (
     "Measure extensions against the paper's baseline (features=baseline, hidden_layers=1, freeze=encoder), or go on "
@@ -82,39 +88,54 @@ def main(arguments: list[str]) -> int:
         if name in run:
             raise UserError(f"each run of an ablation has its own {name}; --{instead} says which")
     folder = own.get("ablation") or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-ablation"
-    ablation = _resolve(folder, own, run)
     with only_driver(folder):
-        ablation.write(folder)
+        ablation = _resolve(folder, own, run)
+        check_data_and_model(parse_config(ablation.baseline, ABLATION_FILE))
+        if not own.get("slurm"):
+            _refuse_queued_runs(folder, ablation)
         print(f"Ablation: {folder}", flush=True)
         trials = ablation.trials(folder)
-        for trial in trials:
-            trial.write()
-        if own.get("retry_failed"):
-            retry_failed(trials)
         over = sum(trial.over for trial in trials)
         variants, seeds = len(ablation.variants), len(ablation.seeds)
         print(f"{variants} variants with {seeds} seeds: {len(trials)} runs, {over} are over.", flush=True)
+        begin = partial(_begin, folder, ablation, trials, own.get("retry_failed", False))
         if own.get("slurm"):
-            _queue_missing(folder, ablation, trials, job)
+            _queue_missing(folder, ablation, trials, job, begin)
             if left := sum(trial.status != "finished" for trial in trials):
                 print(f"{left} runs are not finished. Repeat the command when they are, for the table.")
                 return ExitCode.FINISHED
             return _conclude(folder, ablation, trials)
-        if queued := next((trial.folder for trial in trials if not trial.over and is_active(trial.folder)), None):
-            raise UserError(f"{queued} has a job; wait for it with --slurm, or end it by `minbert cancel {folder}`")
         if own.get("ray") or "address" in own:
-            code = _run_on_ray(folder, ablation, trials, own.get("address"))
+            code = _run_on_ray(folder, ablation, trials, own.get("address"), begin)
         else:
+            begin()
             code = _run_here(ablation, trials)
         if code == ExitCode.INTERRUPTED:
             print(f"Stopped, and saved. To go on: minbert ablate --ablation {shlex.quote(str(folder))}")
         return code if code != ExitCode.FINISHED else _conclude(folder, ablation, trials)
 
 
+def _begin(folder: Path, ablation: Ablation, trials: Sequence[Trial], retry: bool) -> None:
+    """Write what is to be done, when nothing can refuse it any more."""
+    ablation.write(folder)
+    for trial in trials:
+        trial.write()
+    if retry:
+        retry_failed(trials)
+
+
+def _refuse_queued_runs(folder: Path, ablation: Ablation) -> None:
+    for trial in ablation.trials(folder):
+        if not trial.over and is_active(trial.folder):
+            raise UserError(
+                f"{trial.folder} has a job; wait for it with --slurm, or end it by `minbert cancel {folder}`"
+            )
+
+
 def _resolve(folder: Path, own: Mapping[str, Any], run: dict[str, Any]) -> Ablation:
     """The ablation that the options, and what the folder holds already, describe. Raises UserError."""
     saved = Ablation.read(folder) if (folder / ABLATION_FILE).exists() else None
-    if saved is None and folder.exists() and any(entry.name != ".lock" for entry in folder.iterdir()):
+    if saved is None and any(entry.name != LOCK for entry in folder.iterdir()):
         raise UserError(f"{folder} is not empty and no ablation: it has no {ABLATION_FILE}. Give another --ablation.")
     baseline = _baseline(run, saved)
     if saved is not None and "extensions" not in own:
@@ -133,7 +154,7 @@ def _resolve(folder: Path, own: Mapping[str, Any], run: dict[str, Any]) -> Ablat
         variants |= {name: saved.variants[name] for name in groups["named"]}
     resources = (saved.resources if saved else Resources()).model_dump()
     resources |= {name: value for name, value in own.items() if name in Resources.model_fields}
-    seeds = list(own.get("seeds", saved.seeds if saved else OWN["seeds"].default))
+    seeds = list(dict.fromkeys(own.get("seeds", saved.seeds if saved else OWN["seeds"].default)))
     ablation = Ablation(
         baseline=baseline, extensions=extensions, variants=variants, groups=groups, seeds=seeds, resources=resources
     )
@@ -155,7 +176,7 @@ def _baseline(run: dict[str, Any], saved: Ablation | None) -> Parameters:
 
 def _run_here(ablation: Ablation, trials: Sequence[Trial]) -> int:
     """One run after another, in this process."""
-    from minbert.tuning.attempt import USER_MISTAKE, Attempt
+    from minbert.tuning.attempt import USER_MISTAKE, Attempt, free_memory, tells_of_disk
 
     with StopRequest() as stop:
         for number, trial in enumerate(trials, 1):
@@ -169,11 +190,17 @@ def _run_here(ablation: Ablation, trials: Sequence[Trial]) -> int:
                 if stop.signal is not None:
                     attempt.end()
                 if evaluation := attempt.next(1.0):
-                    score = evaluation[METRIC]
                     trial.step, trial.steps = evaluation["step"], attempt.steps
-                    trial.score = score if trial.score is None else max(trial.score, score)
+                    trial.score = better(trial.score, score_of(evaluation))
                     trial.write()
+            free_memory()
             code, error = attempt.ending
+            if code != ExitCode.FINISHED and tells_of_disk(error):
+                trial.status = "pending"
+                trial.write()
+                raise UserError(
+                    f"{trial.folder}: {error.strip().splitlines()[-1]}\nMake room, then repeat the command."
+                )
             if code == ExitCode.INTERRUPTED:
                 trial.status = "pending"
                 trial.write()
@@ -191,8 +218,11 @@ def _run_here(ablation: Ablation, trials: Sequence[Trial]) -> int:
     return ExitCode.FINISHED
 
 
-def _run_on_ray(folder: Path, ablation: Ablation, trials: Sequence[Trial], address: str | None) -> int:
-    if all(trial.over for trial in trials):
+def _run_on_ray(
+    folder: Path, ablation: Ablation, trials: Sequence[Trial], address: str | None, begin: Callable[[], None]
+) -> int:
+    if all(trial.done for trial in trials):
+        begin()
         return ExitCode.FINISHED
     from minbert.tuning.cluster import join_or_start
 
@@ -203,29 +233,34 @@ def _run_on_ray(folder: Path, ablation: Ablation, trials: Sequence[Trial], addre
             f"[{over}/{len(trials)}] {trial.name} {trial.status}{shown}" + (f": {trial.error}" if trial.error else "")
         )
 
-    processes = parse_config(ablation.baseline, ABLATION_FILE).parallel.processes
-    lost = partial(leave_without_ray, f"minbert ablate --ablation {shlex.quote(str(folder))} --ray")
+    parallel = parse_config(ablation.baseline, ABLATION_FILE).parallel
+    where = f"--address {address}" if address else "--ray"
+    lost = partial(leave_without_ray, f"minbert ablate --ablation {shlex.quote(str(folder))} {where}")
     with StopRequest() as stop:
         with join_or_start(address, folder, lost):
-            from minbert.tuning.driver import run_trials
+            from minbert.tuning.driver import find_room, run_trials
 
             resources = ablation.resources
-            problem = run_trials(folder, trials, ablation.options, train_trial, resources, processes, stop, tell)
+            room = find_room(resources, parallel)
+            begin()
+            problem = run_trials(folder, trials, ablation.options, train_trial, resources, room, stop, tell)
             if problem:
                 print(f"minbert: {problem}", file=sys.stderr, flush=True)
         stop.exit_code = ExitCode.INTERRUPTED if stop.signal is not None else ExitCode.FINISHED
     return ExitCode.FINISHED if all(trial.over for trial in trials) else ExitCode.INTERRUPTED
 
 
-def _queue_missing(folder: Path, ablation: Ablation, trials: Sequence[Trial], job: dict[str, Any]) -> None:
+def _queue_missing(
+    folder: Path, ablation: Ablation, trials: Sequence[Trial], job: dict[str, Any], begin: Callable[[], None]
+) -> None:
     """Look how the runs stand on the cluster, and queue those that are neither finished nor queued."""
-    from minbert.launch.submit import queue
+    from minbert.launch.submit import prepare_and_queue
     from minbert.slurm.status import look
-    from minbert.trainer.preparation import prepare, total_steps
 
     if "slurm_parameters" in job:
         job["slurm_parameters"] = parse_parameters(job["slurm_parameters"])
     settings = resolve_settings(job)
+    begin()
     missing = []
     for trial, report in zip(trials, look([trial.folder for trial in trials])):
         scores = [record[METRIC] for record in trial.evaluations()]
@@ -244,8 +279,7 @@ def _queue_missing(folder: Path, ablation: Ablation, trials: Sequence[Trial], jo
             config = parse_config(ablation.options(trial) | {"run": trial.folder}, trial.name)
             parallel = config.parallel.model_copy(update={"processes": settings.tasks})
             configs.append(config.model_copy(update={"parallel": parallel}))
-        runs = [prepare(config).path for config in configs]
-        queue(runs, settings, folder, [total_steps(config) for config in configs])
+        prepare_and_queue(configs, settings, folder)
 
 
 def _conclude(folder: Path, ablation: Ablation, trials: Sequence[Trial]) -> int:
@@ -262,7 +296,7 @@ def _conclude(folder: Path, ablation: Ablation, trials: Sequence[Trial]) -> int:
             _table(f"{TITLES[group]} (mean ± deviation of {len(ablation.seeds)} seeds)", [rows[n] for n in names])
         )
     with replacing(folder / "summary.json") as temporary:
-        temporary.write_text(json.dumps([asdict(row) for row in rows.values()], indent=2) + "\n")
+        temporary.write_text(to_json([asdict(row) for row in rows.values()], indent=2) + "\n")
     print(f"Summary: {folder / 'summary.json'}")
     return ExitCode.FINISHED
 

@@ -2,6 +2,7 @@
 
 import difflib
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +14,8 @@ from rich.table import Table
 from minbert.data.errors import UserError
 from minbert.launch.exit_codes import ExitCode
 from minbert.launch.options import parse, parse_run_config
-from minbert.launch.outputs import require_place, whole_or_gone
+from minbert.launch.outputs import require_place
+from minbert.launch.ownership import own
 from minbert.trainer.checkpoint import MANIFEST, Damaged, damaged, published, read_manifest, verify
 from minbert.trainer.run_folder import RunFolder
 
@@ -88,7 +90,21 @@ def check(arguments: list[str]) -> int:
         failed += bool(problems)
     if not paths:
         print(f"{folder} has no checkpoints")
+    if (best := RunFolder(folder).best_model).exists():
+        failed += not _check_model(best)
     return ExitCode.FAILED if failed else ExitCode.FINISHED
+
+
+def _check_model(path: Path) -> bool:
+    from minbert.trainer.saved_model import read_model
+
+    try:
+        read_model(path)
+    except Damaged as damage:
+        print(f"{path.name}: damaged\n  {damage}")
+        return False
+    print(f"{path.name}: intact ({_size(path.stat().st_size)})")
+    return True
 
 
 def convert(arguments: list[str]) -> int:
@@ -104,8 +120,11 @@ def convert(arguments: list[str]) -> int:
             raise UserError(f"what is {options[0]!r}? Writing a model takes no options")
         if not (checkpoints := _checkpoints(source)):
             raise UserError(f"{source} has no checkpoints")
-        require_place(target)
-        manifest = to_safetensors(checkpoints[-1], target)
+        mends = target.absolute() == RunFolder(source).best_model.absolute()  # which is the run's own to replace
+        if not mends:
+            require_place(target)
+        with own([source]) if mends else nullcontext():
+            manifest = to_safetensors(checkpoints[-1], target)
         print(f"Wrote the weights of step {manifest.step} to {target}")
         return ExitCode.FINISHED
     from minbert.trainer.preparation import prepare
@@ -113,7 +132,7 @@ def convert(arguments: list[str]) -> int:
     if not source.is_dir():
         raise UserError(f"{source} is no folder")
     config = parse_run_config([f"--run={target}", *options], "checkpoint convert")
-    with whole_or_gone(target):
+    with own([target]):
         checkpoint, missing = from_deepspeed(source, prepare(config))
     if missing:
         print(f"Not in {source}, and as the run would start: {', '.join(missing)}")

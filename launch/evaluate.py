@@ -1,6 +1,5 @@
 """`minbert evaluate RUN`: the scores of a run's best model."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +8,7 @@ import tyro
 from rich.console import Console
 
 from minbert.data.errors import UserError
+from minbert.data.files import to_json
 from minbert.data.task import Split
 from minbert.launch.exit_codes import ExitCode
 from minbert.launch.options import open_option, parse
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
             f"the {options.split} split of {config.corpus.data} has no labels; `minbert predict` predicts it"
         )
     if options.json:
-        print(json.dumps(scores, indent=2))
+        print(to_json(scores, indent=2))
     else:
         Console().print(score_table(f"{run.path}, best model, {options.split}", config.corpus.tasks, {"score": scores}))
     return ExitCode.FINISHED

@@ -1,14 +1,17 @@
 """What every process of a submitted job executes: meet the others, train, and tell the record how it ended.
 
-`RunJob` is what is pickled. It holds the run folder's path and nothing else, so that a job that starts again, perhaps
-days later, takes everything from the folder. This module imports little: a signal may come at any moment.
+`RunJob` is what is pickled. It holds the run folder's path, and whether --force was given for what that says, so that a
+job that starts again, perhaps days later, takes everything from the folder. This module imports little: a signal may
+come at any moment.
 """
 
 import os
 import signal
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
+from minbert.data.errors import UserError
 from minbert.launch.exit_codes import ExitCode
 from minbert.launch.processes import ERROR_FILE, record_errors
 from minbert.slurm.allocation import Allocation
@@ -19,6 +22,7 @@ from minbert.trainer.stop import StopRequest
 
 LOCAL_REQUEUE = 144  # submitit's local executor starts the processes again if one ends with it,
 LOCAL_STARTS = 6  # up to this often
+LOCK_PATIENCE = 600.0  # seconds in which the processes of the job's last life may still save and leave
 
 
 class RunJob:
@@ -28,8 +32,8 @@ class RunJob:
     the other processes, which may still have to do something, when one has another code.
     """
 
-    def __init__(self, run: Path):
-        self.run = run
+    def __init__(self, run: Path, force: bool = False):
+        self.run, self.force = run, force
 
     def __call__(self) -> int:
         with StopRequest(patient=not _debugging()) as stop:  # in place of submitit's handlers
@@ -56,16 +60,23 @@ class RunJob:
         os.environ.setdefault("OMP_NUM_THREADS", str(_cores(allocation)))
         if allocation.rank:
             _write_to(logs / f"rank-{allocation.rank}.log")
-        with record_errors():
+        with record_errors(), ExitStack() as lock:
             from minbert.launch.worker import work
             from minbert.slurm.meeting import join
             from minbert.trainer.run_folder import RunFolder
 
             folder = RunFolder.existing(self.run)
             records = Records(self.run)
-            seconds = 60 * folder.read_config().parallel.timeout
+            seconds = 60 * folder.read_config().parallel.timeout  # for which the others wait for this one
+            if allocation.rank == 0 and not _debugging():
+                try:
+                    lock.enter_context(folder.locked(min(LOCK_PATIENCE, seconds), stop))
+                except UserError:
+                    if stop.signal is None:
+                        raise
+                    return ExitCode.INTERRUPTED
             join(records.folder, allocation, records.submission().job_settings().interface, seconds)
-            return work(folder, stop=stop)
+            return work(folder, self.force, stop)
 
     def _tell(self, allocation: Allocation, code: int, stop: StopRequest) -> None:
         """For the supervisor, which sees the exit codes of all processes only as one."""

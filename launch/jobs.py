@@ -12,8 +12,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from minbert.data.errors import UserError
+from minbert.data.files import to_json
 from minbert.launch.exit_codes import ExitCode
 from minbert.launch.options import parse
+from minbert.launch.ownership import own
 from minbert.slurm.records import Records
 from minbert.slurm.status import Report, find_runs, look
 
@@ -42,7 +44,7 @@ def main(arguments: list[str]) -> int:
         resubmit(reports)
         reports = look(runs)
     if options.json:
-        print(json.dumps([asdict(report) | {"run": str(report.run)} for report in reports], indent=2))
+        print(to_json([asdict(report) | {"run": str(report.run)} for report in reports], indent=2))
     elif runs:
         Console().print(table(reports))
     else:
@@ -107,4 +109,5 @@ def resubmit(reports: Sequence[Report]) -> None:
     for runs in groups.values():
         submissions = [Records(run).submission() for run in runs]
         folder = Path(submissions[0].folder).parent
-        queue(runs, submissions[0].job_settings(), folder, [submission.total_steps for submission in submissions])
+        with own(runs):
+            queue(runs, submissions[0].job_settings(), folder, [submission.total_steps for submission in submissions])

@@ -3,6 +3,7 @@ that are tried again, and the way out when Ray has died."""
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,8 +25,10 @@ from minbert.launch.options import (
     show_help,
 )
 from minbert.slurm.settings import JobSettings
-from minbert.tuning.search import Resources
-from minbert.tuning.trial import Trial
+from minbert.trainer.config import RunConfig
+from minbert.tuning.ablation import ABLATION_FILE
+from minbert.tuning.search import SEARCH_FILE, Resources
+from minbert.tuning.trial import LOCK, Trial
 
 
 class Own(NamedTuple):
@@ -53,6 +56,8 @@ def read_command_line(own: Mapping[str, Own], arguments: list[str], command: str
     own_types = {name: option.type for name, option in own.items()} | _types_of(Resources)
     options, rest = read_options(run_option_types() | job_types | own_types, arguments, command)
     refuse_words(rest)
+    if empty := next((name for name in own if options.get(name) == ()), None):
+        raise UserError(f"--{empty} needs a value")
     given = Given({}, {}, {})
     for name, value in options.items():
         (given.own if name in own_types else given.job if name in job_types else given.run)[name] = value
@@ -86,20 +91,49 @@ def _help(own: Mapping[str, Own]) -> dict[str, Any]:
 
 
 @contextmanager
-def only_driver(folder: Path) -> Iterator[None]:
-    """Keep others from running the same search or ablation meanwhile. Raises UserError if somebody does."""
-    lock = FileLock(folder / ".lock", timeout=0)
+def only_driver(folder: Path, patience: float = 0.5) -> Iterator[None]:
+    """Keep others from running the same search or ablation meanwhile; makes the folder if there is none. If the block
+    refuses to run, what was made goes again. Raises UserError if somebody runs it, after `patience` seconds."""
+    lock = FileLock(folder / LOCK, timeout=patience)
     try:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        new = not (folder / LOCK).exists()
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         raise UserError(f"{folder} is being run by another process; wait for it, or stop it first") from None
+    except FileExistsError:
+        raise UserError(f"{folder} is a file; name a folder") from None
     except OSError as error:
         raise UserError(f"{folder} cannot be used: {error.strerror}") from None
     try:
         yield
+    except (UserError, KeyboardInterrupt):
+        if new:
+            _remove_traces(folder, made)
+        raise
     finally:
         lock.release()
+
+
+def _remove_traces(folder: Path, made: Iterable[Path]) -> None:
+    """Of a start that was refused before it wrote anything: the lock, and the folders that were made for it."""
+    if (folder / SEARCH_FILE).exists() or (folder / ABLATION_FILE).exists():
+        return
+    (folder / LOCK).unlink(missing_ok=True)
+    for path in made:
+        try:
+            path.rmdir()
+        except OSError:  # somebody else has put something into it
+            return
+
+
+def refuse_queued(folder: Path) -> None:
+    """Raises UserError if the search or ablation has a job that waits or runs."""
+    from minbert.slurm.status import is_active, look
+
+    if is_active(folder):
+        raise UserError(f"{folder} has a job already: {look([folder])[0].summary}")
 
 
 def retry_failed(trials: Iterable[Trial]) -> None:
@@ -115,3 +149,12 @@ def leave_without_ray(command: str) -> NoReturn:
     print(f"minbert: Ray's head has died. To go on from the checkpoints: {command}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(ExitCode.INTERRUPTED)
+
+
+def check_data_and_model(config: RunConfig) -> None:
+    """Prepare a run with `config` in a folder that is thrown away: what every trial would fail at shows here, once,
+    before anything is started. The tokenised data that it leaves is the trials' own."""
+    from minbert.trainer.preparation import prepare
+
+    with tempfile.TemporaryDirectory(prefix="minbert-") as folder:
+        prepare(config.model_copy(update={"run": Path(folder) / "run"}))

@@ -28,6 +28,7 @@ from minbert.trainer.stop import StopRequest
 
 POLL = 0.5  # seconds
 PATIENCE = 300.0  # seconds for a node to join, or for the head to be there
+LOCK_PATIENCE = 120.0  # seconds in which an earlier life, or the command that has submitted this one, lets go
 
 
 class SearchJob:
@@ -68,7 +69,7 @@ class SearchJob:
             self._tell(allocation, ExitCode.INTERRUPTED, stop)  # the job is requeued
             leave_without_ray(f"minbert tune --slurm --search {self.folder}")
 
-        with only_driver(self.folder):
+        with only_driver(self.folder, LOCK_PATIENCE):
             cluster = partial(_cluster, self.folder, place, allocation, lost)
             return run_search(self.folder, Search.read(self.folder), stop, cluster)
 
@@ -124,6 +125,9 @@ def _join(place: Path, allocation: Allocation, log: Path) -> int:
         time.sleep(POLL)
     head = json.loads(place.read_text())
     private = Path(head["temporary"])  # Ray uses the same path on all nodes
+    for left in private.parent.glob(f"{private.name.rpartition('-')[0]}-*"):  # by an earlier life that was killed
+        if left != private:
+            shutil.rmtree(left, ignore_errors=True)
     if not private.exists():  # nodes of a test may be one machine
         make_private(private)
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]

@@ -24,11 +24,12 @@ from minbert.launch.options import (
     run_option_types,
     show_help,
 )
+from minbert.launch.ownership import own
 from minbert.launch.sweep import elements, parse_sweep
 from minbert.slurm.batch_script import batch_script
 from minbert.slurm.records import Records
 from minbert.slurm.settings import JobSettings, parse_parameters, resolve_settings
-from minbert.slurm.status import is_active, look
+from minbert.slurm.status import look
 from minbert.slurm.submission import refuse_hopeless, submit
 from minbert.trainer.config import RunConfig
 from minbert.trainer.preparation import new_run_path, prepare, resolve, total_steps
@@ -62,9 +63,7 @@ def main(arguments: list[str]) -> int:
     if request.dry:
         _show([config], settings, config.run)
         return ExitCode.FINISHED
-    if is_active(config.run):
-        raise UserError(f"{config.run} has a job already: {look([config.run])[0].summary}")
-    _submit([config], settings, config.run, force=bool(request.run.get("force")))
+    prepare_and_queue([config], settings, config.run, force=bool(request.run.get("force")))
     return look([config.run])[0].exit_code if settings.executor == "debug" else ExitCode.FINISHED
 
 
@@ -125,27 +124,31 @@ def _submit_sweep(request: Request, folder: Path | None) -> int:
         if config not in wanted:
             print(f"{config.run.name}: {report.summary}")
     if wanted:
-        _submit(wanted, settings, folder, force=bool(request.run.get("force")))
+        prepare_and_queue(wanted, settings, folder, force=bool(request.run.get("force")))
     return ExitCode.FINISHED
 
 
-def _submit(configs: Sequence[RunConfig], settings: JobSettings, folder: Path, force: bool) -> None:
-    """Prepare the runs and queue them; `folder` is the run's own, or the sweep's."""
+def prepare_and_queue(configs: Sequence[RunConfig], settings: JobSettings, folder: Path, force: bool = False) -> None:
+    """`folder` is the run's own, or that of several. Raises UserError if somebody else trains, prepares or has queued
+    one of the runs."""
     if settings.executor == "debug" and len(configs) > 1:
         raise UserError("the debug executor runs one run; use executor=local for a sweep")
     refuse_hopeless(settings, folder)
-    runs = [prepare(config, force).path for config in configs]
-    queue(runs, settings, folder, [total_steps(config) for config in configs])
+    with own([config.run for config in configs]):
+        runs = [prepare(config, force).path for config in configs]
+        queue(runs, settings, folder, [total_steps(config) for config in configs], force)
 
 
-def queue(runs: Sequence[Path], settings: JobSettings, folder: Path, steps: Sequence[int | None]) -> None:
-    """Submit prepared runs with a snapshot of the code, and say what comes next."""
+def queue(
+    runs: Sequence[Path], settings: JobSettings, folder: Path, steps: Sequence[int | None], force: bool = False
+) -> None:
+    """Submit prepared runs, which we own, with a snapshot of the code, and say what comes next."""
     from minbert.launch.job import RunJob
     from minbert.slurm.snapshot import take_snapshot
 
     folder = folder.absolute()
     code = take_snapshot(folder / "code")
-    tasks = [RunJob(run.absolute()) for run in runs]
+    tasks = [RunJob(run.absolute(), force) for run in runs]
     ids = submit(runs, tasks, settings, folder / "slurm", code, steps, folder.name)
     for run, job_id in zip(runs, ids):
         print(f"Run folder: {run}   job {job_id}")

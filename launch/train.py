@@ -5,6 +5,7 @@ import sys
 
 from minbert.launch.exit_codes import ExitCode
 from minbert.launch.options import parse_run_config
+from minbert.launch.ownership import own
 from minbert.launch.processes import launch
 from minbert.trainer.config import RunConfig
 from minbert.trainer.distributed import require_devices
@@ -24,15 +25,16 @@ def start(config: RunConfig, force: bool) -> int:
     require_devices(config.parallel, config.parallel.processes)
     if shape := known_shape(config):
         require_memory(config, shape, config.parallel.processes)
-    run = prepare(config, force)
-    print(f"Run folder: {run.path}", flush=True)
-    if config.parallel.processes == 1:
-        from minbert.launch.worker import work
+    with own([config.run]):
+        run = prepare(config, force)
+        print(f"Run folder: {run.path}", flush=True)
+        if config.parallel.processes == 1:
+            from minbert.launch.worker import work
 
-        code = work(run, force)
-    else:
-        command = [sys.executable, "-m", "minbert.launch.worker", str(run.path), *(["--force"] if force else [])]
-        code = launch(command, config.parallel.processes, run.logs)
+            code = work(run, force)
+        else:
+            command = [sys.executable, "-m", "minbert.launch.worker", str(run.path), "--locked"]
+            code = launch(command + ["--force"] * force, config.parallel.processes, run.logs)
     if code == ExitCode.INTERRUPTED:
         print(f"Stopped, and saved. To go on: minbert resume {shlex.quote(str(run.path))}")
     return code

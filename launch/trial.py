@@ -37,14 +37,14 @@ def train_trial(config: RunConfig, stop: StopRequest, begin: Callable[[int], Non
     from minbert.trainer.preparation import prepare
 
     try:
-        run = prepare(config)
-        begin(count_steps(run.read_config()))
-        _wait_until_free(run)
-        if config.parallel.processes > 1 or config.parallel.zero_stage is not None:
-            return _train_elsewhere(run, stop)
-        from minbert.launch.worker import work
+        with RunFolder(config.run).locked(LOCK_PATIENCE) as lock:
+            run = prepare(config)
+            begin(count_steps(run.read_config()))
+            if config.parallel.processes > 1 or config.parallel.zero_stage is not None:
+                return _train_elsewhere(run, stop, lock)
+            from minbert.launch.worker import work
 
-        return work(run, stop=stop, predictions=False), ""
+            return work(run, stop=stop, predictions=False), ""
     except UserError as error:
         return ExitCode.USER_MISTAKE, str(error)
     except Exception:
@@ -63,21 +63,9 @@ def count_steps(config: RunConfig) -> int:
     return max(1, round(config.budget.epochs * build_plan(config, _sizes[key]).steps_per_epoch))
 
 
-def _wait_until_free(run: RunFolder) -> None:
-    """The processes of a life that was lost may need a moment to leave."""
-    deadline = time.monotonic() + LOCK_PATIENCE
-    while True:
-        try:
-            with run.locked():
-                return
-        except UserError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(POLL)
-
-
-def _train_elsewhere(run: RunFolder, stop: StopRequest) -> tuple[int, str]:
-    """In processes of its own, which are asked to save and leave when this one dies."""
+def _train_elsewhere(run: RunFolder, stop: StopRequest, lock: int | None) -> tuple[int, str]:
+    """In processes of its own, which are asked to save and leave when this one dies, and keep the lock until they
+    have."""
     run.logs.mkdir(exist_ok=True)
     parent, libc = os.getpid(), ctypes.CDLL(None)
 
@@ -98,6 +86,7 @@ def _train_elsewhere(run: RunFolder, stop: StopRequest) -> tuple[int, str]:
             stdout=output,
             stderr=output,
             start_new_session=True,
+            pass_fds=() if lock is None else (lock,),
             preexec_fn=leave_with_parent,
         )
     asked = False
@@ -114,7 +103,7 @@ def main(folder: Path) -> int:
     from minbert.launch.processes import launch
 
     run = RunFolder.existing(folder)
-    command = [sys.executable, "-m", "minbert.launch.worker", str(run.path), "--no-predictions"]
+    command = [sys.executable, "-m", "minbert.launch.worker", str(run.path), "--no-predictions", "--locked"]
     return launch(command, run.read_config().parallel.processes, run.logs)
 
 

@@ -8,21 +8,39 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 from rich.console import Console
 from rich.table import Table
 
 from minbert.data.errors import UserError
 from minbert.launch.exit_codes import ExitCode
-from minbert.launch.many_runs import Own, leave_without_ray, only_driver, read_command_line, retry_failed
+from minbert.launch.many_runs import (
+    Own,
+    check_data_and_model,
+    leave_without_ray,
+    only_driver,
+    read_command_line,
+    refuse_queued,
+    retry_failed,
+)
 from minbert.launch.options import build_run_config
 from minbert.slurm.settings import parse_parameters, resolve_settings
 from minbert.trainer.config import RunConfig, parse_config
 from minbert.trainer.run_folder import read_yaml
 from minbert.trainer.stop import StopRequest
-from minbert.tuning.search import SEARCH_FILE, Resources, Search, base_options, refuse_other, write_best
-from minbert.tuning.space import Space, check_space, grid, grid_size, paper_space, parse_space, read_space
-from minbert.tuning.trial import Trial, best
+from minbert.tuning.search import (
+    SEARCH_FILE,
+    NextTrial,
+    Resources,
+    Search,
+    base_options,
+    describe_schedule,
+    explain,
+    refuse_other,
+    write_best,
+)
+from minbert.tuning.space import Space, check_space, paper_space, parse_space, read_space
+from minbert.tuning.trial import LOCK, Trial, best, ranked
 
 DESCRIPTION = (
     "Search hyperparameters, or go on with the search in --search. Options of a run hold for every trial. "
@@ -67,57 +85,71 @@ def main(arguments: list[str]) -> int:
     if "run" in run:
         raise UserError("each trial has a run folder of its own; --search names the folder of the search")
     folder = own.get("search") or _new_folder()
-    search = _resolve(folder, own, run)
     if own.get("slurm"):
-        return _submit(folder, search, job, own.get("retry_failed", False))
+        refuse_queued(folder)  # rather than that somebody holds the lock
     with only_driver(folder):
-        search.write(folder)
-        if own.get("retry_failed"):
-            retry_failed(search.trials(folder))
+        search = _resolve(folder, own, run)
+        refuse_queued(folder)
+        trials, retry = search.trials(folder), own.get("retry_failed", False)
+        if retry or len(trials) < search.samples or any(not trial.over for trial in trials):
+            check_data_and_model(parse_config(search.base | search.sources(), SEARCH_FILE))
+        if own.get("slurm"):
+            return _submit(folder, search, job, retry)
         print(f"Search: {folder}", flush=True)
         from minbert.tuning.cluster import join_or_start
 
-        lost = partial(leave_without_ray, f"minbert tune --search {shlex.quote(str(folder))}")
-        start = partial(join_or_start, own.get("address"), folder, lost)
+        again = f"minbert tune --search {shlex.quote(str(folder))}"
+        elsewhere = f" --address {own['address']}" if "address" in own else ""
+        start = partial(join_or_start, own.get("address"), folder, partial(leave_without_ray, again + elsewhere))
         with StopRequest() as stop:
-            code = run_search(folder, search, stop, start)
+            code = run_search(folder, search, stop, start, retry)
             stop.exit_code = code
     if code == ExitCode.INTERRUPTED:
-        print(f"Stopped, and saved. To go on: minbert tune --search {shlex.quote(str(folder))}")
+        print(f"Stopped, and saved. To go on: {again}{elsewhere}")
     return code
 
 
-def run_search(folder: Path, search: Search, stop: StopRequest, start: Any) -> int:
-    """Run what is left of a search on the Ray that the context manager `start()` provides; returns the exit code."""
+def run_search(folder: Path, search: Search, stop: StopRequest, start: Any, retry: bool = False) -> int:
+    """Run what is left of a search on the Ray that the context manager `start()` provides; returns the exit code.
+    search.yaml is written when nothing can refuse the search any more. `retry`: the trials, too, that have failed."""
     trials = search.trials(folder)
-    over = [trial for trial in trials if trial.over]
+    left = [trial for trial in trials if not trial.over or (retry and trial.status == "failed")]
     further = max(0, search.samples - len(trials))
-    begun = sum(1 for trial in trials if not trial.over and trial.step)
-    if over or begun:
-        print(f"{len(over)} of {search.samples} trials are over; {begun} go on from their checkpoints.", flush=True)
-    if len(over) < len(trials) or further:
+    begun = sum(1 for trial in left if trial.step)
+    if trials:
+        print(f"{len(trials) - len(left)} of {search.samples} trials are over; {begun} go on from their checkpoints.")
+        sys.stdout.flush()
+    if left or further:
         with start():
-            _run(folder, search, trials, further, stop)
+            _run(folder, search, trials, further, stop, retry)
     trials = search.trials(folder)
     winner = write_best(folder, trials)
     if any(not trial.over for trial in trials) or len(trials) < search.samples:
         return ExitCode.INTERRUPTED
+    for trial in trials:
+        if trial.done:
+            trial.forget_checkpoints()
     return _conclude(folder, search, trials, winner)
 
 
-def _run(folder: Path, search: Search, trials: list[Trial], further: int, stop: StopRequest) -> None:
+def _run(folder: Path, search: Search, trials: list[Trial], further: int, stop: StopRequest, retry: bool) -> None:
     from minbert.launch.trial import train_trial
-    from minbert.tuning.driver import TakeOver, run_trials
+    from minbert.tuning.driver import Recorder, find_room, run_trials
     from minbert.tuning.population import Population
     from minbert.tuning.proposals import Proposals, TpeProposals
     from minbert.tuning.scheduler import RememberingASHA
 
-    def make_scheduler(take_over: TakeOver) -> Any:
+    room = find_room(search.resources, parse_config(search.base, SEARCH_FILE).parallel)
+    search.write(folder)
+    if retry:
+        retry_failed(trials)
+
+    def make_scheduler(recorder: Recorder) -> Any:
         if search.scheduler == "asha":
             return RememberingASHA(search.grace, search.reduction, trials)
-        return Population(search, take_over) if search.scheduler == "pbt" else None
+        return Population(search, recorder, trials) if search.scheduler == "pbt" else None
 
-    proposals = Proposals
+    proposals = partial(Proposals, propose=NextTrial(search, folder, trials))
     if search.algorithm == "tpe":
         create = partial(search.new_trial, folder)
         proposals = lambda waiting, describe: TpeProposals(search, trials, waiting, describe, create)  # noqa: E731
@@ -134,14 +166,13 @@ def _run(folder: Path, search: Search, trials: list[Trial], further: int, stop: 
         taken_over[trial.name] = len(trial.taken_over)
         print(_line(trial, sum(t.over for t in known.values()), search.samples), flush=True)
 
-    config = parse_config(search.base, SEARCH_FILE)
     problem = run_trials(
         folder,
         trials,
         lambda trial: search.options(trial.parameters),
         train_trial,
         search.resources,
-        config.parallel.processes,
+        room,
         stop,
         tell,
         make_scheduler,
@@ -171,16 +202,18 @@ def _conclude(folder: Path, search: Search, trials: list[Trial], winner: Trial |
     for trial in failed:
         print(f"{trial.name} failed: {trial.error}")
     if winner is None:
-        raise UserError(f"no trial of {folder} has a score; the first failed with: {failed[0].error}")
+        why = f"the first failed with: {failed[0].error}" if failed else "no evaluation gave a number"
+        raise UserError(f"no trial of {folder} has a score; {why}")
     table = Table(title=f"The best of {len(trials)} trials", title_justify="left", box=None, header_style="dim")
     names = list(search.space)
     for heading in ("trial", "score", "step", *names):
         table.add_column(heading)
-    scored = [trial for trial in trials if trial.score is not None and trial.status != "failed"]
-    for trial in sorted(scored, key=lambda trial: (-trial.score, trial.number))[:SHOWN]:
+    for trial in ranked(trials)[:SHOWN]:
         values = [str(trial.parameters[name]) for name in names]
         table.add_row(trial.name, f"{trial.score:.3f}", f"{trial.step}/{trial.steps}", *values)
     Console(width=max(Console().width, 60 + 14 * len(names))).print(table)
+    for line in describe_schedule(winner, search.space):
+        print(line)
     print(f"Configuration: {folder / 'best.yaml'}   The full run: minbert tune --best {shlex.quote(str(folder))}")
     return ExitCode.FINISHED
 
@@ -188,7 +221,7 @@ def _conclude(folder: Path, search: Search, trials: list[Trial], winner: Trial |
 def _resolve(folder: Path, own: Mapping[str, Any], run: Mapping[str, Any]) -> Search:
     """The search that the options, and what the folder holds already, describe. Raises UserError."""
     saved = Search.read(folder) if (folder / SEARCH_FILE).exists() else None
-    if saved is None and folder.exists() and any(entry.name != ".lock" for entry in folder.iterdir()):
+    if saved is None and any(entry.name != LOCK for entry in folder.iterdir()):
         raise UserError(f"{folder} is not empty and no search: it has no {SEARCH_FILE}. Give another --search.")
     inherited = dict(saved.base) if saved is not None and "config" not in run else {}
     config = build_run_config(inherited | dict(run))
@@ -204,10 +237,13 @@ def _resolve(folder: Path, own: Mapping[str, Any], run: Mapping[str, Any]) -> Se
     before = saved.model_dump() if saved else {"samples": SAMPLES}
     given = (base.keys() | run.keys()) - {"seed"}
     space = _space(own, saved, config, given)
-    search = Search(**(before | fields | {"space": space, "base": base, "resources": resources}))
-    if search.algorithm == "grid":
-        next(grid(search.space))  # refuses ranges
-        search = search.model_copy(update={"samples": grid_size(search.space)})
+    try:
+        search = Search(**(before | fields | {"space": space, "base": base, "resources": resources}))
+    except ValidationError as error:
+        raise UserError(explain(error, str(folder))) from None
+    asked, search = search.samples, search.limited()
+    if search.samples < asked and search.algorithm == "random":
+        print(f"The space has only {search.samples} combinations: so many trials.")
     if saved is not None:
         refuse_other(folder, saved, search)
     search.check()
@@ -252,7 +288,6 @@ def _submit(folder: Path, search: Search, job: dict[str, Any], retry: bool) -> i
     from minbert.launch.search_job import SearchJob
     from minbert.slurm.records import Records
     from minbert.slurm.snapshot import take_snapshot
-    from minbert.slurm.status import is_active, look
     from minbert.slurm.submission import submit
 
     if "slurm_parameters" in job:
@@ -264,8 +299,6 @@ def _submit(folder: Path, search: Search, job: dict[str, Any], retry: bool) -> i
     if job.get("tasks_per_node", 1) != 1:
         raise UserError("a search has one task on each node, which starts Ray there; leave --tasks-per-node out")
     settings = settings.model_copy(update={"tasks_per_node": 1})
-    if is_active(folder):
-        raise UserError(f"{folder} has a job already: {look([folder])[0].summary}")
     search.write(folder)
     if retry:
         retry_failed(search.trials(folder))

@@ -1,6 +1,7 @@
-"""One process of a run: `python -m minbert.launch.worker RUN [--force] [--no-predictions]`, whoever starts it.
+"""One process of a run: `python -m minbert.launch.worker RUN [--force] [--no-predictions] [--locked]`.
 
-The run folder says everything else; rank and number of processes come from the environment.
+The run folder says everything else; rank and number of processes come from the environment. Who starts the processes
+has locked the folder, and says so by --locked; otherwise rank 0 does.
 """
 
 import logging
@@ -17,13 +18,17 @@ from minbert.trainer.stop import StopRequest
 
 
 def work(run: RunFolder, force: bool = False, stop: StopRequest | None = None, predictions: bool = True) -> int:
-    """Train; then rank 0 scores the best model and writes its predictions, unless that is off. `force` resumes from a
-    checkpoint of other data or another vocabulary. `stop` catches signals already."""
+    """Train in a folder that is locked; then rank 0 scores the best model and writes its predictions, unless that is
+    off. `force` resumes from a checkpoint of other settings, other data or another vocabulary. `stop` catches signals
+    already."""
     rank = int(os.environ.get("RANK", 0))
-    with nullcontext(stop) if stop else StopRequest() as stop, nullcontext() if rank else run.locked():
+    with nullcontext(stop) if stop else StopRequest() as stop:
         _log_to(run.logs / f"rank-{rank}.log", rank)
+        from minbert.trainer.preparation import require_checkpoints
         from minbert.trainer.train import Outcome, train
 
+        if rank == 0:
+            require_checkpoints(run)  # also of a job that starts again, which nothing prepares
         outcome = train(run, stop, force)
         if outcome is Outcome.INTERRUPTED:
             stop.exit_code = ExitCode.INTERRUPTED
@@ -65,4 +70,7 @@ def _log_thread_error(failed: threading.ExceptHookArgs) -> None:
 if __name__ == "__main__":
     with record_errors():
         folder, *flags = sys.argv[1:]
-        leave(work(RunFolder.existing(Path(folder)), "--force" in flags, predictions="--no-predictions" not in flags))
+        run, theirs = RunFolder.existing(Path(folder)), "--locked" in flags or int(os.environ.get("RANK", 0)) > 0
+        with nullcontext() if theirs else run.locked():
+            code = work(run, "--force" in flags, predictions="--no-predictions" not in flags)
+        leave(code)

@@ -60,8 +60,9 @@ def read_trial(run: Path) -> dict[str, Any]:
         known = vars(read_record(run / "trial.json", _Trial))
     except FileNotFoundError:
         return {}
-    locks = [folder / ".lock" for folder in list(run.absolute().parents)[:3]]
-    if known["status"] == "running" and not any(is_locked(lock) for lock in locks):
+    above = list(run.absolute().parents)[:3]
+    submitted = any((folder / "slurm").is_dir() for folder in above)  # its lock may be held on another machine
+    if known["status"] == "running" and not submitted and not any(is_locked(folder / ".lock") for folder in above):
         known["status"] = "interrupted"
     return known
 

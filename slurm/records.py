@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from minbert.data.errors import UserError
-from minbert.data.files import replacing
+from minbert.data.files import replacing, to_json
 from minbert.slurm.settings import JobSettings, parse_settings
-from minbert.trainer.checkpoint import published
+from minbert.trainer.checkpoint import newest_step
 
 T = TypeVar("T")
 
@@ -119,7 +119,7 @@ class Records:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         with replacing(self.file) as temporary:
-            temporary.write_text(json.dumps(asdict(submission), indent=2) + "\n")
+            temporary.write_text(to_json(asdict(submission), indent=2) + "\n")
 
     def change(self, token: str, **changes: Any) -> None:
         """Change the record of the submission `token`, unless another has taken its place."""
@@ -163,12 +163,11 @@ class Records:
     def write_life(self, life: Life) -> None:
         self.lives_folder.mkdir(parents=True, exist_ok=True)
         with replacing(self._path(life.job_id, life.restart)) as temporary:
-            temporary.write_text(json.dumps(asdict(life), indent=2) + "\n")
+            temporary.write_text(to_json(asdict(life), indent=2) + "\n")
 
     def newest_step(self) -> int:
         """The step of the newest checkpoint; 0 if there is none."""
-        found = published(self.run / "checkpoints")
-        return int(found[-1].name.removeprefix("step-")) if found else 0
+        return newest_step(self.run / "checkpoints")
 
     def _path(self, job_id: str, restart: int) -> Path:
         return self.lives_folder / f"{job_id}-{restart}.json"

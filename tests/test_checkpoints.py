@@ -440,7 +440,8 @@ def run(trained, tmp_path) -> Path:
 def test_list_and_verify_tell_what_there_is(run, capsys):
     assert minbert("checkpoint", "verify", run) == 0
     assert [line.partition(" (")[0] for line in capsys.readouterr().out.splitlines()] == [
-        f"step-0000000{step}: intact" for step in (1, 2, 3)
+        *(f"step-0000000{step}: intact" for step in (1, 2, 3)),
+        "best.safetensors: intact",
     ]
     shard = run / "checkpoints" / "step-00000002" / "rank-00000.safetensors"
     os.truncate(shard, 1000)

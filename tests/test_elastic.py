@@ -20,7 +20,7 @@ from minbert.launch.main import main
 from minbert.launch.options import parse_run_config
 from minbert.launch.processes import launch
 from minbert.trainer import train as training
-from minbert.trainer.checkpoint import published, read_manifest, verify
+from minbert.trainer.checkpoint import published, read_manifest, remember, verify
 from minbert.trainer.preparation import prepare
 from minbert.trainer.run_folder import RunFolder
 from minbert.trainer.stop import StopRequest
@@ -109,6 +109,7 @@ def stop_before(run: Path, step: int) -> None:
     for path in published(run / "checkpoints"):
         if int(path.name.partition("-")[2]) > step:
             shutil.rmtree(path)
+    remember(run / "checkpoints", step)
 
 
 def test_an_evaluation_elsewhere_leaves_a_checkpoint_what_it_was(tmp_path, monkeypatch):

@@ -87,7 +87,7 @@ def test_what_we_write_reads_back_the_same(tmp_path):
         ("aggregator: cagrad:c=1e400\n", "c must be a number, not '1e400'"),
         ("lr: " + "x" * 200_000 + "\n", "lr: input should be a valid number"),
         ("? " + "x" * 200_000 + "\n: 1\n", "unknown key 'xxx"),
-        ("tasks: [" + ", ".join(["sstt"] * 5000) + "]\n", "more lines"),
+        ("trackers: [" + ", ".join(["[]"] * 5000) + "]\n", "more lines"),
         ("".join(f"key{n}: 1\n" for n in range(5000)), "more lines"),
     ],
     ids=lambda value: repr(value)[:40],

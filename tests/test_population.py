@@ -13,15 +13,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ray.tune.experiment import Trial as RayTrial
+from ray.tune.schedulers import TrialScheduler
 from safetensors.torch import load_file
 
 from minbert.launch.main import main
-from minbert.trainer.checkpoint import published
+from minbert.trainer.checkpoint import MANIFEST, published, read_manifest
 from minbert.trainer.config import RunConfig
 from minbert.trainer.run_folder import RunFolder, read_config_file
+from minbert.tuning.population import Population
+from minbert.tuning.search import Search, describe_schedule
 from minbert.tuning.space import EXPLORED, Choice, check_space, explore, paper_space, parse_space
-from minbert.tuning.take_over import DONE, STAGING, take_over
-from minbert.tuning.trial import Trial, read_trials
+from minbert.tuning.take_over import STAGING, stage, take_over
+from minbert.tuning.trial import METRIC, SCHEDULE_FILE, Trial, best, read_trials
 
 TINY = ["--train-limit", "60", "--eval-limit", "20", "--batch-size", "8", "--trackers"]
 OPTIONS = {"train_limit": 60, "eval_limit": 20, "batch_size": 8, "trackers": (), "steps": 12, "eval_every": 3}
@@ -100,12 +104,14 @@ def test_a_run_that_takes_over_ends_as_the_other_would_with_the_new_options(pair
     assert files(behind) == before
 
 
-@pytest.mark.parametrize("moves", range(6))
+@pytest.mark.parametrize("moves", range(9))
 def test_a_kill_while_taking_over_leaves_what_the_next_start_finishes(pair, monkeypatch, moves):
     behind, ahead = pair
-    other = RunFolder(behind.path.with_name("other"))
-    shutil.copytree(behind.path, other.path)
-    take_over(other, ahead, OPTIONS | {"lr": 5e-4}, 1)
+    before = shutil.copytree(behind.path, behind.path.with_name("before"))
+    take_over(behind, ahead, OPTIONS | {"lr": 5e-4}, 1)
+    wanted = files(behind)
+    shutil.rmtree(behind.path)
+    before.rename(behind.path)
     replace, done = os.replace, 0
 
     def replace_some(source, target):
@@ -119,10 +125,20 @@ def test_a_kill_while_taking_over_leaves_what_the_next_start_finishes(pair, monk
         patch.setattr(os, "replace", replace_some)
         take_over(behind, ahead, OPTIONS | {"lr": 5e-4}, 1)
     take_over(behind, ahead, OPTIONS | {"lr": 5e-4}, 1)
-    found, wanted = files(behind), files(other)
-    assert found.pop("config.yaml").replace(b"behind", b"other") == wanted.pop("config.yaml")
-    assert found == wanted
-    assert json.loads((behind.path / DONE).read_text())["number"] == 1
+    assert files(behind) == wanted
+    assert json.loads((behind.path / SCHEDULE_FILE).read_text())["number"] == 1
+
+
+def test_a_run_that_takes_over_keeps_its_own_trackers(pair):
+    """Two runs under one name would write over each other at the tracker's server."""
+    for run, name in zip(pair, ("mine", "theirs")):
+        newest = published(run.checkpoints)[-1]
+        manifest = read_manifest(newest)
+        manifest.state.trackers["wandb"] = name
+        manifest.write(newest)
+    behind, ahead = pair
+    take_over(behind, ahead, OPTIONS, 1)
+    assert read_manifest(published(behind.checkpoints)[-1]).state.trackers == {"wandb": "mine"}
 
 
 def test_a_damaged_checkpoint_is_not_taken_over(pair):
@@ -136,18 +152,111 @@ def test_a_damaged_checkpoint_is_not_taken_over(pair):
     kept = files(behind)
     take_over(behind, ahead, OPTIONS | {"lr": 5e-4}, 2)  # nothing to take over but the options
     changed = {name for name, content in files(behind).items() if kept.get(name) != content}
-    assert changed == {"config.yaml"}
+    assert changed == {"config.yaml", f"checkpoints/{older.name}/{MANIFEST}"}
+
+
+def test_how_the_weights_came_about_is_written_down(pair):
+    """Over several take-overs, and from where the donor was when it was decided, whatever it does until then."""
+    behind, ahead = pair
+    third = RunFolder(ahead.path.with_name("third"))
+    shutil.copytree(behind.path, third.path)
+    stage(behind, ahead, OPTIONS | {"lr": 5e-4}, 1)
+    shutil.rmtree(ahead.checkpoints)  # in the meantime
+    assert take_over(behind, ahead, OPTIONS | {"lr": 5e-4}, 1) == 9
+    train_on(behind, "--lr", "5e-4")
+    assert take_over(third, behind, OPTIONS | {"lr": 2e-4}, 1) == 12
+    trial = Trial(third.path, "third", 2, {"lr": 2e-4}, taken_over=[{"donor": "behind"}])
+    assert [(p["from_step"], p["options"]["lr"]) for p in trial.schedule()] == [(0, 1e-3), (9, 5e-4), (12, 2e-4)]
+    assert trial.evaluations() and not trial.earned()  # they are the donors'
+    space = check_space(parse_space(["lr=loguniform(1e-6,1)"]))
+    assert describe_schedule(trial, space)[1:] == [
+        f"  from step {step}: lr={lr}" for step, lr in ((0, 1e-3), (9, 5e-4), (12, 2e-4))
+    ]
+
+
+# Who takes over
+
+
+class Member:
+    """A trial as the scheduler sees Ray's: it trains in steps of a tenth, and its scores are random."""
+
+    def __init__(self, number: int, random: np.random.Generator):
+        self.config = {"name": f"trial-{number:04d}", "parameters": {"lr": 1e-3}, "taken_over": []}
+        self.status, self.random, self.progress, self.trained, self.decided = RayTrial.PENDING, random, 0.0, 0.0, []
+
+    def is_finished(self) -> bool:
+        return self.status == RayTrial.TERMINATED
+
+    def set_config(self, config: dict) -> None:
+        self.config = config
+
+    def evaluate(self) -> dict:
+        self.progress = round(self.progress + 0.1, 6)
+        self.trained += 0.1
+        score = None if self.random.random() < 0.1 else float(self.random.random())
+        return {METRIC: score, "progress": self.progress, "taken_over": len(self.config["taken_over"])}
+
+
+class Cluster:
+    """`slots` trials at a time, and what the scheduler asks of Ray and of the recorder."""
+
+    def __init__(self, members: list[Member]):
+        self.members = {member.config["name"]: member for member in members}
+
+    def get_trials(self) -> list[Member]:
+        return list(self.members.values())
+
+    def pause_trial(self, trial: Member, should_checkpoint: bool) -> None:
+        trial.status = RayTrial.PAUSED
+
+    def hear(self, name: str, result: dict) -> None:
+        pass
+
+    def take_over(self, name: str, donor: str, parameters: dict) -> dict:
+        member, other = self.members[name], self.members[donor]
+        assert other.progress >= member.progress, "a trial went back"
+        assert member.trained >= 0.2 - 1e-6, "it took over without an interval of its own"
+        member.progress, member.trained = other.progress, 0.0
+        member.decided.append(donor)
+        return {"parameters": parameters, "taken_over": [*member.config["taken_over"], {"donor": donor}]}
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 1000), slots=st.integers(1, 5), samples=st.integers(2, 9))
+def test_a_population_ends_however_few_fit_at_a_time(seed, slots, samples):
+    space = check_space(parse_space(["lr=loguniform(1e-6,1)"]))
+    search = Search(samples=samples, space=space, scheduler="pbt", grace=0.2)
+    random = np.random.default_rng(seed)
+    members = [Member(number, random) for number in range(samples)]
+    cluster = Cluster(members)
+    scheduler = Population(search, cluster)
+    for member in members:
+        scheduler.on_trial_add(cluster, member)
+    for _ in range(samples * 10):  # each round brings whoever runs a tenth closer to the end
+        while sum(m.status == RayTrial.RUNNING for m in members) < slots:
+            if (chosen := scheduler.choose_trial_to_run(cluster)) is None:
+                break
+            chosen.status = RayTrial.RUNNING
+        for member in members:
+            if member.status == RayTrial.RUNNING:
+                decision = scheduler.on_trial_result(cluster, member, member.evaluate())
+                if member.progress >= 1:
+                    member.status = RayTrial.TERMINATED
+                elif decision == TrialScheduler.PAUSE:
+                    member.status = RayTrial.PAUSED
+    assert all(member.is_finished() for member in members)
+    assert samples < 4 or slots > 1 or any(member.decided for member in members)
 
 
 # A search
 
 
 @pytest.mark.xdist_group("ray")
-def test_a_population_that_is_killed_goes_on(tmp_path):
+def test_a_population_that_is_killed_goes_on_and_ends_with_one_trial_at_a_time(tmp_path):
     folder = tmp_path / "s"
     words = [sys.executable, "-m", "minbert.launch.main", "tune", "--search", str(folder), *TINY, "--scheduler", "pbt"]
     words += ["--samples", "3", "--epochs", "8", "--grace", "0.2", "--space", "lr=loguniform(1e-6,5e-3)"]
-    words += ["hidden_layers=1,2"]
+    words += ["hidden_layers=1,2", "--cpus", str(len(os.sched_getaffinity(0)))]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 120
     while not any(trial.taken_over for trial in _read(folder)):
@@ -173,6 +282,15 @@ def test_a_population_that_is_killed_goes_on(tmp_path):
         steps = [record["step"] for record in trial.evaluations()]
         assert steps == sorted(set(steps))
         assert trial.step == trial.steps == steps[-1]
+        schedule = trial.schedule()
+        assert schedule[-1]["options"]["lr"] == trial.parameters["lr"]
+        assert trial.score == max(
+            r["dev/overall"] for r in trial.evaluations() if r["step"] > schedule[-1]["from_step"]
+        )
+        assert len(trial.taken_over) <= 5
+    winner, said = best(trials), (folder / "best.yaml").read_text()
+    assert f"{winner.name}, dev/overall {winner.score:.4f}" in said
+    assert ("by this schedule" in said) == bool(winner.taken_over)
 
 
 def _read(folder: Path) -> list[Trial]:

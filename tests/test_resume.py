@@ -35,6 +35,15 @@ def logged(run: Path) -> list[dict]:
     return [{key: value for key, value in record.items() if key != "tokens_per_second"} for record in records]
 
 
+def contents(run: Path) -> dict[str, bytes]:
+    """Every file but the lock."""
+    return {
+        str(path.relative_to(run)): path.read_bytes()
+        for path in run.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
+
+
 def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Weights and moments, whole, of a checkpoint written by however many processes."""
     pieces = {}
@@ -142,14 +151,18 @@ def test_a_killed_run_logs_every_step_once(whole, after, tmp_path):
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_a_run_without_a_checkpoint_starts_over(after, tmp_path):
-    """Its vocabulary and its log were of other data."""
+def test_a_run_without_a_checkpoint_starts_over(after, tmp_path, capsys):
+    """Its vocabulary and its log were of other data, which it is told to forget."""
     run = tmp_path / "run"
     after(3, crash)
     with pytest.raises(RuntimeError):
         train(run, *BUDGET, "--log-every", 1)
     vocabulary = (run / "encoder" / "vocab.txt").read_text()
-    assert train(run, "--train-limit", 60, "--steps", 4, "--seed", 3) == 0
+    others = ["--train-limit", 60, "--steps", 4, "--seed", 3]
+    before = contents(run)
+    assert train(run, *others) == ExitCode.USER_MISTAKE
+    assert "seed: 0 in the folder, 3 asked for" in capsys.readouterr().err and contents(run) == before
+    assert train(run, *others, "--force") == 0
     assert (run / "encoder" / "vocab.txt").read_text() != vocabulary
     assert [record["step"] for record in logged(run) if "loss/sst" in record] == [1, 2, 3, 4]
 

@@ -1,6 +1,8 @@
 """Search spaces, searches that are killed and go on, ablations, and what they do with mistakes."""
 
+import contextlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -11,7 +13,9 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -19,17 +23,36 @@ import yaml
 from filelock import FileLock, Timeout
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ray.tune.schedulers import TrialScheduler
 
 from minbert.data.errors import UserError
 from minbert.launch.main import main
 from minbert.slurm.status import look
-from minbert.trainer.config import RunConfig, parse_config
-from minbert.trainer.run_folder import read_config_file
+from minbert.trainer.checkpoint import published
+from minbert.trainer.config import ParallelConfig, RunConfig, parse_config
+from minbert.trainer.run_folder import RunFolder, read_config_file
+from minbert.trainer.stop import StopRequest
 from minbert.tuning.ablation import DEFAULT, PAPER_BASELINE, extension, plan
+from minbert.tuning.cluster import _base, _family
 from minbert.tuning.comparison import paired
-from minbert.tuning.search import Search
-from minbert.tuning.space import Choice, check_space, draw, grid, paper_space, parse_space, read_space
-from minbert.tuning.trial import Trial, best, read_trials
+from minbert.tuning.driver import limits_of
+from minbert.tuning.proposals import TpeProposals
+from minbert.tuning.scheduler import REACHED, WORST, RememberingASHA
+from minbert.tuning.search import NextTrial, Resources, Search
+from minbert.tuning.space import (
+    Choice,
+    check_space,
+    combination,
+    draw,
+    fingerprint,
+    grid_size,
+    paper_space,
+    parse_space,
+    read_space,
+    refuse_ranges,
+)
+from minbert.tuning.trainable import TrialWorker
+from minbert.tuning.trial import METRIC, Trial, best, better, ranked, read_trials, score_of
 
 TINY = ["--train-limit", "60", "--eval-limit", "20", "--batch-size", "8", "--trackers"]
 TOKEN = "0123456789abcdef" * 4
@@ -69,6 +92,10 @@ def test_words_and_files_say_the_same():
         (["run=a,b"], "cannot be searched"),
         (["lr"], "OPTION=VALUES"),
         (["lr=1e-3", "lr=1e-4"], "names lr twice"),
+        (["lr=1e-3,inf"], "lr must be finite, not inf"),
+        (["weight_decay=0.1,.nan"], "weight_decay must be finite, not nan"),
+        (["lr=loguniform(1e-5,inf)"], "lr must be finite, not inf"),
+        (["device=cpu,cuda"], "cannot be searched"),
     ],
 )
 def test_impossible_spaces_are_refused_before_a_trial(words, message):
@@ -108,9 +135,32 @@ def test_draws_fill_the_space():
 
 def test_a_grid_has_every_combination_and_no_ranges():
     space = check_space(parse_space(["hidden_layers=1,2", "features=baseline,siamese", "batch_size=8"]), {})
-    assert len({tuple(parameters.items()) for parameters in grid(space)}) == 4
+    drawn = [combination(space, number) for number in range(grid_size(space))]
+    assert len({fingerprint(parameters) for parameters in drawn}) == 4
     with pytest.raises(UserError, match="lr has a range"):
-        list(grid(parse_space(["lr=uniform(0.1,0.2)"])))
+        refuse_ranges(parse_space(["lr=uniform(0.1,0.2)"]))
+
+
+def next_trials(search: Search, folder: Path, count: int, known: list[Trial]) -> list[dict]:
+    make = NextTrial(search, folder, known)
+    return [trial.parameters for trial in (make() for _ in range(count)) if trial is not None]
+
+
+def test_a_random_search_draws_nothing_twice_and_ends_with_the_combinations(tmp_path):
+    space = check_space(parse_space(["batch_size=8,16", "hidden_layers=int(1,3)", "features=baseline,siamese"]))
+    search = Search(samples=100, space=space).limited()
+    assert search.samples == 12
+    drawn = next_trials(search, tmp_path, 100, [])
+    assert len({fingerprint(parameters) for parameters in drawn}) == len(drawn) == 12
+    # The same after another start, whatever was there; and what a population changed stands for what it began with.
+    there = [search.new_trial(tmp_path, number, drawn[number]) for number in range(5)]
+    there[2].taken_over, there[2].parameters = [{"left": {"parameters": drawn[2]}}], drawn[7]
+    assert next_trials(search, tmp_path, 100, there) == drawn[5:]
+    assert Search(samples=100, space=space, scheduler="pbt").limited().samples == 100
+    assert len(next_trials(Search(samples=20, space=space, scheduler="pbt"), tmp_path, 100, [])) == 20
+    endless = check_space(parse_space(["lr=uniform(0.1,0.2)", "batch_size=8,16"]))
+    assert Search(samples=10**9, space=endless).limited().samples == 10**9
+    assert not list(tmp_path.iterdir())  # a trial has a folder when its turn comes
 
 
 # Trials
@@ -129,6 +179,99 @@ def test_the_best_trial_has_a_score_and_did_not_fail(tmp_path):
     trials[4].status = "failed"
     assert best(trials).number == 2
     assert best(trials[:1]) is None
+
+
+def scored(folder: Path, number: int, scores: list[float], status: str = "finished") -> Trial:
+    """A trial with these evaluations; NaN is what none of our own writes any more."""
+    trial = Trial(folder / f"t{number}", f"t{number}", number, {"lr": 10.0 ** -(number + 1)}, status)
+    trial.step = trial.steps = len(scores)
+    trial.score = max((score for score in scores if score == score), default=math.nan)
+    trial.write()
+    lines = [json.dumps({"step": step, "dev/overall": score}) for step, score in enumerate(scores, 1)]
+    (trial.folder / "metrics.jsonl").write_text("\n".join(lines))
+    return Trial.read(trial.folder)
+
+
+def test_a_score_that_is_no_number_ranks_last_everywhere(tmp_path):
+    pytest.importorskip("optuna")
+    trials = [scored(tmp_path, n, scores) for n, scores in enumerate([[math.nan], [0.2, math.nan], [0.1, 0.3]])]
+    assert [trial.name for trial in ranked(trials)] == ["t2", "t1"]
+    assert trials[0].score is None and "NaN" not in json.dumps([trial.score for trial in trials])
+    assert [len(trial.evaluations()) for trial in trials] == [0, 1, 2]
+    assert better(None, score_of({"dev/overall": math.nan})) is None
+
+    search = Search(samples=10, space=check_space(parse_space(["lr=loguniform(1e-5,1)"])), algorithm="tpe")
+    study = TpeProposals(search, trials, [], lambda trial: {}, partial(search.new_trial, tmp_path)).study
+    assert [trial.state.name for trial in study.trials] == ["PRUNED", "COMPLETE", "COMPLETE"]
+    assert study.best_value == 0.3
+
+
+def test_asha_judges_by_the_best_score_so_far_as_the_ranking_does(tmp_path):
+    earlier = [scored(tmp_path, n, [score] * 10) for n, score in enumerate([0.5, 0.6, 0.7])]
+    asha = RememberingASHA(0.1, 3.0, [*earlier, scored(tmp_path, 3, [math.nan] * 10)])
+    asked = SimpleNamespace(config={"name": "new"})
+
+    def decide(name: str, reached: float) -> str:
+        asked.config["name"] = name
+        asha.on_trial_add(None, asked)
+        return asha.on_trial_result(None, asked, {"progress": 0.1, METRIC: 0.0, REACHED: reached})
+
+    assert decide("fell back, and is among the best", 0.9) == TrialScheduler.CONTINUE
+    assert decide("never was", 0.1) == TrialScheduler.STOP
+    assert decide("has no number", WORST) == TrialScheduler.STOP
+
+
+def test_a_worker_tells_scores_that_are_no_number_and_a_full_disk_apart(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    trial = Trial(tmp_path / "trial", "trial", 0, {})
+    trial.write()
+
+    def train(config: RunConfig, stop: StopRequest, begin: Callable[[int], None]) -> tuple[int, str]:
+        begin(4)
+        run = RunFolder(config.run)
+        for step, score in ((1, math.nan), (2, None), (3, 0.5), (4, 0.25)):
+            run.append_metrics({"step": step, METRIC: score})
+        return 1, "Traceback ...\nOSError: [Errno 28] No space left on device"
+
+    class Worker(TrialWorker):
+        def setup(self, config: dict) -> None:
+            super().setup(config, train)
+
+    config = {"folder": str(trial.folder), "options": {}, "taken_over": [], "gpus": 0}
+    worker = Worker(config)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""  # nobody set a GPU aside
+    results = []
+    while not results or "ending" not in results[-1]:
+        results.append(worker.step())
+    told = [(result["at"], result[METRIC], result["best"], result[REACHED]) for result in results if METRIC in result]
+    assert told == [(1, None, None, WORST), (2, None, None, WORST), (3, 0.5, 0.5, 0.5), (4, 0.25, 0.5, 0.5)]
+    assert results[-1]["ending"] == "no room"
+    worker.stop()
+
+
+# What a trial takes
+
+
+@pytest.mark.parametrize(
+    ("resources", "parallel", "nodes", "limits"),
+    [
+        ({}, {}, [{"CPU": 4}], {"cpu": 1}),
+        ({}, {"processes": 2}, [{"CPU": 4}, {"CPU": 4, "GPU": 2}], {"cpu": 2, "gpu": 2}),
+        ({}, {"device": "cpu"}, [{"CPU": 4, "GPU": 2}], {"cpu": 1}),
+        ({"gpus": 0}, {}, [{"CPU": 4, "GPU": 2}], {"cpu": 1}),
+        ({"gpus": 0.5, "cpus": 2}, {}, [{"CPU": 4, "GPU": 2}], {"cpu": 2, "gpu": 0.5}),
+        ({"gpus": 0.5}, {"processes": 2}, [{"CPU": 4, "GPU": 2}], "part of a GPU"),
+        ({"gpus": 0}, {"device": "cuda"}, [{"CPU": 4, "GPU": 2}], "--gpus 0"),
+        ({}, {"device": "cuda"}, [{"CPU": 4}], "nodes have none"),
+    ],
+)
+def test_a_gpu_is_used_where_there_is_one(resources, parallel, nodes, limits):
+    asked = (Resources(**resources), ParallelConfig(**parallel), nodes)
+    if isinstance(limits, str):
+        with pytest.raises(UserError, match=limits):
+            limits_of(*asked)
+    else:
+        assert limits_of(*asked) == limits
 
 
 # Ablations
@@ -260,6 +403,17 @@ def kill(process: subprocess.Popen, what: str) -> None:
             worker.kill()
 
 
+def vanished(processes: list[psutil.Process], folder: Path) -> bool:
+    """Whether Ray's processes, and its folder, have gone within reasonable time."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        alive = [process for process in processes if process.is_running() and process.status() != "zombie"]
+        if not alive and not list(_base().glob(f"{_family(folder)}-*")):
+            return True
+        time.sleep(0.2)
+    return False
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     """The result of a search that nobody disturbed, one trial at a time."""
@@ -277,12 +431,16 @@ def test_a_search_that_is_killed_ends_as_if_it_had_not_been(tmp_path, undisturbe
     before = await_trials(
         folder, process, lambda trials: trials and trials[0].over and any(t.step and not t.over for t in trials)
     )
+    started = psutil.Process(process.pid).children(recursive=True)
     kill(process, what)
     output, _ = process.communicate(timeout=120)
+    assert "Traceback" not in output and "\x1b[" not in output
+    assert vanished(started, folder)
     if what == "worker":  # the search goes on by itself
         assert process.returncode == 0, output
         assert "goes on from step" in output
     else:
+        assert [report.state for report in look([folder / "trials" / "trial-0001"])] == ["interrupted"]
         assert process.returncode == {"driver": -signal.SIGKILL, "head": 75}[what], output
         assert "of 3 trials are over; 1 go on from their checkpoints" in finish(words)
     after = read_trials(folder / "trials")
@@ -292,6 +450,8 @@ def test_a_search_that_is_killed_ends_as_if_it_had_not_been(tmp_path, undisturbe
     for trial in before:
         if trial.over:  # and was not touched again
             assert Trial.read(trial.folder) == trial
+    assert not any((trial.folder / "checkpoints").exists() for trial in after)  # the best model is what stays
+    assert all((trial.folder / "best.safetensors").exists() for trial in after)
 
 
 @pytest.fixture
@@ -323,6 +483,11 @@ def existing(tmp_path):
             child.kill()
 
 
+def existing_port(process: psutil.Process) -> str:
+    ports = [word.partition("=")[2] for word in process.cmdline() if word.startswith("--gcs_server_port=")]
+    return f":{ports[0]}" if ports else "none"
+
+
 @ray
 def test_a_search_on_an_existing_cluster(tmp_path, existing, monkeypatch):
     """Also one that cannot be joined, or lacks this program; one trial is broken, and the other becomes a run."""
@@ -352,18 +517,69 @@ def test_a_search_on_an_existing_cluster(tmp_path, existing, monkeypatch):
     assert read_config_file(run / "config.yaml").corpus.max_length == 64
     assert (run / "predictions").exists()
 
+    long = small_search(tmp_path / "long", "--samples", "2", "--epochs", "1000", "--address", existing)
+    process = subprocess.Popen(long, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    await_trials(tmp_path / "long", process, lambda trials: any(trial.step for trial in trials))
+    head = next(p for p in psutil.process_iter() if p.name() == "gcs_server" and existing_port(p) in existing)
+    head.kill()
+    lost = time.monotonic()
+    output, _ = process.communicate(timeout=120)
+    assert time.monotonic() - lost < 30  # Ray itself takes more than a minute
+    assert process.returncode == 75, output
+    assert f"--search {tmp_path / 'long'} --address {existing}" in output
+    assert "Traceback" not in output
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of its own, in which the trials of a small search have room."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96m", "tmpfs", disk], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a file system cannot be mounted here: {mounted.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+@ray
+def test_a_full_disk_stops_a_search_and_fails_no_trial(disk):
+    folder, ballast = disk / "s", disk / "ballast"
+    words = small_search(folder, "--samples", "2", "--epochs", "8", "--scheduler", "none")
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    await_trials(folder, process, lambda trials: any(trial.step for trial in trials))
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while file.write(b"\0" * 65536):
+            pass
+    said = process.communicate(timeout=240)[0]
+    assert process.returncode == 2, said
+    assert "No space left on device" in said and str(folder) in said and "Make room" in said
+    assert "Traceback" not in said
+    assert not any(trial.over for trial in _read(folder))
+    ballast.unlink()
+    finish(words)
+    assert [trial.status for trial in read_trials(folder / "trials")] == ["finished"] * 2
+
 
 @ray
 def test_a_search_that_is_asked_to_stop_saves_and_goes_on_with_tpe_and_several_processes(tmp_path):
     pytest.importorskip("optuna")
     folder = tmp_path / "s"
     words = small_search(folder, "--samples", "2", "--epochs", "8", "--algorithm", "tpe", "--processes", "2")
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    await_trials(folder, process, lambda trials: trials and trials[0].step)
-    process.send_signal(signal.SIGTERM)
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+    before = await_trials(folder, process, lambda trials: trials and trials[0].step)
+    started = psutil.Process(process.pid).children(recursive=True)
+    os.killpg(process.pid, signal.SIGTERM)  # as `timeout` and job managers send it, to the whole group
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 75, output
     assert "To go on: minbert tune --search" in output
+    assert "Traceback" not in output
+    assert vanished(started, folder)
+    for trial in before:
+        saved = published(trial.folder / "checkpoints")
+        assert Trial.read(trial.folder).over or (saved and int(saved[-1].name.removeprefix("step-")) >= trial.step)
     finish(words)
     trials = read_trials(folder / "trials")
     assert [trial.status for trial in trials] in (["finished"] * 2, ["finished", "stopped"])
@@ -383,12 +599,52 @@ def test_a_search_that_is_asked_to_stop_saves_and_goes_on_with_tpe_and_several_p
         (["--algorithm", "grid"], "has a range"),
         (["--best", "nowhere"], "is not a search"),
         (["--algorithm", "pbt"], "--algorithm must be"),
+        (["--space"], "--space needs a value"),
+        (["--seed", str(2**70)], "seed"),
+        (["--cpus", "inf"], "cpus"),
+        (["--data", "/nowhere"], "/nowhere"),
+        (["--model", "/nowhere"], "/nowhere"),
+        (["--trackers", "clearly_not"], "clearly_not"),
+        (["--search", "FILE"], "is a file"),
+        (["--search", "FILE/below"], "cannot be used"),
     ],
 )
-def test_mistakes_are_explained(words, message, tmp_path, capsys):
-    search = [] if "--best" in words else ["--search", str(tmp_path / "s")]
+def test_mistakes_are_explained_once_and_leave_no_folder(words, message, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    words = [word.replace("FILE", str(tmp_path / "file")) for word in words]
+    search = [] if "--best" in words or "--search" in words else ["--search", str(tmp_path / "new" / "s")]
     assert main(["tune", *search, *words]) == 2
-    assert message in capsys.readouterr().err
+    assert capsys.readouterr().err.count(message) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_refused_start_changes_nothing(tmp_path, capsys, monkeypatch):
+    """Neither a search, nor an ablation, nor what else a folder holds; the lock comes before anything is written."""
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    folder, other = tmp_path / "s", tmp_path / "other"
+    space = check_space(parse_space(["lr=loguniform(1e-4,1e-3)"]), {})
+    Search(samples=4, space=space, base={"batch_size": 8, "evaluations": 10}).write(folder)
+    other.mkdir()
+    (other / "mine").touch()
+    before = (folder / "search.yaml").read_bytes()
+    more = ["tune", "--search", str(folder), "--samples", "9", "--batch-size", "8"]
+    assert main([*more, "--address", "127.0.0.2:1"]) == 2
+    assert "nothing answers" in capsys.readouterr().err
+    assert main([*more, "--data", str(tmp_path / "nowhere")]) == 2
+    with FileLock(folder / ".lock"):
+        assert main(more) == 2
+        assert "is being run by another process" in capsys.readouterr().err
+        assert main([*more, "--slurm"]) == 2
+    for command in ("tune", "ablate"):
+        assert main([command, f"--{'search' if command == 'tune' else 'ablation'}", str(other)]) == 2
+    assert main(["ablate", "--ablation", str(tmp_path / "a"), "--seeds"]) == 2
+    assert main(["ablate", "--ablation", str(tmp_path / "a"), "--data", "/nowhere"]) == 2
+    assert main(["ablate", "--ablation", str(tmp_path / "a"), "--ray", "--address", "127.0.0.2:1", *TINY]) == 2
+    assert (folder / "search.yaml").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.rglob("*")) in (
+        [".lock", "mine", "other", "s", "search.yaml"],
+        ["mine", "other", "s", "search.yaml"],
+    )
 
 
 def test_another_search_in_the_same_folder_is_refused(tmp_path, capsys):

@@ -12,6 +12,7 @@ which `torch.load` reads with `weights_only`).
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -23,13 +24,16 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from typing_extensions import TypedDict  # Python 3.11's own is not enough for pydantic
 
 from minbert.data.errors import UserError, shown
-from minbert.data.files import flush_folder, naming, replacing
+from minbert.data.files import finite, flush_folder, naming, replacing, to_json
 from minbert.data.reading import parse_json, read_small
 
 FORMAT = 2
 MANIFEST = "manifest.json"
 AGGREGATOR = "aggregator.pt"
+SAVED = "saved.json"  # beside the folder of the checkpoints
 UNFINISHED, DAMAGED, DELETED = ".unfinished", ".damaged", ".deleted"  # suffixes of folders that are no checkpoints
+_NAME = re.compile(r"step-(\d{8,})")  # of a checkpoint; `step-00000010 (copy)` is none
+_SET_ASIDE = re.compile(rf"step-(\d{{8,}})(-\d+)?{re.escape(DAMAGED)}")
 
 
 @dataclass
@@ -81,8 +85,8 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write it into `folder`, whole or not at all."""
-        content = asdict(self)
-        described = json.dumps({"sha256": _digest(content)} | content, indent=1)
+        content = finite(asdict(self))
+        described = to_json({"sha256": _digest(content)} | content, indent=1)
         with replacing(folder / MANIFEST) as file:
             file.write_text(described + "\n")
 
@@ -163,12 +167,38 @@ def verify(checkpoint: Path, manifest: Manifest, names: Iterable[str] | None = N
 
 def published(folder: Path) -> list[Path]:
     """The checkpoints in a run's `checkpoints` folder, oldest first, whether or not they are still intact."""
-    return sorted(path for path in folder.glob("step-*") if not path.suffix and path.is_dir())
+    return sorted((path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir()), key=step_of)
 
 
 def damaged(folder: Path) -> list[Path]:
-    """What was set aside in a run's `checkpoints` folder."""
-    return sorted(folder.glob(f"*{DAMAGED}"))
+    """What was set aside in a run's `checkpoints` folder, oldest first."""
+    return sorted((path for path in folder.glob("step-*") if _SET_ASIDE.fullmatch(path.name)), key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """By the name of a checkpoint, or of what was set aside."""
+    return int(re.match(_NAME, checkpoint.name)[1])
+
+
+def newest_step(folder: Path) -> int:
+    """Of the newest checkpoint in a run's `checkpoints` folder; 0 if there is none."""
+    found = published(folder)
+    return step_of(found[-1]) if found else 0
+
+
+def remember(folder: Path, step: int) -> None:
+    """Note beside a run's `checkpoints` folder that it has this step, so that a loss is noticed."""
+    with replacing(folder.with_name(SAVED)) as file:
+        file.write_text(to_json({"step": step}) + "\n")
+
+
+def lost(folder: Path) -> int | None:
+    """The remembered step, if neither its checkpoint nor a newer one is in the folder, not even damaged."""
+    try:
+        step = int(json.loads(folder.with_name(SAVED).read_bytes())["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return step if step > max(map(step_of, published(folder) + damaged(folder)), default=0) else None
 
 
 def write_hashed(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, Any]:
@@ -217,7 +247,7 @@ def prune(folder: Path, keep: int, keep_every: int | None, protected: Iterable[i
     """
     kept = set(protected)
     for old in published(folder)[:-keep]:
-        step = int(old.name.partition("-")[2])
+        step = step_of(old)
         if step not in kept and not (keep_every and step % keep_every == 0):
             _put_aside(old, DELETED)
     remove_leftovers(folder)

@@ -85,7 +85,7 @@ class CorpusConfig(Section):
         try:
             return tuple(resolve_task(word, info.data.get("task_folder")) for word in words)
         except UserError as error:
-            raise ValueError(f"tasks: {error}") from None
+            raise ValueError(str(error)) from None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -302,6 +302,7 @@ MAY_CHANGE = frozenset(
         "log_every",
         "trackers",
         "cache",
+        "task_folder",
         "eval_limit",
         "max_skipped",
     ]

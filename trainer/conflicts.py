@@ -4,6 +4,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,12 +51,13 @@ def gramian_record(step: int, result: StepResult) -> dict[str, Any] | None:
 def read_gramians(path: Path) -> tuple[list[int], list[str], list[str], Tensor]:
     """Steps, tasks, layers and Gramians (steps, L, T, T) of such a file, of the last line for each step.
 
-    Lines of another shape than the last one are left out. Raises UserError if there is none.
+    Lines of another shape than the last one are left out. What was not
+    finite is NaN. Raises UserError if there is none.
     """
     by_step = {}
     for record in read_json_lines(path):
         try:
-            values = torch.tensor(record["gramians"], dtype=torch.float64)
+            values = torch.from_numpy(np.array(record["gramians"], dtype=np.float64))
             if values.shape == (len(record["layers"]), len(record["tasks"]), len(record["tasks"])):
                 by_step[record["step"]] = (list(map(str, record["tasks"])), list(map(str, record["layers"])), values)
         except (KeyError, TypeError, ValueError, RuntimeError, OverflowError):

@@ -15,8 +15,7 @@ from minbert.trainer.checkpoint import (
     folder_name,
     publish,
     published,
-    read_manifest,
-    verify,
+    remember,
     write_hashed,
 )
 from minbert.trainer.deepspeed_checkpoint import read
@@ -24,9 +23,9 @@ from minbert.trainer.optimizer import parameter_groups
 from minbert.trainer.preparation import build_plan, identity, load_split
 from minbert.trainer.random_state import seed_everything, stream
 from minbert.trainer.run_folder import RunFolder
-from minbert.trainer.saved_model import build_model, save_model
+from minbert.trainer.saved_model import build_model, read_weights, save_model
 from minbert.trainer.saving import now, shard_name
-from minbert.trainer.shards import Part, Snapshot, open_shards
+from minbert.trainer.shards import Part, Snapshot
 
 
 def from_deepspeed(source: Path, run: RunFolder) -> tuple[Path, list[str]]:
@@ -79,7 +78,9 @@ def from_deepspeed(source: Path, run: RunFolder) -> tuple[Path, list[str]]:
     snapshot.take(parts, {})
     unfinished.mkdir(parents=True, exist_ok=True)
     manifest.files[shard_name(0)] = write_hashed(unfinished / shard_name(0), snapshot.content())
-    return publish(unfinished, manifest), sorted(own.keys() - weights.keys())
+    checkpoint = publish(unfinished, manifest)
+    remember(run.checkpoints, found.step)
+    return checkpoint, sorted(own.keys() - weights.keys())
 
 
 def to_safetensors(checkpoint: Path, target: Path) -> Manifest:
@@ -88,13 +89,7 @@ def to_safetensors(checkpoint: Path, target: Path) -> Manifest:
     Raises UserError if the checkpoint is damaged.
     """
     try:
-        manifest = read_manifest(checkpoint)
-        if damage := verify(checkpoint, manifest):
-            raise Damaged(damage[0])
-        state = {name: torch.empty(shape) for name, shape in manifest.shapes.items()}
-        with open_shards(checkpoint / name for name in manifest.files if name.endswith(".safetensors")) as shards:
-            for name, tensor in state.items():
-                shards.fill(Part(name, 0, {"weight": tensor.view(-1)}, replicated=True))
+        manifest, state = read_weights(checkpoint)
     except Damaged as damage:
         raise UserError(f"damaged checkpoint: {damage}") from None
     save_model(target, state, manifest.step, {})

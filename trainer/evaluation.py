@@ -12,6 +12,7 @@ from minbert.trainer.distributed import World
 from minbert.trainer.objectives.supervised import predictions
 
 TOKENS_PER_BATCH = 8192
+ROUNDING = 1e-6  # relative: a few units in the last place of fp32
 
 
 def predict(
@@ -65,12 +66,15 @@ def evaluate(
 
 
 def score(task: Task, predicted: Tensor, labels: np.ndarray) -> float:
-    """The task's metric of its predictions. A constant prediction correlates with nothing: 0.
+    """The task's metric of its predictions, always a number.
 
     F1 is of the positive class of a binary task, and else the mean over the classes (macro); the accuracy of several
-    labels counts examples of which all are right.
+    labels counts examples of which all are right. What is constant, but for rounding, correlates with nothing, and
+    neither does what is not finite: 0. So does a score without examples.
     """
     truth = torch.from_numpy(labels).double()
+    if not len(truth):
+        return 0.0
     if task.metric == "accuracy":
         right = predicted == truth
         return float((right if right.ndim == 1 else right.all(1)).double().mean())
@@ -81,9 +85,10 @@ def score(task: Task, predicted: Tensor, labels: np.ndarray) -> float:
             return float(metrics.matthews_corrcoef(truth.numpy(), predicted.numpy()))
         average = "binary" if task.kind == "binary" else "macro"
         return float(metrics.f1_score(truth.numpy(), predicted.numpy(), average=average, zero_division=0))
-    if len(truth) < 2 or predicted.std() == 0 or truth.std() == 0:
-        return 0.0
     pair = torch.stack([predicted.double(), truth])
+    spread = pair.amax(1) - pair.amin(1)
+    if not pair.isfinite().all() or (spread <= ROUNDING * pair.abs().amax(1)).any():
+        return 0.0
     if task.metric == "spearman":
         from scipy.stats import rankdata
 

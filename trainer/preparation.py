@@ -8,10 +8,11 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,15 @@ from minbert.data.tokens import (
     write_vocabulary,
 )
 from minbert.trainer.bert import BertConfig
-from minbert.trainer.checkpoint import damaged, published
-from minbert.trainer.config import MAY_CHANGE, RunConfig, flatten
-from minbert.trainer.run_folder import RunFolder
+from minbert.trainer.checkpoint import SAVED, damaged, folder_name, lost, published, remember, step_of
+from minbert.trainer.config import MAY_CHANGE, OPTIONS, RunConfig, flatten
+from minbert.trainer.own_code import keep_source, use_source
+from minbert.trainer.run_folder import LOCK, RunFolder
 from minbert.trainer.weights import TINY, find_checkpoint, is_hub_name, read_config, write_shape
 
 log = logging.getLogger(__name__)
 
+PLACES = {"files", "builtin", "course", "hub", "title"}  # of a task: where its rows are, not what they are
 VOCABULARY_SIZE = 8192  # of a model with random weights; its words come from the training data
 
 
@@ -48,27 +51,68 @@ def new_run_path(config: RunConfig) -> Path:
 
 
 def prepare(config: RunConfig, force: bool = False) -> RunFolder:
-    """Create or reopen the run folder for `config` (`run` set) and fill in what the processes will need.
+    """Create or reopen the run folder for `config` (`run` set) and fill in what the processes will need. Who may have
+    rivals has locked it. Nothing in it changes before all is known to be well.
 
-    `force` lets other settings replace those that a run in the folder was started with, and names them.
+    `force` lets other settings replace those that a run in the folder was started with, and names them; and it goes on
+    without checkpoints that are gone.
 
-    Raises UserError if the folder holds a run with other settings or something else, or cannot be written, or the data,
-    the model or a tracker cannot be had.
+    Raises UserError if the folder holds a run with other settings or something else, or has lost checkpoints, or cannot
+    be written, or the data, the model or a tracker cannot be had.
     """
     run = RunFolder(config.run)
     config = _pin_weights(run, resolve(config))
     _require_trackers(config.trackers)
     _require_run_folder(run)
-    if run.config_file.exists() and _has_checkpoints(run):
+    if run.config_file.exists() and (run.begun or _has_checkpoints(run)):
         _refuse_other_settings(run, config, force)
-    _prepare_aggregator(run, config)
-    tokenizer = _prepare_encoder(run, config)
-    for name in config.corpus.names:
-        for split in ("train", "dev"):
-            load_split(config, name, split, tokenizer)
-    run.write_config(config)
-    run.write_environment()
+    if not force:
+        require_checkpoints(run)
+    _require_aggregator(run, config)
+    with _encoder(run, config) as encoder:
+        tokenizer = load_tokenizer(encoder)
+        for name in config.corpus.names:
+            for split in ("train", "dev"):
+                load_split(config, name, split, tokenizer)
+        _accept_loss(run)
+        if encoder != run.encoder:
+            shutil.rmtree(run.encoder, ignore_errors=True)
+            os.replace(encoder, run.encoder)
+        if not _has_checkpoints(run):
+            keep_source(config.batch.aggregator, run.own_code)
+        run.write_environment()
+        run.write_config(config)
     return run
+
+
+def require_checkpoints(run: RunFolder) -> None:
+    """Raises UserError if checkpoints of the run were removed: it would start over, or go back, in silence."""
+    if (step := lost(run.checkpoints)) is None:
+        return
+    kept = published(run.checkpoints)
+    newest = f"the newest that is there is {kept[-1].name}" if kept else "no other is there"
+    way = f"go on from {kept[-1].name}" if kept else "start over, with the old log and model put aside,"
+    raise UserError(
+        f"{run.checkpoints / folder_name(step)} is missing, up to which this run was saved; {newest}.\n"
+        f"Restore it from a copy, give another --run to start anew, or {way} by --force."
+    )
+
+
+def _accept_loss(run: RunFolder) -> None:
+    """Go on from the newest checkpoint that there is; without any, put aside what the old ones led to."""
+    if lost(run.checkpoints) is None:
+        return
+    if kept := published(run.checkpoints):
+        log.warning("--force goes on from %s: newer checkpoints are gone", kept[-1].name)
+        remember(run.checkpoints, step_of(kept[-1]))
+        return
+    aside = next(path for n in count(1) if not (path := run.path / f"earlier-{n}").exists())
+    aside.mkdir()
+    log.warning("--force starts over, as all checkpoints are gone; what was there is kept in %s", aside)
+    results = run.checkpoints, run.metrics_file, run.gramians_file, run.best_model, run.predictions, run.trackers
+    for path in (*results, run.path / SAVED):  # which comes last: a kill before leaves the run refused
+        if path.exists():
+            os.replace(path, aside / path.name)
 
 
 def resolve(config: RunConfig) -> RunConfig:
@@ -134,7 +178,7 @@ def build_plan(config: RunConfig, splits: dict[str, TokenisedSplit]) -> BatchPla
 
 
 def identity(config: RunConfig, run: RunFolder, splits: Mapping[str, TokenisedSplit]) -> dict[str, Any]:
-    """What a checkpoint must agree on to be of this run: its model, its vocabulary, its training data."""
+    """What a checkpoint must agree on to be of this run: its model, vocabulary, training data and settings."""
     shape = {name: value for name, value in asdict(read_config(run.encoder)).items() if not name.endswith("_prob")}
     heads = {"features": config.heads.features, "head_layers": config.heads.hidden_layers}
     heads |= {"head_size": config.heads.hidden_size, "pooling": config.encoder.pooling}
@@ -143,6 +187,7 @@ def identity(config: RunConfig, run: RunFolder, splits: Mapping[str, TokenisedSp
         "model": shape | heads | {"tasks": {task.name: task.identity for task in config.corpus.tasks}},
         "vocabulary": {path.name: f"SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}" for path in words},
         "data": {name: split.fingerprint() for name, split in splits.items()},
+        "settings": settings(config),
     }
 
 
@@ -156,6 +201,23 @@ def known_shape(config: RunConfig) -> BertConfig | None:
     if config.encoder.model == "minilm" or Path(config.encoder.model).expanduser().is_dir():
         return read_config(find_checkpoint(config.encoder.model))
     return None
+
+
+def settings(config: RunConfig) -> dict[str, Any]:
+    """The options by which a resumed run may not differ, as JSON has them. Where data and weights come from is none of
+    them: their content counts."""
+    sections = config.model_dump(mode="json", exclude={"run"})
+    flat = {name: sections[name] if section is None else sections[section][name] for name, section in _fixed(config)}
+    flat["tasks"] = [task.model_dump(mode="json", exclude=PLACES) for task in config.corpus.tasks]
+    return {name: value for name, value in flat.items() if name not in ("data", "model")}
+
+
+def _fixed(config: RunConfig) -> list[tuple[str, str | None]]:
+    """Those options and their sections."""
+    free = MAY_CHANGE | {"run"}
+    if config.batch.task_schedule == "annealed":
+        free -= {"epochs", "steps"}  # the order of the data depends on them
+    return [(name, section) for name, section in OPTIONS.items() if name not in free]
 
 
 def total_steps(config: RunConfig) -> int:
@@ -187,7 +249,7 @@ def _require_run_folder(run: RunFolder) -> None:
     """Raises UserError if the folder cannot be made, or is somebody else's."""
     try:
         run.path.mkdir(parents=True, exist_ok=True)
-        entries = {entry.name for entry in run.path.iterdir()}
+        entries = {entry.name for entry in run.path.iterdir()} - {LOCK, _staging(run).name}
         if not os.access(run.path, os.W_OK):
             raise PermissionError(None, "it is not writable")
     except OSError as error:
@@ -205,15 +267,21 @@ def _has_checkpoints(run: RunFolder) -> bool:
 
 
 def _refuse_other_settings(run: RunFolder, config: RunConfig, force: bool) -> None:
-    saved, wanted = flatten(run.read_config()), flatten(config)
-    fixed = set(wanted) - MAY_CHANGE - {"run"}
-    if config.batch.task_schedule == "annealed":
-        fixed |= {"epochs", "steps"}  # the order of the data depends on them
+    before = run.read_config()
+    saved, wanted = flatten(before), flatten(config)
     different = [
         f"  {name}: {saved[name]} in the folder, {wanted[name]} asked for"
-        for name in wanted
-        if name in fixed and saved[name] != wanted[name]
+        for name, _ in _fixed(config)
+        if saved[name] != wanted[name]
     ]
+    if before.corpus.names == config.corpus.names:  # then one is declared in another way
+        different = [line for line in different if not line.startswith("  tasks: ")]
+        for old, new in zip(before.corpus.tasks, config.corpus.tasks):
+            keys = [key for key in type(new).model_fields if getattr(old, key) != getattr(new, key)]
+            different += [
+                f"  task {new.name}: {key}: {getattr(old, key)} in the folder, {getattr(new, key)} asked for"
+                for key in keys
+            ]
     if different and force:
         log.warning("--force overrides settings of %s:\n%s", run.path, "\n".join(different))
     elif different:
@@ -223,26 +291,35 @@ def _refuse_other_settings(run: RunFolder, config: RunConfig, force: bool) -> No
         )
 
 
-def _prepare_aggregator(run: RunFolder, config: RunConfig) -> None:
-    """Keep the source of an aggregator of the user's own, unless a checkpoint relies on it, and build it once."""
+def _require_aggregator(run: RunFolder, config: RunConfig) -> None:
+    """Build it once, from the source that the run keeps if a checkpoint relies on it. Raises UserError."""
     if config.batch.aggregator == "sum":
         return
     from minbert.trainer.aggregators import Aggregator
-    from minbert.trainer.own_code import keep_source, use_source
 
-    if not _has_checkpoints(run):
-        keep_source(config.batch.aggregator, run.own_code)
-    use_source(run.own_code)
+    if _has_checkpoints(run):
+        use_source(run.own_code)
     Aggregator(config.batch.aggregator, len(config.corpus.tasks), config.seed)
 
 
-def _prepare_encoder(run: RunFolder, config: RunConfig) -> Tokenizer:
-    """Write the encoder's config.json and tokenizer into the run folder, unless a checkpoint relies on them."""
+def _staging(run: RunFolder) -> Path:
+    return run.encoder.with_suffix(".unfinished")
+
+
+@contextmanager
+def _encoder(run: RunFolder, config: RunConfig) -> Iterator[Path]:
+    """A folder with the encoder's config.json and tokenizer: the run's own where a checkpoint relies on it, and a new
+    one, to take its place, where an earlier start may have had other data or another model. Raises UserError."""
     missing = [task.name for task in config.corpus.tasks if task.builtin is None and task.files is None]
     if missing and config.corpus.data == "builtin":
         raise UserError(f"the built-in corpus has no task {', '.join(missing)}; use --data or other --tasks")
-    if not _has_checkpoints(run):
-        shutil.rmtree(run.encoder, ignore_errors=True)  # an earlier start may have had other data or another model
+    if _has_checkpoints(run):
+        _require_fitting(run.encoder, config)
+        yield run.encoder
+        return
+    encoder = _staging(run)
+    shutil.rmtree(encoder, ignore_errors=True)
+    try:
         if config.encoder.model == "tiny":
             texts = (
                 text
@@ -251,18 +328,24 @@ def _prepare_encoder(run: RunFolder, config: RunConfig) -> Tokenizer:
                 for text in column
             )
             vocabulary = build_vocabulary(texts, VOCABULARY_SIZE)
-            run.encoder.mkdir(parents=True, exist_ok=True)
-            write_vocabulary(run.encoder, vocabulary)
-            write_shape(run.encoder, BertConfig(vocab_size=len(vocabulary), **TINY))
+            encoder.mkdir(parents=True)
+            write_vocabulary(encoder, vocabulary)
+            write_shape(encoder, BertConfig(vocab_size=len(vocabulary), **TINY))
         else:
             source = find_checkpoint(config.encoder.model, config.encoder.revision)
             load_tokenizer(source)
-            write_shape(run.encoder, read_config(source), tokenizer_from=source)
-    shape, freeze = read_config(run.encoder), config.encoder.freeze
+            write_shape(encoder, read_config(source), tokenizer_from=source)
+        _require_fitting(encoder, config)
+        yield encoder
+    finally:
+        shutil.rmtree(encoder, ignore_errors=True)
+
+
+def _require_fitting(encoder: Path, config: RunConfig) -> None:
+    shape, freeze = read_config(encoder), config.encoder.freeze
     if config.corpus.max_length > shape.max_position_embeddings:
         raise UserError(
             f"max_length={config.corpus.max_length}, but the encoder has {shape.max_position_embeddings} positions"
         )
     if isinstance(freeze, int) and freeze > shape.num_hidden_layers:
         raise UserError(f"freeze={freeze}, but the encoder has {shape.num_hidden_layers} layers")
-    return load_tokenizer(run.encoder)

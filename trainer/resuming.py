@@ -122,9 +122,10 @@ def refuse_another(checkpoint: Path, manifest: Manifest, identity: dict[str, Any
 
 
 def restore(
-    checkpoint: Path, manifest: Manifest, engine: Engine, aggregator: Aggregator, world: World, seed: int
+    checkpoint: Path, manifest: Manifest, engine: Engine, aggregator: Aggregator | None, world: World, seed: int
 ) -> None:
-    """Put a verified checkpoint into the engine and the aggregator, and set the random generators. Collective.
+    """Put a verified checkpoint into the engine and the aggregator, if the state is of that one, and set the random
+    generators. Collective.
 
     Weights, moments and everything on which all processes agree carry over exactly. Each process's random numbers do
     so only to the same number of processes; otherwise they start from seed, step and rank.
@@ -145,7 +146,7 @@ def restore(
                     manifest.origin,
                     world.size,
                 )
-    if (checkpoint / AGGREGATOR).exists():
+    if aggregator is not None and (checkpoint / AGGREGATOR).exists():
         try:
             aggregator.load_state_dict(torch.load(checkpoint / AGGREGATOR, weights_only=True))
             deepcopy(aggregator).rehearse()

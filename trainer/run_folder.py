@@ -8,31 +8,34 @@ best.safetensors  the model with the best score       predictions/     the cours
 gramians.jsonl    inner products of the tasks' gradients, layer by layer
 aggregator/       the source of an aggregator of the user's own
 slurm/, code/     of a submitted run: its jobs' files and records, and the code that they run
+saved.json        the step of the newest checkpoint that was written
 """
 
 import hashlib
-import json
 import logging
 import os
 import platform
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock, Timeout
 
 from minbert.data.errors import UserError
-from minbert.data.files import LineFile, replacing
+from minbert.data.files import LineFile, lock, replacing, to_json
 from minbert.data.reading import read_json, read_json_lines, read_small, read_yaml
 from minbert.trainer.config import RunConfig, parse_config
+from minbert.trainer.stop import StopRequest
 
 log = logging.getLogger(__name__)
 
+LOCK = ".lock"
 RECORDED_PACKAGES = ("minbert", "torch", "deepspeed", "accelerate", "transformers", "tokenizers", "numpy")
 
 
@@ -80,9 +83,9 @@ class RunFolder:
             "commit": commit,
             "uncommitted_changes": bool(diff),
         }
-        for name, content in (("environment.json", json.dumps(record, indent=2) + "\n"), ("code.diff", diff)):
+        for name, text in (("environment.json", to_json(record, indent=2) + "\n"), ("code.diff", diff)):
             with replacing(self.path / name) as temporary:
-                temporary.write_text(content)
+                temporary.write_text(text)
 
     def code_state(self) -> dict[str, Any]:
         """Commit and uncommitted changes of the code, as they were when the run was started last."""
@@ -91,28 +94,79 @@ class RunFolder:
         return {"commit": record.get("commit"), "changes_sha256": hashlib.sha256(diff).hexdigest() if diff else None}
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep others from training in this folder meanwhile. Raises UserError if somebody does.
+    def locked(self, patience: float = 0.0, stop: StopRequest | None = None) -> Iterator[int | None]:
+        """Own the folder: who has not locked it writes nothing there.
 
-        The lock ends with the process, however that ends; a file system without locks does without.
+        A folder that is not there is made, and is removed again if the block fails before anything was started. Yields
+        the lock's descriptor: the lock lasts as long as a process that has it, however that ends; None on a file
+        system without locks, which does without. Raises UserError if somebody else has it, after `patience` seconds or
+        when `stop` has a signal.
         """
-        lock = FileLock(self.path / ".lock", timeout=0)
+        parents = [folder for folder in self.path.parents if not folder.exists()]
+        made = self._make()
+        kept = (self.path / LOCK).exists()
+        descriptor = self._take(patience, stop)
+        made = made and not self._entries()
         try:
-            lock.acquire()
-        except Timeout:
-            raise UserError(f"{self.path} is being trained by another process; wait for it, or stop it first") from None
-        except (OSError, NotImplementedError) as error:
-            log.info("%s cannot be locked: %s", self.path, error)
-        try:
-            yield
+            yield descriptor
+        except BaseException:
+            if made and not self.begun and not (self.path / "slurm" / "submission.json").exists():
+                shutil.rmtree(self.path, ignore_errors=True)
+                for folder in parents:
+                    with suppress(OSError):  # somebody uses it
+                        folder.rmdir()
+            raise
         finally:
-            lock.release()
+            if descriptor is not None:
+                if not kept and not self.config_file.exists():  # it is no run's
+                    (self.path / LOCK).unlink(missing_ok=True)
+                os.close(descriptor)
+
+    def _make(self) -> bool:
+        """Whether the folder was not there. Raises UserError where it cannot be made."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir()
+            return True
+        except OSError as error:
+            if self.path.is_dir():
+                return False
+            raise UserError(f"run folder {self.path} cannot be used: {error.strerror}") from None
+
+    def _take(self, patience: float, stop: StopRequest | None) -> int | None:
+        deadline = time.monotonic() + patience
+        told = False
+        while True:
+            try:
+                return lock(self.path / LOCK)
+            except BlockingIOError:
+                if time.monotonic() >= deadline or (stop and stop.signal):
+                    raise UserError(
+                        f"{self.path} is being trained by another process; wait for it, or stop it first"
+                    ) from None
+                if not told:
+                    log.warning("%s is still held by an earlier start's processes: waiting for them", self.path)
+                told = True
+                time.sleep(0.1)
+            except FileNotFoundError:
+                self._make()  # a start that failed has removed it meanwhile
+            except OSError as error:
+                log.info("%s cannot be locked: %s", self.path, error)
+                return None
+
+    def _entries(self) -> set[str]:
+        return {entry.name for entry in self.path.iterdir()} - {LOCK}
+
+    @property
+    def begun(self) -> bool:
+        """Whether a process of the run has ever begun to train: each has a log."""
+        return any(self.logs.glob("rank-*.log"))
 
     def append_metrics(self, record: dict[str, Any]) -> None:
-        self._metrics.append(json.dumps(record))
+        self._metrics.append(to_json(record))
 
     def append_gramians(self, record: dict[str, Any]) -> None:
-        self._gramians.append(json.dumps(record))
+        self._gramians.append(to_json(record))
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """The lines that hold numbers, as we write them."""
@@ -126,7 +180,7 @@ class RunFolder:
         """Drop what was logged after `step`, which the run will log again."""
         records = [record for record in self.read_metrics() if record["step"] <= step]
         with replacing(self.metrics_file) as temporary:
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in records))
+            temporary.write_text("".join(to_json(record) + "\n" for record in records))
 
 
 def read_config_file(path: Path) -> RunConfig:

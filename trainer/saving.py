@@ -29,6 +29,7 @@ from minbert.trainer.checkpoint import (
     prune,
     publish,
     published,
+    remember,
     write_hashed,
 )
 from minbert.trainer.config import BudgetConfig
@@ -174,9 +175,10 @@ class CheckpointWriter:
         self._newest = manifest
         best = [manifest.state.best_step] if self.budget.keep_best else []
         try:
+            remember(self.folder, manifest.step)
             prune(self.folder, self.budget.keep, self.budget.keep_every, best)
         except OSError as problem:
-            log.warning("old checkpoints in %s could not be removed: %s", self.folder, problem)
+            log.warning("%s could not be tidied up: %s", self.folder, problem)
         return None
 
     def _describe_again(self, manifest: Manifest, topic: str) -> str | None:

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from enum import Enum
 from functools import partial
+from math import nan
 from pathlib import Path
 
 from minbert.data.batch import TokenisedSplit
 from minbert.data.errors import UserError
 from minbert.data.tokens import load_tokenizer
 from minbert.trainer import distributed
-from minbert.trainer.checkpoint import Manifest, TrainingState
+from minbert.trainer.checkpoint import Manifest, TrainingState, damaged, remember
 from minbert.trainer.config import RunConfig, flatten
 from minbert.trainer.conflicts import gramian_record, summary
 from minbert.trainer.distributed import World
@@ -46,8 +47,8 @@ class Outcome(Enum):
 def train(run: RunFolder, stop: StopRequest | None = None, force: bool = False) -> Outcome:
     """Train the prepared run in `run`, from its newest intact checkpoint if it has one. Every process calls this.
 
-    `stop` tells when to save and leave before the end. `force` goes on from a checkpoint though the data or the
-    vocabulary are others now.
+    `stop` tells when to save and leave before the end. `force` goes on from a checkpoint though the settings, the data
+    or the vocabulary are others now.
     """
     config = run.read_config()
     use_source(run.own_code)
@@ -271,12 +272,21 @@ class Training:
         return engine
 
     def _restore(self, checkpoint: Path, manifest: Manifest) -> None:
-        restore(checkpoint, manifest, self.engine, self.training_step.aggregator, self.world, self.config.seed)
+        saved, here = manifest.identity["settings"], self.identity["settings"]
+        same = all(saved.get(name) == here[name] for name in ("aggregator", "surgery_scope"))
+        aggregator = self.training_step.aggregator if same else None
+        restore(checkpoint, manifest, self.engine, aggregator, self.world, self.config.seed)
         self.writer.loaded(manifest)
+        if self.world.is_main:
+            if damaged(self.folder.checkpoints):
+                remember(self.folder.checkpoints, manifest.step)  # newer ones do not count any more
+            if not same:
+                log.warning("%s starts with a fresh state", here["aggregator"])
         self.state = deepcopy(manifest.state)
         self.state.epochs = max(self.state.epochs, self.config.budget.epochs)
         window = self.state.window
-        self._window.losses.update(window.get("losses", {}))
+        for name, losses in window.get("losses", {}).items():
+            self._window.losses[name] = [nan if loss is None else loss for loss in losses]  # JSON has no other word
         self._window.norms += window.get("norms", [])
         self._window.skipped = window.get("skipped", 0)
 

@@ -81,7 +81,7 @@ class Ablation(BaseModel):
     def check(self) -> None:
         """Raises UserError if a variant's configuration would be refused."""
         for name, change in self.variants.items():
-            parse_config(self.baseline | change, name)
+            parse_config(self.baseline | change | {"seed": max(self.seeds)}, name)
 
     def trials(self, folder: Path) -> list[Trial]:
         """Every variant with every seed; all variants of a seed before the next seed."""

@@ -4,7 +4,12 @@ The evaluations are read from the run's metrics, whoever writes them, so a trial
 the same from here.
 """
 
+import ctypes
+import errno
+import gc
+import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -22,6 +27,21 @@ POLL = 0.03  # seconds between two looks at the metrics
 
 # (configuration, request to stop, what is told the steps of the budget) -> (exit code, error)
 Train = Callable[[RunConfig, StopRequest, Callable[[int], None]], tuple[int, str]]
+
+
+def free_memory() -> None:
+    """Give back what a trial leaves: models hold cycles, the C library keeps what lies between other things, which
+    after a few trials is more than one of them needs, and PyTorch keeps a GPU's memory for itself."""
+    gc.collect()
+    if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc
+        trim(0)
+
+
+def tells_of_disk(text: str) -> bool:
+    """Whether an error, of which there is only the text, is that a disk is full or read-only."""
+    return any(os.strerror(number) in text for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS))
 
 
 class Attempt:

@@ -1,16 +1,21 @@
 """Ray, as a search needs it: a cluster of its own on this machine or allocation, or one that exists.
 
 A cluster of its own belongs to nobody else: a token that only its processes know, free ports, a short temporary folder
-named by user and search, no dashboard, no usage statistics. It dies with the process that started it. Ray reads its
-settings from the environment when it is imported, so nothing may import it before they are there.
+named by user and search, no dashboard, no usage statistics. Its processes have sessions of their own: signals that a
+terminal or a job manager sends to this process's group are this process's business. It dies with the process that
+started it, however that ends. Ray reads its settings from the environment when it is imported, so nothing may import it
+before they are there.
 """
 
 import hashlib
+import logging
 import os
 import secrets
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -29,8 +34,36 @@ from minbert.tuning.attempt import INTERRUPTED
 LOOPBACK = "127.0.0.2"
 HEAD = ("gcs_server", "raylet")
 POLL = 0.5  # seconds between two looks at the head
+KNOCK_EVERY, KNOCKS, KNOCK_PATIENCE = 2.0, 3, 3.0  # seconds, times and seconds until a head elsewhere counts as lost
 NODE_PATIENCE = 120.0  # seconds for a node to start a worker and import this program
 OBJECT_STORE = 100 * 2**20  # bytes: what passes through it are a few numbers
+
+# Reads the folder, and the sessions of Ray's processes, one a line. Its input ends when the cluster has ended, or the
+# process that started it is gone: then it kills what is left of them, and removes the folder.
+GUARD = """
+import os, shutil, signal, sys, time
+
+def members(sessions):
+    for entry in filter(str.isdecimal, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{entry}/stat") as file:
+                state, _, _, session = file.read().rpartition(")")[2].split()[:4]
+        except OSError:
+            continue
+        if session in sessions and state != "Z":
+            yield int(entry)
+
+folder, *sessions = sys.stdin.read().splitlines()
+deadline = time.monotonic() + 10
+while (left := list(members(sessions))) and time.monotonic() < deadline:
+    for process in left:
+        try:
+            os.kill(process, signal.SIGKILL)
+        except OSError:
+            pass
+    time.sleep(0.05)
+shutil.rmtree(folder, ignore_errors=True)
+"""
 
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -41,6 +74,7 @@ SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the run folder logs everything
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # signals are the search's
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # heartbeats have no score
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # the search tells them itself
     "TUNE_GLOBAL_CHECKPOINT_S": "600",  # Ray's own record of the search is not used
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
@@ -63,65 +97,109 @@ def own_cluster(
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
 
+    _remove_leftovers(folder)
     temporary = temporary_folder(folder)
     make_private(temporary)
     if cpus is None and len(os.sched_getaffinity(0)) < (os.cpu_count() or 1):
         cpus = len(os.sched_getaffinity(0))
     # What Ray starts inherits the mask: a batch system warns all processes of a job, and only the search is to hear it.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGUSR1, signal.SIGUSR2))
-    try:
-        _init(
-            address="local",  # whatever RAY_ADDRESS says
-            num_cpus=cpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="error",
-            object_store_memory=OBJECT_STORE,
-            _temp_dir=str(temporary / "ray"),
-            _node_ip_address=node,
-        )
-    except (RuntimeError, OSError, ValueError) as error:
-        raise UserError(f"Ray did not start: {error}. Its logs are in {temporary}") from None
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    wanted = threading.Event()
-    wanted.set()
-    threading.Thread(target=_watch_head, args=(wanted, lost), daemon=True).start()
-    try:
-        yield ray.get_runtime_context().gcs_address
-    finally:
-        wanted.clear()
-        ray.shutdown()
-        shutil.rmtree(temporary, ignore_errors=True)
+    with _guard(temporary) as watch:
+        try:
+            with _sessions_of_their_own(watch):
+                _init(
+                    address="local",  # whatever RAY_ADDRESS says
+                    num_cpus=cpus,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    object_store_memory=OBJECT_STORE,
+                    _temp_dir=str(temporary / "ray"),
+                    _node_ip_address=node,
+                )
+        except (RuntimeError, OSError, ValueError) as error:
+            raise UserError(f"Ray did not start: {error}") from None
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        wanted = threading.Event()
+        wanted.set()
+        threading.Thread(target=_watch_head, args=(wanted, lost), daemon=True).start()
+        try:
+            yield ray.get_runtime_context().gcs_address
+        finally:
+            wanted.clear()
+            ray.shutdown()
 
 
 @contextmanager
-def existing_cluster(address: str, folder: Path) -> Iterator[str]:
-    """Join a Ray cluster as a driver. Raises UserError if it does not answer, or a node of it could not run the trials
-    of the search in `folder`."""
+def _guard(temporary: Path) -> Iterator[Callable[[int], None]]:
+    """Sees to it that nothing is left of the cluster, in processes or in `temporary`, whatever becomes of this process.
+    Yields what is to be told of each process that leads a session."""
+    guard = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", GUARD], stdin=subprocess.PIPE, start_new_session=True, text=True
+    )
+
+    def tell(line: object) -> None:
+        guard.stdin.write(f"{line}\n")
+        guard.stdin.flush()
+
+    try:
+        tell(temporary)
+        yield tell
+    finally:
+        guard.communicate()
+
+
+@contextmanager
+def _sessions_of_their_own(tell: Callable[[int], None]) -> Iterator[None]:
+    """What Ray starts meanwhile leads sessions of its own; `tell` hears of each. Ray has no option for it."""
+    from ray._private import services
+
+    original = services.ConsolePopen
+
+    class Apart(original):
+        def __init__(self, *arguments: Any, **options: Any):
+            super().__init__(*arguments, **options | {"start_new_session": True})
+            tell(self.pid)
+
+    services.ConsolePopen = Apart
+    try:
+        yield
+    finally:
+        services.ConsolePopen = original
+
+
+@contextmanager
+def existing_cluster(address: str, folder: Path, lost: Callable[[], NoReturn]) -> Iterator[str]:
+    """Join a Ray cluster as a driver. `lost` is called, in a thread, when its head does not answer any more. Raises
+    UserError if it does not from the start, or a node of it could not run the trials of the search in `folder`."""
     os.environ.update(SETTINGS)
     os.environ.setdefault("RAY_AUTH_MODE", "token" if _has_token() else "disabled")
     _knock(address)
     import ray
 
     try:
-        _init(address=address, log_to_driver=False, logging_level="error")
+        _init(address=address, log_to_driver=False)
     except Exception as error:  # Ray raises whatever its layers raise
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"there is no Ray cluster to join at {address}: {reason}\n"
             "Start one by `ray start --head`, or leave --address out. One with authentication needs RAY_AUTH_TOKEN."
         ) from None
+    wanted = threading.Event()
+    wanted.set()
+    head = ray.get_runtime_context().gcs_address
+    threading.Thread(target=_watch_address, args=(head, wanted, lost), daemon=True).start()
     try:
         _look_around(address, folder)
-        yield ray.get_runtime_context().gcs_address
+        yield head
     finally:
+        wanted.clear()
         ray.shutdown()
 
 
 def join_or_start(address: str | None, folder: Path, lost: Callable[[], NoReturn]) -> AbstractContextManager[str]:
     """The existing cluster at `address`, or without one a cluster of its own for the search in `folder`."""
-    return existing_cluster(address, folder) if address else own_cluster(folder, lost)
+    return existing_cluster(address, folder, lost) if address else own_cluster(folder, lost)
 
 
 def _look_around(address: str, folder: Path) -> None:
@@ -172,12 +250,14 @@ def _knock(address: str) -> None:
 
 
 def _init(**options: Any) -> None:
-    """`ray.init`, which takes SIGTERM for itself: the handlers stay those that were there."""
+    """`ray.init`, which takes SIGTERM for itself: the handlers stay those that were there. What Ray and Tune would
+    print of failures, in colours and with tracebacks, the search says in its own words."""
     import ray
 
+    ray._private.worker._worker_logs_enabled = False  # what the nodes say of lost workers
     handlers = {number: signal.getsignal(number) for number in stop_signals()}
     try:
-        ray.init(**options)
+        ray.init(logging_level=logging.CRITICAL, **options)
     except SystemExit:  # Ray's own answer to SIGTERM
         raise SystemExit(INTERRUPTED) from None
     finally:
@@ -197,6 +277,21 @@ def _watch_head(wanted: threading.Event, lost: Callable[[], NoReturn]) -> None:
             lost()
 
 
+def _watch_address(address: str, wanted: threading.Event, lost: Callable[[], NoReturn]) -> None:
+    """Of a head elsewhere, only whether it answers can be seen; Ray itself would wait for a minute."""
+    host, _, port = address.rpartition(":")
+    failures = 0
+    while wanted.is_set():
+        time.sleep(KNOCK_EVERY)
+        try:
+            socket.create_connection((host, int(port)), timeout=KNOCK_PATIENCE).close()
+            failures = 0
+        except OSError:
+            failures += 1
+        if failures >= KNOCKS and wanted.is_set():
+            lost()
+
+
 def _is_dead(process: psutil.Process) -> bool:
     try:
         return process.status() == "zombie"
@@ -205,15 +300,28 @@ def _is_dead(process: psutil.Process) -> bool:
 
 
 def temporary_folder(folder: Path) -> Path:
-    """The same for every start of a search on this machine; short, because Ray puts sockets below it."""
-    digest = hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:8]
-    base = tempfile.gettempdir() if len(tempfile.gettempdir()) < 20 else "/tmp"
-    return Path(base) / f"mb-{os.getuid()}-{digest}"
+    """Of this start of the search, on this machine; short, because Ray puts sockets below it."""
+    return _base() / f"{_family(folder)}-{os.getpid()}"
+
+
+def _base() -> Path:
+    return Path(tempfile.gettempdir() if len(tempfile.gettempdir()) < 12 else "/tmp")
+
+
+def _family(folder: Path) -> str:
+    return f"mb-{os.getuid()}-{hashlib.sha256(str(folder.absolute()).encode()).hexdigest()[:6]}"
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Of starts of the same search that were killed together with their guard."""
+    for path in _base().glob(f"{_family(folder)}-*"):
+        if not psutil.pid_exists(int(path.name.rpartition("-")[2])):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def make_private(temporary: Path) -> None:
     """An empty folder that only this user may enter; Ray would open its own to everybody. Raises UserError."""
-    shutil.rmtree(temporary, ignore_errors=True)  # of a start that was killed
+    shutil.rmtree(temporary, ignore_errors=True)  # of an earlier start
     try:
         temporary.mkdir(mode=0o700, exist_ok=True)
         if temporary.stat().st_uid != os.getuid():

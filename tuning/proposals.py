@@ -1,8 +1,8 @@
 """Which trial comes next: first those that are waiting, then what the algorithm proposes.
 
-Random and grid searches know all their trials from the start. TPE (Bergstra et al. 2011, through Optuna) proposes each
-from the results so far, those of an earlier start of the search included; with several trials at a time, the results
-that there are depend on which trial ends first.
+Random and grid searches make them one by one, whatever the results are. TPE (Bergstra et al. 2011, through Optuna)
+proposes each from the results so far, those of an earlier start of the search included; with several trials at a time,
+the results that there are depend on which trial ends first.
 """
 
 import zlib
@@ -19,19 +19,21 @@ STARTUP = 10  # random trials before TPE has something to learn from
 
 
 class Proposals(Searcher):
-    """`describe` turns a trial into the configuration that its worker receives."""
+    """`describe` turns a trial into the configuration that its worker receives; `propose` makes a new one, as long as
+    there is one."""
 
-    def __init__(self, waiting: list[Trial], describe: Callable[[Trial], dict[str, Any]]):
+    def __init__(
+        self,
+        waiting: list[Trial],
+        describe: Callable[[Trial], dict[str, Any]],
+        propose: Callable[[], Trial | None] = lambda: None,
+    ):
         super().__init__(metric=METRIC, mode="max")
-        self.waiting, self.describe = waiting, describe
+        self.waiting, self.describe, self.propose = waiting, describe, propose
 
     def suggest(self, trial_id: str) -> Any:
         trial = self.waiting.pop(0) if self.waiting else self.propose()
         return Searcher.FINISHED if trial is None else self.describe(trial)
-
-    def propose(self) -> Trial | None:
-        """A new trial, if the algorithm has one."""
-        return None
 
     def learn(self, trial: Trial) -> None:
         """Hear that a trial is over."""
@@ -57,7 +59,7 @@ class TpeProposals(Proposals):
         describe: Callable[[Trial], dict[str, Any]],
         create: Callable[[int, Parameters], Trial],
     ):
-        super().__init__(waiting, describe)
+        super().__init__(waiting, describe, self._propose)
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -69,7 +71,7 @@ class TpeProposals(Proposals):
             if trial.over:
                 self.learn(trial)
 
-    def propose(self) -> Trial | None:
+    def _propose(self) -> Trial | None:
         if self.next_number >= self.search.samples:
             return None
         self.study.sampler = self._sampler(self.next_number)
@@ -89,13 +91,17 @@ class TpeProposals(Proposals):
     def learn(self, trial: Trial) -> None:
         import optuna
 
-        if trial.score is None or trial.status == "failed":
+        if trial.status == "failed":
             return
         parameters = {
             name: kind.values.index(trial.parameters[name]) if isinstance(kind, Choice) else trial.parameters[name]
             for name, kind in self.search.space.items()
         }
-        told = optuna.trial.create_trial(params=parameters, distributions=self.distributions, value=trial.score)
+        # One whose evaluations had no score is worse than any other.
+        state = optuna.trial.TrialState.PRUNED if trial.score is None else optuna.trial.TrialState.COMPLETE
+        told = optuna.trial.create_trial(
+            state=state, params=parameters, distributions=self.distributions, value=trial.score
+        )
         self.study.add_trial(told)
 
     def _value(self, name: str, value: Any) -> Any:

@@ -2,7 +2,7 @@
 
 At shares `grace`, `grace * reduction`, ... of its budget a trial is compared with all that were there before it, and
 stopped unless it is among the best 1 / reduction. The comparison is of shares of each trial's own budget, because a
-step is not the same amount of training at every batch size.
+step is not the same amount of training at every batch size. What counts is the best score so far, as in the ranking.
 """
 
 from collections.abc import Iterable
@@ -11,8 +11,10 @@ from typing import Any
 
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 
-from minbert.tuning.trial import METRIC, Trial
+from minbert.tuning.trial import Trial, better, score_of
 
+REACHED = "reached"  # in a worker's results: the best score so far
+WORST = -1e9  # of a trial whose evaluations had no score yet: what is no number compares with nothing
 LAST_RUNG = 0.6  # share of the budget after which stopping saves little, and would leave no full score
 
 
@@ -22,7 +24,7 @@ class RememberingASHA(ASHAScheduler):
     def __init__(self, grace: float, reduction: float, earlier: Iterable[Trial] = ()):
         super().__init__(
             time_attr="progress",
-            metric=METRIC,
+            metric=REACHED,
             mode="max",
             max_t=max(grace, LAST_RUNG),
             grace_period=grace,
@@ -32,11 +34,12 @@ class RememberingASHA(ASHAScheduler):
         for trial in earlier:
             known = _named(trial.name)
             super().on_trial_add(None, known)
-            for record in trial.evaluations():
+            reached = None
+            for record in trial.evaluations(scored=False):
                 if trial.steps and record["step"] <= trial.step:
-                    super().on_trial_result(
-                        None, known, {"progress": record["step"] / trial.steps, METRIC: record[METRIC]}
-                    )
+                    reached = better(reached, score_of(record))
+                    result = {"progress": record["step"] / trial.steps, REACHED: WORST if reached is None else reached}
+                    super().on_trial_result(None, known, result)
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
         super().on_trial_add(tune_controller, _named(trial.config["name"]))

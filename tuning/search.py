@@ -5,9 +5,8 @@ trials/NAME/  a trial's run folder, with its trial.json
 best.yaml     the best trial's configuration, for `minbert train --config`
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -19,7 +18,17 @@ from minbert.data.files import replacing
 from minbert.trainer.config import MAY_CHANGE, RunConfig, flatten, parse_config
 from minbert.trainer.preparation import resolve
 from minbert.trainer.run_folder import RunFolder, read_yaml
-from minbert.tuning.space import EXPLORED, Parameters, Space, draw, grid
+from minbert.tuning.space import (
+    EXPLORED,
+    Parameters,
+    Space,
+    combination,
+    draw,
+    draw_another,
+    fingerprint,
+    grid_size,
+    refuse_ranges,
+)
 from minbert.tuning.trial import METRIC, Trial, best, read_trials
 
 SEARCH_FILE = "search.yaml"
@@ -35,10 +44,11 @@ class Resources(BaseModel):
 
     concurrent: Annotated[int, Field(ge=1)] | None = None
     """Trials at once; the default is as many as fit."""
-    cpus: Annotated[float, Field(gt=0)] = 1
+    cpus: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1
     """Cores of each process of a trial."""
-    gpus: Annotated[float, Field(ge=0)] = 0
-    """GPUs of each process of a trial; a fraction lets trials share one."""
+    gpus: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """GPUs of each process of a trial; a fraction lets trials share one, 0 keeps to the CPU. The default is one where
+    there are GPUs."""
     retries: Annotated[int, Field(ge=0)] = 3
     """How often a trial that fails or is lost goes on from its checkpoint."""
 
@@ -51,7 +61,7 @@ class Search(BaseModel):
     kind: Literal["search"] = "search"
     metric: Literal["dev/overall"] = METRIC
     mode: Literal["max"] = "max"
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     algorithm: Literal["random", "grid", "tpe"] = "random"
     scheduler: Literal["asha", "pbt", "none"] = "asha"
     reduction: Annotated[float, Field(gt=1)] = 3.0
@@ -73,15 +83,31 @@ class Search(BaseModel):
             raise UserError(f"{folder} is not a search: it has no {SEARCH_FILE}")
         return read_as(cls, folder / SEARCH_FILE)
 
-    def parameters(self, number: int) -> Parameters:
-        """Of a trial of a random or grid search."""
+    def parameters(self, number: int, known: Collection[str] = ()) -> Parameters:
+        """Of a trial of a random or grid search; a random draw is none of those in `known`, by their fingerprint, as
+        long as there is another."""
         if self.algorithm == "grid":
-            return next(islice(grid(self.space), number, None))
-        return draw(self.space, self.seed, number)
+            return combination(self.space, number)
+        return draw_another(self.space, self.seed, number, known)
+
+    def limited(self) -> "Search":
+        """With no more samples than there are combinations, in whose place a grid has all. A population may begin
+        with equal trials."""
+        if self.algorithm == "grid":
+            refuse_ranges(self.space)
+        size = grid_size(self.space)
+        if self.algorithm == "grid" or (self.algorithm == "random" and self.scheduler != "pbt" and size):
+            samples = size if self.algorithm == "grid" else min(self.samples, size)
+            return self.model_copy(update={"samples": samples})
+        return self
 
     def options(self, parameters: Mapping[str, Any]) -> Parameters:
         """All options of a trial but its folder."""
         return {"seed": self.seed} | self.base | dict(parameters)
+
+    def sources(self) -> Parameters:
+        """One value of each option that is searched and decides what must be there: data, tasks and model."""
+        return {name: kind.extremes()[0] for name, kind in self.space.items() if name in ("data", "tasks", "model")}
 
     def check(self) -> None:
         """Raises UserError if a trial would have a configuration that is refused, or the algorithm is not installed."""
@@ -91,7 +117,7 @@ class Search(BaseModel):
             raise UserError("algorithm=tpe needs Optuna: pip install -e '.[optuna]', or optuna")
         numbers = range(min(self.samples, 1000))
         for number in numbers:
-            drawn = draw(self.space, self.seed, number) if self.algorithm == "tpe" else self.parameters(number)
+            drawn = self.parameters(number) if self.algorithm == "grid" else draw(self.space, self.seed, number)
             shown = ", ".join(f"{name}={value}" for name, value in drawn.items())
             parse_config(self.options(drawn), f"trial {number} ({shown})")
 
@@ -108,13 +134,25 @@ class Search(BaseModel):
         return Trial(folder / "trials" / name, name, number, parameters)
 
     def trials(self, folder: Path) -> list[Trial]:
-        """All trials by number: those on disk, and those that are certain to come."""
-        there = {trial.number: trial for trial in read_trials(folder / "trials")}
-        if self.algorithm != "tpe":
-            for number in range(self.samples):
-                if number not in there:
-                    there[number] = self.new_trial(folder, number, self.parameters(number))
-        return [there[number] for number in sorted(there)]
+        """Those that were begun or proposed, by number: each has its folder from then on."""
+        return read_trials(folder / "trials")
+
+
+class NextTrial:
+    """Makes the trials of a random or grid search that are not among `trials` yet, one by one."""
+
+    def __init__(self, search: Search, folder: Path, trials: Iterable[Trial]):
+        self.search, self.folder, self.number = search, folder, 0
+        self.there = {trial.number: fingerprint(trial.first_parameters) for trial in trials}
+
+    def __call__(self) -> Trial | None:
+        while self.number in self.there:
+            self.number += 1
+        if self.number >= self.search.samples:
+            return None
+        parameters = self.search.parameters(self.number, set(self.there.values()))
+        self.there[self.number] = fingerprint(parameters)
+        return self.search.new_trial(self.folder, self.number, parameters)
 
 
 def read_as(kind: type[Kind], file: Path) -> Kind:
@@ -122,9 +160,12 @@ def read_as(kind: type[Kind], file: Path) -> Kind:
     try:
         return kind(**read_yaml(file))
     except ValidationError as error:
-        problem = error.errors()[0]
-        place = ".".join(map(str, problem["loc"]))
-        raise UserError(f"{file}: {place}: {problem['msg']}, not {problem['input']!r}") from None
+        raise UserError(explain(error, str(file))) from None
+
+
+def explain(error: ValidationError, where: str) -> str:
+    problem = error.errors()[0]
+    return f"{where}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}, not {problem['input']!r}"
 
 
 def base_options(config: RunConfig) -> Parameters:
@@ -167,17 +208,32 @@ def refuse_other(folder: Path, saved: Search, wanted: Search) -> None:
         )
 
 
-def write_best(folder: Path, trials: list[Trial]) -> Trial | None:
-    """Write best.yaml, a configuration file for the full run from the best trial; None if no trial has a score."""
+def write_best(folder: Path, trials: Sequence[Trial]) -> Trial | None:
+    """Write best.yaml, a configuration file for the full run from the best trial; None if no trial has a score.
+
+    A trial that has taken over from another owes its score to a history of options, which is written above the last."""
     winner = best(trials)
     if winner is None:
         return None
     config = RunFolder(winner.folder).read_config()
     content = config.model_dump(mode="json", exclude={"run": True, "corpus": set(SUBSAMPLING) | {"cache"}})
-    head = (
-        f"# The best of {len(trials)} trials: {winner.name}, {METRIC} {winner.score:.4f} within {winner.step} steps.\n"
-    )
-    left_out = f"# The limits of the search on the data ({', '.join(SUBSAMPLING)}) are left out.\n"
+    lines = [
+        f"The best of {len(trials)} trials: {winner.name}, {METRIC} {winner.score:.4f} within {winner.step} steps."
+    ]
+    lines.append(f"The limits of the search on the data ({', '.join(SUBSAMPLING)}) are left out.")
+    lines += describe_schedule(winner, Search.read(folder).space)
     with replacing(folder / "best.yaml") as temporary:
-        temporary.write_text(head + left_out + yaml.safe_dump(content, sort_keys=False))
+        temporary.write_text("".join(f"# {line}\n" for line in lines) + yaml.safe_dump(content, sort_keys=False))
     return winner
+
+
+def describe_schedule(trial: Trial, space: Space) -> list[str]:
+    """By what options a trial's weights came about, if not by its own alone."""
+    schedule = trial.schedule() if trial.taken_over else []
+    if not schedule:
+        return []
+    lines = ["Its score was reached by this schedule of options, of which only the last stand below:"]
+    for part in schedule:
+        values = [f"{name}={value}" for name, value in part["options"].items() if name in space]
+        lines.append(f"  from step {part['from_step']}: {' '.join(values)}")
+    return lines

@@ -6,11 +6,11 @@ tried on the configuration before a trial starts.
 """
 
 import difflib
+import json
 import math
 import re
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from itertools import product
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -21,7 +21,7 @@ from minbert.data.errors import UserError
 from minbert.trainer.config import OPTIONS, RunConfig, flatten, parse_config
 
 # A trial has its folder and its share of the machine from the search.
-NOT_SEARCHED = ("run", "cache", "trackers", "processes")
+NOT_SEARCHED = ("run", "cache", "trackers", "processes", "device")
 
 Parameters = dict[str, Any]  # option -> value
 
@@ -29,6 +29,7 @@ Parameters = dict[str, Any]  # option -> value
 EXPLORED = frozenset(["lr", "head_lr", "weight_decay", "warmup", "clip", "head_dropout", "encoder_dropout"])
 RESAMPLED = 0.25  # probability of a new draw, in place of a change
 FACTORS = (0.8, 1.2)
+REDRAWN = 20  # times before the combinations that are left are looked through
 
 
 class _Distribution(BaseModel):
@@ -204,6 +205,8 @@ def check_space(space: Space, fixed: Collection[str] = (), where: str = "the sea
             raise UserError(f"{where}: {name} is searched, and given as an option; leave one of them out")
         if name == "epochs" and "steps" in {*space, *fixed}:
             raise UserError(f"{where}: epochs means nothing beside steps; leave one of them out")
+        if infinite := [v for v in distribution.extremes() if isinstance(v, float) and not math.isfinite(v)]:
+            raise UserError(f"{where}: {name} must be finite, not {infinite[0]}")
         values = [_accepted(name, value, where) for value in distribution.extremes()]
         if isinstance(distribution, Choice):
             if len({repr(value) for value in values}) < len(values):
@@ -228,9 +231,29 @@ def _stands_alone(name: str) -> bool:
     return name not in ("extend_to", "task_weights", "surgery_scope", "accumulation", "task_schedule")
 
 
-def draw(space: Space, seed: int, number: int) -> Parameters:
-    """The parameters of trial `number` of a random search."""
-    return {name: distribution.at(_uniform(seed, number, name)) for name, distribution in space.items()}
+def draw(space: Space, seed: int, number: int, again: int = 0) -> Parameters:
+    """The parameters of trial `number` of a random search; `again`: how often they were those of another trial."""
+    key = (seed, number, again) if again else (seed, number)
+    return {name: distribution.at(_uniform(*key, name)) for name, distribution in space.items()}
+
+
+def draw_another(space: Space, seed: int, number: int, known: Collection[str]) -> Parameters:
+    """The first draw for trial `number` that is none of `known`, by `fingerprint`; there must be one."""
+    for again in range(REDRAWN):
+        drawn = draw(space, seed, number, again)
+        if fingerprint(drawn) not in known:
+            return drawn
+    if size := grid_size(space):
+        start = int(_uniform(seed, number) * size)
+        for place in range(size):
+            drawn = combination(space, (start + place) % size)
+            if fingerprint(drawn) not in known:
+                return drawn
+    return drawn
+
+
+def fingerprint(parameters: Parameters) -> str:
+    return json.dumps(parameters, sort_keys=True)
 
 
 def _uniform(*key: int | str) -> float:
@@ -240,17 +263,32 @@ def _uniform(*key: int | str) -> float:
 
 
 def grid_size(space: Space) -> int:
-    """The number of combinations; 0 where there is a range."""
-    return math.prod(len(kind.values) if isinstance(kind, Choice) else 0 for kind in space.values())
+    """The number of combinations; 0 where a range of numbers has no end of them."""
+    return math.prod(len(values) for values in map(_values, space.values()))
 
 
-def grid(space: Space) -> Iterator[Parameters]:
-    """Every combination of the values. Raises UserError for a range, which has no end of them."""
+def _values(kind: Distribution) -> Sequence[Any]:
+    """All values of a list or of whole numbers; none of another range."""
+    if isinstance(kind, Choice):
+        return kind.values
+    return range(kind.low, kind.high + 1) if isinstance(kind, Integer) else ()
+
+
+def combination(space: Space, number: int) -> Parameters:
+    """One of all combinations, of which the last option changes fastest."""
+    parameters = {}
+    for name, kind in reversed(space.items()):
+        values = _values(kind)
+        number, place = divmod(number, len(values))
+        parameters[name] = values[place]
+    return {name: parameters[name] for name in space}
+
+
+def refuse_ranges(space: Space) -> None:
+    """Raises UserError for a range, which a grid cannot cover."""
     ranges = [name for name, distribution in space.items() if not isinstance(distribution, Choice)]
     if ranges:
         raise UserError(f"a grid needs lists of values; {', '.join(ranges)} has a range")
-    for values in product(*(distribution.values for distribution in space.values())):
-        yield dict(zip(space, values))
 
 
 def explore(space: Space, parameters: Parameters, random: np.random.Generator) -> Parameters:

@@ -1,7 +1,5 @@
 """What Ray Tune runs: a worker that stays warm and trains one trial after another, reporting each evaluation."""
 
-import ctypes
-import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -10,20 +8,13 @@ from filelock import FileLock
 from ray import tune
 
 from minbert.trainer.run_folder import RunFolder
-from minbert.tuning.attempt import FINISHED, USER_MISTAKE, Attempt, Train
+from minbert.tuning.attempt import FINISHED, USER_MISTAKE, Attempt, Train, free_memory, tells_of_disk
+from minbert.tuning.scheduler import REACHED, WORST
 from minbert.tuning.take_over import take_over
-from minbert.tuning.trial import METRIC, Trial
+from minbert.tuning.trial import METRIC, Trial, better, score_of
 
 PATIENCE = 300.0  # seconds in which the worker that had a trial before saves and leaves
 HEARTBEAT = 1.0  # seconds after which Ray hears of a trial that has nothing to report: only then can it be ended
-
-
-def _free_memory() -> None:
-    """Give back what a trial leaves: models hold cycles, and the C library keeps what lies between other things, which
-    after a few trials is more than one of them needs."""
-    gc.collect()
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc
-        trim(0)
 
 
 class TrialWorker(tune.Trainable):
@@ -31,11 +22,13 @@ class TrialWorker(tune.Trainable):
 
     def setup(self, config: dict[str, Any], train: Train | None = None) -> None:
         self.train_run = train
+        if not config["gpus"]:  # device=auto must not take one that nobody set aside
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self._end()
-        _free_memory()
+        free_memory()
         self._begin(new_config)
         return True
 
@@ -47,15 +40,19 @@ class TrialWorker(tune.Trainable):
         folder = Path(config["folder"])
         self.lock = FileLock(folder / ".trial.lock", timeout=PATIENCE, thread_local=False)
         self.lock.acquire()  # another worker may not have left yet
-        trial = Trial.read(folder)
-        self.best, self.taken_over = trial.score, len(config["taken_over"])
+        self.trial = Trial.read(folder)
+        self.best, self.taken_over, known = self.trial.score, len(config["taken_over"]), self.trial.step
         if self.taken_over:
             donor = RunFolder(folder.parent / config["taken_over"][-1]["donor"])
-            take_over(RunFolder(folder), donor, config["options"], self.taken_over)
-        self.attempt = Attempt(self.train_run, folder, config["options"], trial.step)
+            since = take_over(RunFolder(folder), donor, config["options"], self.taken_over)
+            if self.best is None:  # what the donor has evaluated is not its own
+                known = since
+        self.attempt = Attempt(self.train_run, folder, config["options"], known)
 
     def _end(self) -> None:
         self.attempt.end()
+        if not self.taken_over and Trial.read(self.trial.folder).done:
+            self.trial.forget_checkpoints()
         self.lock.release()
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
@@ -72,14 +69,17 @@ class TrialWorker(tune.Trainable):
         evaluation = attempt.next(HEARTBEAT)
         result: dict[str, Any] = {"steps": attempt.steps, "taken_over": self.taken_over, "process": os.getpid()}
         if evaluation is not None:
-            score, step = evaluation[METRIC], evaluation["step"]
-            self.best = score if self.best is None else max(self.best, score)
-            return result | {METRIC: score, "best": self.best, "at": step, "progress": step / attempt.steps}
+            score, step = score_of(evaluation), evaluation["step"]
+            self.best = better(self.best, score)
+            result |= {METRIC: score, "best": self.best, REACHED: WORST if self.best is None else self.best}
+            return result | {"at": step, "progress": step / attempt.steps}
         if not attempt.over:
             return result
         code, error = attempt.ending
         if code == FINISHED:
             return result | {"done": True, "ending": "finished"}
+        if tells_of_disk(error):
+            return result | {"done": True, "ending": "no room", "error": error}
         if code == USER_MISTAKE:
             return result | {"done": True, "ending": "failed", "error": error}
         raise RuntimeError(f"the trial ended with exit code {code}\n{error}")

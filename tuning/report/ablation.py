@@ -23,7 +23,7 @@ from minbert.tuning.report.page import (
     number,
     setting,
 )
-from minbert.tuning.trial import METRIC, Trial
+from minbert.tuning.trial import METRIC, Trial, interrupted
 
 # "Optimizing minBERT on Downstream Tasks Using Pretraining and Siamese Network Architecture", dev scores: SST accuracy,
 # Quora accuracy, STS Pearson, overall. Its extensions are added in this order; those without a variant of ours were
@@ -44,6 +44,7 @@ def ablation_report(folder: Path) -> Report:
     """The report of the ablation in `folder`, over or not. Raises UserError if no run is finished."""
     ablation = Ablation.read(folder)
     trials = ablation.trials(folder)
+    interrupted(trials, folder)
     rows = {row.variant: row for row in compare(ablation, trials)}
     columns = next((list(row.scores) for row in rows.values() if row.scores), None)
     if columns is None:

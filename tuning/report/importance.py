@@ -39,7 +39,7 @@ class Importances:
 def scores_at_equal_share(trials: Sequence[Trial]) -> tuple[float, np.ndarray]:
     """The share of the budget that all `trials` have reached, and each one's best score (n,) until then; of a trial
     that was first evaluated later, its first score. Every trial has an evaluation."""
-    curves = [[(record["step"] / trial.steps, record[METRIC]) for record in trial.evaluations()] for trial in trials]
+    curves = [[(record["step"] / trial.steps, record[METRIC]) for record in trial.earned()] for trial in trials]
     share = min(curve[-1][0] for curve in curves)
     return share, np.array([max(score for at, score in curve if at <= max(share, curve[0][0])) for curve in curves])
 

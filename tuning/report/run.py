@@ -56,7 +56,7 @@ def run_report(run: RunFolder, config: RunConfig, split: Split = "dev", mistakes
     ]
     if run.gramians_file.exists():
         sections.append(Section("Gradient conflicts", _conflicts(run)))
-    evaluations = [record for record in records if "dev/overall" in record]
+    evaluations = [record for record in records if record.get("dev/overall") is not None]
     best = max((record["dev/overall"] for record in evaluations), default=None)
     subtitle = f"step {records[-1]['step']} of {steps}" + ("" if best is None else f", best dev/overall {best:.3f}")
     return Report(Page(f"Run {run.path.name}", subtitle, sections, warnings), _csv(records))

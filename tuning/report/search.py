@@ -26,7 +26,7 @@ from minbert.tuning.report.page import (
 )
 from minbert.tuning.search import Search
 from minbert.tuning.space import Choice, Distribution, LogUniform, Uniform
-from minbert.tuning.trial import METRIC, Trial, best
+from minbert.tuning.trial import METRIC, Trial, best, interrupted, ranked
 
 HIDDEN = ("trackers", "cache", "device")  # options of all trials that say nothing about them
 SHOWN = 10  # trials in the table of the best
@@ -37,9 +37,8 @@ def search_report(folder: Path) -> Report:
     """The report of the search in `folder`, over or not. Raises UserError if no trial has a score yet."""
     search = Search.read(folder)
     trials = search.trials(folder)
-    scored = [trial for trial in trials if trial.score is not None and trial.status != "failed" and trial.steps]
-    scored = [trial for trial in scored if trial.evaluations()]
-    scored.sort(key=lambda trial: (-trial.score, trial.number))
+    interrupted(trials, folder)
+    scored = [trial for trial in ranked(trials) if trial.steps and trial.earned()]
     if not scored:
         raise UserError(f"no trial of {folder} has a score yet")
     sections = [
@@ -118,7 +117,7 @@ def _best(search: Search, scored: Sequence[Trial], folder: Path) -> list[Any]:
 
 
 def _best_record(trial: Trial) -> dict[str, Any]:
-    return max(trial.evaluations(), key=lambda record: record[METRIC])
+    return max(trial.earned(), key=lambda record: record[METRIC])
 
 
 def _hover(search: Search, trial: Trial) -> str:
@@ -329,7 +328,7 @@ def _rows(search: Search, trials: Sequence[Trial]) -> list[list[Any]]:
     fields = ("trial", "number", "status", "score", "step", "steps", "started", "ended", "stopped_by", "error")
     rows: list[list[Any]] = [[*fields, *(f"dev/{name}" for name in tasks), *search.space]]
     for trial in trials:
-        record = _best_record(trial) if trial.evaluations() else {}
+        record = _best_record(trial) if trial.earned() else {}
         own = [trial.name, *(getattr(trial, name) for name in fields[1:])]
         scores = [record.get(f"dev/{name}") for name in tasks]
         rows.append([*own, *scores, *(trial.parameters[name] for name in search.space)])
