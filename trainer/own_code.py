@@ -15,15 +15,11 @@ from minbert.data.errors import UserError
 from minbert.trainer.aggregators import is_own
 
 
-def keep_source(aggregator: str, folder: Path) -> None:
-    """Copy the Python files of the module's package into `folder`, but not of one that is installed.
-
-    Raises UserError if there is no such module.
-    """
-    shutil.rmtree(folder, ignore_errors=True)
+def find_source(aggregator: str) -> list[Path]:
+    """Where the module's package lies; nowhere if it is installed. Raises UserError if there is no such module."""
     if not is_own(aggregator):
-        return
-    top = aggregator.partition(":")[0].partition(".")[0]
+        return []
+    top = _top(aggregator)
     try:
         spec = find_spec(top)
     except ValueError:  # it is there already, without a file
@@ -31,11 +27,19 @@ def keep_source(aggregator: str, folder: Path) -> None:
     if spec is None:
         raise UserError(f"aggregator {aggregator}: there is no module {top} in {Path.cwd()} or among what is installed")
     sources = spec.submodule_search_locations or [spec.origin]
-    if any(_installed(source) for source in sources):
-        return
+    return [] if any(_installed(source) for source in sources) else [Path(source) for source in sources]
+
+
+def keep_source(aggregator: str, folder: Path) -> None:
+    """Copy the Python files of the module's package into `folder`, but not of one that is installed.
+
+    Raises UserError if there is no such module.
+    """
+    sources, top = find_source(aggregator), _top(aggregator)
+    shutil.rmtree(folder, ignore_errors=True)
     unfinished = folder.with_name(f".{folder.name}.{uuid4().hex}")
     try:
-        for source in map(Path, sources):
+        for source in sources:
             for file in sorted(source.rglob("*.py")) if source.is_dir() else [source]:
                 copy = unfinished / (top / file.relative_to(source) if source.is_dir() else file.name)
                 copy.parent.mkdir(parents=True, exist_ok=True)
@@ -44,6 +48,10 @@ def keep_source(aggregator: str, folder: Path) -> None:
             unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _top(aggregator: str) -> str:
+    return aggregator.partition(":")[0].partition(".")[0]
 
 
 def use_source(folder: Path) -> None:

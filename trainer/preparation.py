@@ -33,7 +33,7 @@ from minbert.data.tokens import (
 from minbert.trainer.bert import BertConfig
 from minbert.trainer.checkpoint import SAVED, damaged, folder_name, lost, published, remember, step_of
 from minbert.trainer.config import MAY_CHANGE, OPTIONS, RunConfig, flatten
-from minbert.trainer.own_code import keep_source, use_source
+from minbert.trainer.own_code import find_source, keep_source, use_source
 from minbert.trainer.run_folder import LOCK, RunFolder
 from minbert.trainer.weights import TINY, find_checkpoint, is_hub_name, read_config, write_shape
 
@@ -299,6 +299,8 @@ def _require_aggregator(run: RunFolder, config: RunConfig) -> None:
 
     if _has_checkpoints(run):
         use_source(run.own_code)
+    else:
+        find_source(config.batch.aggregator)
     Aggregator(config.batch.aggregator, len(config.corpus.tasks), config.seed)
 
 
