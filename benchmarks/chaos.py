@@ -31,9 +31,9 @@ from rich.table import Table
 from safetensors.torch import load_file
 
 from minbert.launch.exit_codes import ExitCode
-from minbert.trainer.checkpoint import Damaged, damaged, published, read_manifest, verify
-from minbert.trainer.conflicts import read_gramians
-from minbert.trainer.run_folder import RunFolder
+from minbert.trainer.checkpoint.format import Damaged, damaged, published, read_manifest, verify
+from minbert.trainer.run.folder import RunFolder
+from minbert.trainer.surgery.conflicts import read_gramians
 
 
 @dataclass(frozen=True)

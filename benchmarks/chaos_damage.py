@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from minbert.trainer.checkpoint import MANIFEST, Damaged, read_manifest, verify
+from minbert.trainer.checkpoint.format import MANIFEST, Damaged, read_manifest, verify
 
 NOTICED, MISSED = "noticed", "missed"
 SAME = "the same manifest"

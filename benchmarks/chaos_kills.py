@@ -21,9 +21,9 @@ import psutil
 
 from minbert.data.files import lock
 from minbert.launch.exit_codes import ExitCode
-from minbert.trainer.checkpoint import newest_step as newest_in
-from minbert.trainer.checkpoint import published
-from minbert.trainer.run_folder import LOCK, RunFolder
+from minbert.trainer.checkpoint.format import newest_step as newest_in
+from minbert.trainer.checkpoint.format import published
+from minbert.trainer.run.folder import LOCK, RunFolder
 
 IN_OPEN, NAME_MAX, EVENT = 0x20, 256, struct.Struct("iIII")  # inotify(7): an event is followed by a name
 

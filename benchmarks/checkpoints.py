@@ -48,7 +48,7 @@ def main() -> None:
     options = tyro.cli(Options)
     from minbert.launch.options import parse_run_config
     from minbert.launch.processes import launch
-    from minbert.trainer.preparation import prepare
+    from minbert.trainer.run.preparation import prepare
 
     os.environ["PYTHONWARNINGS"] = "ignore"
     arguments = ["--model", options.model, "--batch-size", str(options.batch_size), "--seed", str(options.seed)]
@@ -73,8 +73,8 @@ def worker(folder: Path, task: dict) -> None:
     import torch
     from torch.distributed import ReduceOp
 
-    from minbert.trainer import distributed
-    from minbert.trainer.run_folder import RunFolder
+    from minbert.trainer.processes import world as distributed
+    from minbert.trainer.run.folder import RunFolder
 
     run = RunFolder(Path(task["run"]))
     config = run.read_config()
@@ -136,13 +136,13 @@ def worker(folder: Path, task: dict) -> None:
 
 def _build(run, config, world):
     from minbert.data.tokens import load_tokenizer
-    from minbert.trainer.engine import build_accelerator, build_engine
-    from minbert.trainer.optimizer import build_optimizer
-    from minbert.trainer.preparation import build_plan, load_split
-    from minbert.trainer.random_state import seed_everything
-    from minbert.trainer.saved_model import build_model
+    from minbert.trainer.engine.base import build_accelerator, build_engine
+    from minbert.trainer.engine.optimizer import build_optimizer
+    from minbert.trainer.model.weights import find_checkpoint, load_weights
+    from minbert.trainer.processes.random_state import seed_everything
+    from minbert.trainer.run.preparation import build_plan, load_split
+    from minbert.trainer.run.saved_model import build_model
     from minbert.trainer.step import TrainingStep
-    from minbert.trainer.weights import find_checkpoint, load_weights
 
     splits = {name: load_split(config, name, "train", load_tokenizer(run.encoder)) for name in config.corpus.names}
     seed_everything(config.seed)
@@ -159,8 +159,8 @@ class Ours:
     """A copy in memory, then a thread that writes, hashes, flushes and publishes. Loading verifies every byte."""
 
     def __init__(self, engine, aggregator, config, world, folder: Path):
-        from minbert.trainer.checkpoint import Manifest
-        from minbert.trainer.saving import CheckpointWriter, now
+        from minbert.trainer.checkpoint.format import Manifest
+        from minbert.trainer.checkpoint.saving import CheckpointWriter, now
 
         self.engine, self.aggregator, self.world, self.path = engine, aggregator, world, folder / "minbert"
 
@@ -172,7 +172,7 @@ class Ours:
         self.writer = CheckpointWriter(self.path, engine, aggregator, world, config.budget, describe)
 
     def save(self, number: int) -> None:
-        from minbert.trainer.checkpoint import TrainingState
+        from minbert.trainer.checkpoint.format import TrainingState
 
         self.writer.save(TrainingState(step=number, updates=self.engine.updates()))
 
@@ -182,9 +182,9 @@ class Ours:
     def load(self, topic: str) -> None:
         from torch.distributed import PrefixStore
 
-        from minbert.trainer.distributed import World
-        from minbert.trainer.messages import Messages
-        from minbert.trainer.resuming import newest_intact, restore
+        from minbert.trainer.checkpoint.resuming import newest_intact, restore
+        from minbert.trainer.processes.messages import Messages
+        from minbert.trainer.processes.world import World
 
         world = self.world
         if world.size > 1:  # a run resumes once: each time has messages of its own

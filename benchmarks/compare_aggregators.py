@@ -17,8 +17,8 @@ from rich.table import Table
 
 from minbert.launch.options import parse_run_config
 from minbert.trainer.config import RunConfig
-from minbert.trainer.preparation import prepare
-from minbert.trainer.run_folder import RunFolder
+from minbert.trainer.run.folder import RunFolder
+from minbert.trainer.run.preparation import prepare
 from minbert.trainer.train import Outcome, train
 
 

@@ -32,7 +32,7 @@ WITHOUT_PREDICTIONS = """
 import sys
 from minbert.launch.options import parse_run_config
 from minbert.launch.worker import work
-from minbert.trainer.preparation import prepare
+from minbert.trainer.run.preparation import prepare
 sys.exit(work(prepare(parse_run_config(sys.argv[1:])), predictions=False))
 """
 

@@ -51,7 +51,7 @@ def main() -> None:
     options = tyro.cli(Options)
     from minbert.launch.options import parse_run_config
     from minbert.launch.processes import launch
-    from minbert.trainer.preparation import prepare
+    from minbert.trainer.run.preparation import prepare
 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ["PYTHONWARNINGS"] = "ignore"
@@ -81,7 +81,7 @@ def worker(task: dict) -> None:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    from minbert.trainer import distributed
+    from minbert.trainer.processes import world as distributed
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     run_config = _configured(task)
@@ -119,7 +119,7 @@ def worker(task: dict) -> None:
 
 
 def _configured(task: dict):
-    from minbert.trainer.run_folder import RunFolder
+    from minbert.trainer.run.folder import RunFolder
 
     config = RunFolder(Path(task["run"])).read_config()
     parallel = {"processes": task["processes"], "zero_stage": task["zero_stage"]}
@@ -131,14 +131,14 @@ def _build(way: str, task: dict, world):
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     from minbert.data.tokens import load_tokenizer
-    from minbert.trainer.engine import build_accelerator, build_engine
-    from minbert.trainer.optimizer import build_optimizer
-    from minbert.trainer.preparation import build_plan, load_split
-    from minbert.trainer.random_state import seed_everything
-    from minbert.trainer.run_folder import RunFolder
-    from minbert.trainer.saved_model import build_model
+    from minbert.trainer.engine.base import build_accelerator, build_engine
+    from minbert.trainer.engine.optimizer import build_optimizer
+    from minbert.trainer.model.weights import find_checkpoint, load_weights
+    from minbert.trainer.processes.random_state import seed_everything
+    from minbert.trainer.run.folder import RunFolder
+    from minbert.trainer.run.preparation import build_plan, load_split
+    from minbert.trainer.run.saved_model import build_model
     from minbert.trainer.step import TrainingStep
-    from minbert.trainer.weights import find_checkpoint, load_weights
 
     for state in (AcceleratorState, PartialState, GradientState):
         state._shared_state = {}  # several accelerators in one process
@@ -171,7 +171,7 @@ def _torchjd_step(method: str, model, optimizer, plan, splits, world):
     from torchjd.aggregation import PCGrad, UPGrad
 
     from minbert.data.batch import make_batch
-    from minbert.trainer.model import Forward
+    from minbert.trainer.model.multitask import Forward
     from minbert.trainer.objectives.supervised import example_losses
 
     aggregator = {"pcgrad": PCGrad, "upgrad": UPGrad}[method]()

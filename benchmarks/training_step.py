@@ -46,15 +46,15 @@ class Options:
 def ours(options: Options, folder: Path):
     """The project's own step: one forward pass over all sentences, without padding."""
     from minbert.data.tokens import load_tokenizer
-    from minbert.trainer.distributed import World
-    from minbert.trainer.engine import build_accelerator, build_engine
-    from minbert.trainer.optimizer import build_optimizer
-    from minbert.trainer.preparation import build_plan, load_split
-    from minbert.trainer.random_state import seed_everything
-    from minbert.trainer.run_folder import RunFolder
-    from minbert.trainer.saved_model import build_model
+    from minbert.trainer.engine.base import build_accelerator, build_engine
+    from minbert.trainer.engine.optimizer import build_optimizer
+    from minbert.trainer.model.weights import find_checkpoint, load_weights
+    from minbert.trainer.processes.random_state import seed_everything
+    from minbert.trainer.processes.world import World
+    from minbert.trainer.run.folder import RunFolder
+    from minbert.trainer.run.preparation import build_plan, load_split
+    from minbert.trainer.run.saved_model import build_model
     from minbert.trainer.step import TrainingStep
-    from minbert.trainer.weights import find_checkpoint, load_weights
 
     run = RunFolder(folder)
     config = run.read_config()
@@ -77,11 +77,11 @@ def peer(options: Options, folder: Path):
     from transformers import BertConfig, BertModel
 
     from minbert.data.tokens import load_tokenizer
-    from minbert.trainer.model import Head
+    from minbert.trainer.model.multitask import Head
+    from minbert.trainer.model.weights import find_checkpoint
     from minbert.trainer.objectives.supervised import example_losses
-    from minbert.trainer.preparation import build_plan, load_split
-    from minbert.trainer.run_folder import RunFolder
-    from minbert.trainer.weights import find_checkpoint
+    from minbert.trainer.run.folder import RunFolder
+    from minbert.trainer.run.preparation import build_plan, load_split
 
     run = RunFolder(folder)
     config = run.read_config()
@@ -160,7 +160,7 @@ def main() -> None:
     options = tyro.cli(Options)
     os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))
     from minbert.launch.options import parse_run_config
-    from minbert.trainer.preparation import prepare
+    from minbert.trainer.run.preparation import prepare
 
     spawn = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:

@@ -18,7 +18,7 @@ from minbert.slurm.allocation import Allocation
 from minbert.slurm.records import EXIT_CODES, Ending, Records
 from minbert.slurm.supervisor import stand_in
 from minbert.slurm.verdict import Error
-from minbert.trainer.stop import StopRequest
+from minbert.trainer.processes.stop import StopRequest
 
 LOCAL_REQUEUE = 144  # submitit's local executor starts the processes again if one ends with it,
 LOCAL_STARTS = 6  # up to this often
@@ -63,7 +63,7 @@ class RunJob:
         with record_errors(), ExitStack() as lock:
             from minbert.launch.worker import work
             from minbert.slurm.meeting import join
-            from minbert.trainer.run_folder import RunFolder
+            from minbert.trainer.run.folder import RunFolder
 
             folder = RunFolder.existing(self.run)
             records = Records(self.run)

@@ -13,21 +13,21 @@ from minbert.launch.exit_codes import ExitCode, leave
 
 # command -> (module, what it does). Modules are imported when they are needed: PyTorch takes seconds.
 COMMANDS = {
-    "train": ("minbert.launch.train", "train a model"),
-    "resume": ("minbert.launch.resume", "go on with a run, perhaps on other processes"),
-    "checkpoint": ("minbert.launch.checkpoint", "list, verify or convert checkpoints"),
-    "submit": ("minbert.launch.submit", "train as a job on a SLURM cluster"),
-    "jobs": ("minbert.launch.jobs", "show every run: state, node, step, score"),
-    "logs": ("minbert.launch.logs", "print or follow what a run prints"),
-    "cancel": ("minbert.launch.cancel", "end the jobs of runs"),
-    "tune": ("minbert.launch.tune", "search hyperparameters, or start the full run from the best"),
-    "ablate": ("minbert.launch.ablate", "measure extensions alone, added up, left out, and combined"),
-    "report": ("minbert.launch.report", "write a page and a csv of what a run, a search or an ablation found"),
-    "evaluate": ("minbert.launch.evaluate", "score the best model of a run"),
-    "predict": ("minbert.launch.predict", "predict course files, a csv, or free text"),
-    "export": ("minbert.launch.export", "write the encoder as a folder for transformers"),
-    "plot": ("minbert.launch.plot", "draw the conflicts between the tasks' gradients"),
-    "doctor": ("minbert.launch.doctor", "show what is installed and what is missing"),
+    "train": ("minbert.launch.commands.train", "train a model"),
+    "resume": ("minbert.launch.commands.resume", "go on with a run, perhaps on other processes"),
+    "checkpoint": ("minbert.launch.commands.checkpoint", "list, verify or convert checkpoints"),
+    "submit": ("minbert.launch.commands.submit", "train as a job on a SLURM cluster"),
+    "jobs": ("minbert.launch.commands.jobs", "show every run: state, node, step, score"),
+    "logs": ("minbert.launch.commands.logs", "print or follow what a run prints"),
+    "cancel": ("minbert.launch.commands.cancel", "end the jobs of runs"),
+    "tune": ("minbert.launch.commands.tune", "search hyperparameters, or start the full run from the best"),
+    "ablate": ("minbert.launch.commands.ablate", "measure extensions alone, added up, left out, and combined"),
+    "report": ("minbert.launch.commands.report", "write a page and a csv of what a run, a search or an ablation found"),
+    "evaluate": ("minbert.launch.commands.evaluate", "score the best model of a run"),
+    "predict": ("minbert.launch.commands.predict", "predict course files, a csv, or free text"),
+    "export": ("minbert.launch.commands.export", "write the encoder as a folder for transformers"),
+    "plot": ("minbert.launch.commands.plot", "draw the conflicts between the tasks' gradients"),
+    "doctor": ("minbert.launch.commands.doctor", "show what is installed and what is missing"),
 }
 
 

@@ -154,7 +154,7 @@ def leave_without_ray(command: str) -> NoReturn:
 def check_data_and_model(config: RunConfig) -> None:
     """Prepare a run with `config` in a folder that is thrown away: what every trial would fail at shows here, once,
     before anything is started. The tokenised data that it leaves is the trials' own."""
-    from minbert.trainer.preparation import prepare
+    from minbert.trainer.run.preparation import prepare
 
     with tempfile.TemporaryDirectory(prefix="minbert-") as folder:
         prepare(config.model_copy(update={"run": Path(folder) / "run"}))

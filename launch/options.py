@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from minbert.data.errors import UserError, shown
 from minbert.trainer.config import OPTIONS, SECTIONS, RunConfig, flat_options, parse_config
-from minbert.trainer.run_folder import RunFolder, read_yaml
+from minbert.trainer.run.folder import RunFolder, read_yaml
 
 T = TypeVar("T")
 
@@ -88,7 +88,7 @@ def build_run_config(options: Mapping[str, Any]) -> RunConfig:
         merged |= given
     config = parse_config(merged, where)
     if aggregator is not None and aggregator != "sum":
-        from minbert.trainer.own_code import look_here  # imports PyTorch
+        from minbert.trainer.surgery.own_code import look_here  # imports PyTorch
 
         look_here(config.batch.aggregator)
     return config

@@ -8,7 +8,7 @@ from pathlib import Path
 from minbert.data.errors import UserError
 from minbert.slurm.records import Records
 from minbert.slurm.status import look
-from minbert.trainer.run_folder import RunFolder
+from minbert.trainer.run.folder import RunFolder
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from minbert.data.errors import UserError, disk_trouble
 from minbert.launch.exit_codes import ExitCode
 from minbert.slurm.verdict import Error
-from minbert.trainer.stop import leave_terminal, stop_signals
+from minbert.trainer.processes.stop import leave_terminal, stop_signals
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -258,7 +258,7 @@ def _start(command: Sequence[str], rank: int, log_dir: Path, environment: Mappin
 
 def _watch(workers: Sequence[Worker], requests: list[int], grace: float, store: "Store") -> list[int]:
     """Returns when every worker has ended; the result is the signals forwarded on the user's request."""
-    from minbert.trainer.messages import completes_checkpoint
+    from minbert.trainer.processes.messages import completes_checkpoint
 
     forwarded: list[int] = []
     deadline = latest = None

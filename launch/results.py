@@ -13,16 +13,16 @@ from rich.console import Console
 
 from minbert.data.files import replacing
 from minbert.data.task import Split
+from minbert.trainer.checkpoint.saving import now
 from minbert.trainer.config import RunConfig
-from minbert.trainer.distributed import World, pick_device
-from minbert.trainer.evaluation import count_batches, overall, predict, score
-from minbert.trainer.prediction_files import prediction_file_name, write_predictions
-from minbert.trainer.preparation import load_split
-from minbert.trainer.progress import PredictionProgress, score_table
-from minbert.trainer.run_folder import RunFolder
-from minbert.trainer.saved_model import load_model
-from minbert.trainer.saving import now
-from minbert.trainer.stop import StopRequest
+from minbert.trainer.evaluation.prediction_files import prediction_file_name, write_predictions
+from minbert.trainer.evaluation.scoring import count_batches, overall, predict, score
+from minbert.trainer.processes.stop import StopRequest
+from minbert.trainer.processes.world import World, pick_device
+from minbert.trainer.run.folder import RunFolder
+from minbert.trainer.run.preparation import load_split
+from minbert.trainer.run.progress import PredictionProgress, score_table
+from minbert.trainer.run.saved_model import load_model
 
 REPORTED: tuple[Split, ...] = ("dev", "test")
 RECORD = "predictions.json"

@@ -24,7 +24,7 @@ from minbert.launch.processes import ERROR_FILE, record_errors
 from minbert.slurm.allocation import Allocation, address
 from minbert.slurm.records import Records
 from minbert.slurm.supervisor import stand_in
-from minbert.trainer.stop import StopRequest
+from minbert.trainer.processes.stop import StopRequest
 
 POLL = 0.5  # seconds
 PATIENCE = 300.0  # seconds for a node to join, or for the head to be there
@@ -62,7 +62,7 @@ class SearchJob:
 
     def _lead(self, place: Path, allocation: Allocation, stop: StopRequest) -> int:
         from minbert.launch.many_runs import leave_without_ray, only_driver
-        from minbert.launch.tune import run_search
+        from minbert.launch.searching import run_search
         from minbert.tuning.search import Search
 
         def lost() -> NoReturn:

@@ -18,8 +18,8 @@ from pathlib import Path
 from minbert.data.errors import UserError
 from minbert.launch.exit_codes import ExitCode, leave
 from minbert.trainer.config import RunConfig
-from minbert.trainer.run_folder import RunFolder
-from minbert.trainer.stop import StopRequest
+from minbert.trainer.processes.stop import StopRequest
+from minbert.trainer.run.folder import RunFolder
 
 POLL = 0.1  # seconds
 LOCK_PATIENCE = 60.0  # seconds in which the processes of an earlier life may still save and leave
@@ -34,7 +34,7 @@ def train_trial(config: RunConfig, stop: StopRequest, begin: Callable[[int], Non
     `begin` is told the steps of the budget before the first of them. No prediction files are written: what a search
     wants is the score. Returns the exit code, and the error if it failed.
     """
-    from minbert.trainer.preparation import prepare
+    from minbert.trainer.run.preparation import prepare
 
     try:
         with RunFolder(config.run).locked(LOCK_PATIENCE) as lock:
@@ -53,7 +53,7 @@ def train_trial(config: RunConfig, stop: StopRequest, begin: Callable[[int], Non
 
 def count_steps(config: RunConfig) -> int:
     """Optimizer steps of a resolved configuration's budget; reads data only where the budget is in epochs, and once."""
-    from minbert.trainer.preparation import build_plan, load_examples_of
+    from minbert.trainer.run.preparation import build_plan, load_examples_of
 
     if config.budget.steps is not None:
         return config.budget.steps

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from minbert.launch.exit_codes import ExitCode, leave
 from minbert.launch.processes import record_errors
-from minbert.trainer.run_folder import RunFolder
-from minbert.trainer.stop import StopRequest
+from minbert.trainer.processes.stop import StopRequest
+from minbert.trainer.run.folder import RunFolder
 
 
 def work(run: RunFolder, force: bool = False, stop: StopRequest | None = None, predictions: bool = True) -> int:
@@ -24,7 +24,7 @@ def work(run: RunFolder, force: bool = False, stop: StopRequest | None = None, p
     rank = int(os.environ.get("RANK", 0))
     with nullcontext(stop) if stop else StopRequest() as stop:
         _log_to(run.logs / f"rank-{rank}.log", rank)
-        from minbert.trainer.preparation import require_checkpoints
+        from minbert.trainer.run.preparation import require_checkpoints
         from minbert.trainer.train import Outcome, train
 
         if rank == 0:

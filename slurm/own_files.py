@@ -9,8 +9,8 @@ from minbert.data.errors import UserError
 from minbert.data.files import is_locked
 from minbert.data.reading import read_json_lines
 from minbert.slurm.records import Ending, Life, Records, read_record
-from minbert.trainer.checkpoint import Damaged, Manifest, published, read_manifest
-from minbert.trainer.run_folder import RunFolder
+from minbert.trainer.checkpoint.format import Damaged, Manifest, published, read_manifest
+from minbert.trainer.run.folder import RunFolder
 
 
 def own_state(run: Path) -> tuple[str, int | None]:

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from minbert.data.errors import UserError
 from minbert.data.files import replacing, to_json
 from minbert.slurm.settings import JobSettings, parse_settings
-from minbert.trainer.checkpoint import newest_step
+from minbert.trainer.checkpoint.format import newest_step
 
 T = TypeVar("T")
 

@@ -171,7 +171,7 @@ def resolve_settings(options: Mapping[str, Any], earlier: Mapping[str, Any] | No
     file = site_file()
     site: dict[str, Any] = {}
     if file.exists():
-        from minbert.trainer.run_folder import read_yaml  # takes seconds, and not every user has a file
+        from minbert.trainer.run.folder import read_yaml  # takes seconds, and not every user has a file
 
         site = read_yaml(file)
         parse_settings(site, str(file))

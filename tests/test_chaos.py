@@ -12,7 +12,7 @@ from chaos_kills import KINDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minbert.trainer.checkpoint import published
+from minbert.trainer.checkpoint.format import published
 
 pytestmark = pytest.mark.xdist_group("chaos")  # one process of the suite makes the runs for all
 

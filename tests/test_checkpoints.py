@@ -25,7 +25,7 @@ from minbert.data.files import LineFile
 from minbert.launch.exit_codes import ExitCode
 from minbert.launch.main import main
 from minbert.trainer import train as training
-from minbert.trainer.checkpoint import (
+from minbert.trainer.checkpoint.format import (
     MANIFEST,
     Damaged,
     Manifest,
@@ -39,12 +39,13 @@ from minbert.trainer.checkpoint import (
     verify,
     write_hashed,
 )
-from minbert.trainer.distributed import World
-from minbert.trainer.messages import LostProcess, Messages
-from minbert.trainer.random_state import random_state, seed_everything, set_random_state
-from minbert.trainer.resuming import newest_intact, refuse_another
-from minbert.trainer.run_folder import RunFolder
-from minbert.trainer.shards import Part, Snapshot, open_shards, owned
+from minbert.trainer.checkpoint.resuming import newest_intact, refuse_another
+from minbert.trainer.checkpoint.shards import Snapshot, open_shards, owned
+from minbert.trainer.engine.parts import Part
+from minbert.trainer.processes.messages import LostProcess, Messages
+from minbert.trainer.processes.random_state import random_state, seed_everything, set_random_state
+from minbert.trainer.processes.world import World
+from minbert.trainer.run.folder import RunFolder
 
 SMALL = ["--train-limit", 120, "--eval-limit", 40, "--batch-size", 8]
 ALONE = World(0, 1, torch.device("cpu"))

@@ -38,9 +38,9 @@ from minbert.launch.main import main
 from minbert.launch.options import parse_run_config, read_options
 from minbert.launch.results import predict_splits, whole_splits
 from minbert.launch.worker import work
-from minbert.trainer.prediction_files import prediction_file_name
-from minbert.trainer.run_folder import RunFolder
-from minbert.trainer.stop import StopRequest
+from minbert.trainer.evaluation.prediction_files import prediction_file_name
+from minbert.trainer.processes.stop import StopRequest
+from minbert.trainer.run.folder import RunFolder
 
 COMMAND = [sys.executable, "-m", "minbert.launch.main"]
 
@@ -539,7 +539,7 @@ def test_predictions_hear_a_stop_between_two_batches_and_show_how_far_they_are(t
         found = predict_splits(trained, config, ("dev", "test"), tmp_path / name, console, stopped)
         return found, console.file.getvalue()
 
-    monkeypatch.setattr("minbert.trainer.progress.QUIET", 0.0)
+    monkeypatch.setattr("minbert.trainer.run.progress.QUIET", 0.0)
     found, shown = predict("whole", 10**9, terminal=False)
     batches = len(asked) - 1  # once before all
     assert found["dev"].keys() == {"sst", "quora", "sts", "overall"} and found["test"] == {}
@@ -550,7 +550,7 @@ def test_predictions_hear_a_stop_between_two_batches_and_show_how_far_they_are(t
     assert {path.name for path in (tmp_path / "whole").iterdir()} > {
         path.name for path in (tmp_path / "part").iterdir()
     }
-    monkeypatch.setattr("minbert.trainer.progress.QUIET", 30.0)
+    monkeypatch.setattr("minbert.trainer.run.progress.QUIET", 30.0)
     assert predict("quiet", 10**9, terminal=False)[1] == ""
 
 

@@ -8,8 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from minbert.launch import doctor as module
-from minbert.launch.doctor import SECTIONS, Check, cgroup_limit, disk, doctor, package, slurm_commands, slurm_controller
+from minbert.launch.commands import doctor as module
+from minbert.launch.commands.doctor import (
+    SECTIONS,
+    Check,
+    cgroup_limit,
+    disk,
+    doctor,
+    package,
+    slurm_commands,
+    slurm_controller,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +73,7 @@ def test_json_is_all_there_is_on_standard_output(capsys):
 def test_it_imports_torch_only():
     script = (
         "import sys, torch\n"
-        "from minbert.launch.doctor import doctor; doctor(json=True)\n"
+        "from minbert.launch.commands.doctor import doctor; doctor(json=True)\n"
         "assert not {'deepspeed', 'transformers', 'ray', 'datasets', 'accelerate'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

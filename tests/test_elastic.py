@@ -20,10 +20,10 @@ from minbert.launch.main import main
 from minbert.launch.options import parse_run_config
 from minbert.launch.processes import launch
 from minbert.trainer import train as training
-from minbert.trainer.checkpoint import published, read_manifest, remember, verify
-from minbert.trainer.preparation import prepare
-from minbert.trainer.run_folder import RunFolder
-from minbert.trainer.stop import StopRequest
+from minbert.trainer.checkpoint.format import published, read_manifest, remember, verify
+from minbert.trainer.processes.stop import StopRequest
+from minbert.trainer.run.folder import RunFolder
+from minbert.trainer.run.preparation import prepare
 
 WORKER = Path(__file__).with_name("deepspeed_worker.py")
 SMALL = ["--train-limit", 120, "--eval-limit", 40, "--batch-size", 8, "--log-every", 1, "--trackers"]

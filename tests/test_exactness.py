@@ -21,11 +21,11 @@ from minbert.data.batch import make_batch
 from minbert.data.tokens import load_tokenizer
 from minbert.launch.options import parse_run_config
 from minbert.launch.processes import launch
-from minbert.trainer.optimizer import parameter_groups
-from minbert.trainer.preparation import build_plan, load_split, prepare
-from minbert.trainer.random_state import seed_everything, stream
-from minbert.trainer.run_folder import RunFolder
-from minbert.trainer.saved_model import build_model
+from minbert.trainer.engine.optimizer import parameter_groups
+from minbert.trainer.processes.random_state import seed_everything, stream
+from minbert.trainer.run.folder import RunFolder
+from minbert.trainer.run.preparation import build_plan, load_split, prepare
+from minbert.trainer.run.saved_model import build_model
 
 WORKER = Path(__file__).with_name("exactness_worker.py")
 STAGES = [None, 0, 1, 2, 3]

@@ -8,9 +8,9 @@ from torch import Tensor
 from toy_objectives import OBJECTIVES, Taught, adversarial, masked, twice
 
 from minbert.data.batch import Batch, Sentences
-from minbert.trainer.bert import BertConfig
 from minbert.trainer.config import EncoderConfig, HeadsConfig
-from minbert.trainer.model import Forward, MultitaskModel
+from minbert.trainer.model.bert import BertConfig
+from minbert.trainer.model.multitask import Forward, MultitaskModel
 from minbert.trainer.objectives.supervised import supervised
 
 SHAPE = dict(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)

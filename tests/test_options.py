@@ -20,11 +20,11 @@ from minbert.data.reading import read_small, read_yaml
 from minbert.launch.main import main
 from minbert.launch.options import build_run_config, parse, read_options
 from minbert.launch.sweep import elements
-from minbert.trainer.bert import BertConfig
 from minbert.trainer.config import parse_config
-from minbert.trainer.memory import require_memory
-from minbert.trainer.stop import Stopped, StopRequest
-from minbert.trainer.weights import TINY, read_config, write_shape
+from minbert.trainer.model.bert import BertConfig
+from minbert.trainer.model.memory import require_memory
+from minbert.trainer.model.weights import TINY, read_config, write_shape
+from minbert.trainer.processes.stop import Stopped, StopRequest
 
 SMALL = ["--train-limit", "40", "--eval-limit", "20", "--batch-size", "4", "--trackers", "--tasks", "sst"]
 
@@ -264,7 +264,7 @@ def test_a_signal_is_heard_where_there_is_nothing_to_save():
 
 def test_a_stop_request_while_the_model_is_built_leaves_with_its_code(tmp_path, monkeypatch, capsys):
     """The request comes inside the construction of the model, whose end is never reached."""
-    from minbert.trainer import saved_model
+    from minbert.trainer.run import saved_model
 
     built = []
 

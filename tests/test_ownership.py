@@ -22,11 +22,11 @@ from minbert.launch.exit_codes import ExitCode
 from minbert.launch.main import main
 from minbert.launch.worker import work
 from minbert.slurm.records import Records, Submission
-from minbert.trainer.checkpoint import Damaged, Manifest, TrainingState, published, read_manifest
-from minbert.trainer.evaluation import overall, score
-from minbert.trainer.run_folder import RunFolder
-from minbert.trainer.saved_model import read_model, save_model
-from minbert.trainer.stop import StopRequest
+from minbert.trainer.checkpoint.format import Damaged, Manifest, TrainingState, published, read_manifest
+from minbert.trainer.evaluation.scoring import overall, score
+from minbert.trainer.processes.stop import StopRequest
+from minbert.trainer.run.folder import RunFolder
+from minbert.trainer.run.saved_model import read_model, save_model
 
 SMALL = ["--train-limit", 60, "--eval-limit", 20, "--batch-size", 8, "--trackers", "--aggregator", "gradvac"]
 OTHER = ["--lr", 0.5, "--train-limit", 30, "--force"]  # what would change a run's vocabulary and rates

@@ -18,9 +18,9 @@ from ray.tune.schedulers import TrialScheduler
 from safetensors.torch import load_file
 
 from minbert.launch.main import main
-from minbert.trainer.checkpoint import MANIFEST, published, read_manifest
+from minbert.trainer.checkpoint.format import MANIFEST, published, read_manifest
 from minbert.trainer.config import RunConfig
-from minbert.trainer.run_folder import RunFolder, read_config_file
+from minbert.trainer.run.folder import RunFolder, read_config_file
 from minbert.tuning.population import Population
 from minbert.tuning.search import Search, describe_schedule
 from minbert.tuning.space import EXPLORED, Choice, check_space, explore, paper_space, parse_space

@@ -15,7 +15,7 @@ from minbert.launch.exit_codes import ExitCode
 from minbert.launch.processes import GRACE, _environment, launch
 from minbert.slurm.verdict import Error
 from minbert.trainer.config import ParallelConfig
-from minbert.trainer.distributed import pick_device
+from minbert.trainer.processes.world import pick_device
 
 LAUNCHER = """
 import sys
@@ -209,10 +209,11 @@ SAVE = """
     import torch
     import torch.distributed as dist
     from types import SimpleNamespace
-    from minbert.trainer import distributed, saving
-    from minbert.trainer.checkpoint import Manifest, TrainingState
+    from minbert.trainer.processes import world as distributed
+from minbert.trainer.checkpoint import saving
+    from minbert.trainer.checkpoint.format import Manifest, TrainingState
     from minbert.trainer.config import BudgetConfig, ParallelConfig
-    from minbert.trainer.shards import Part
+    from minbert.trainer.engine.parts import Part
     world = distributed.start(ParallelConfig(device="cpu"))
     part = Part("w", 0, {"weight": torch.zeros(4)}, replicated=True)
     def describe(state):
@@ -380,7 +381,7 @@ def test_deterministic_kernels_are_asked_for():
     """In a process of its own, as the choice is for the whole process."""
     program = """
 import os, torch
-from minbert.trainer import distributed
+from minbert.trainer.processes import world as distributed
 from minbert.trainer.config import ParallelConfig
 for flag in (False, True):
     distributed.start(ParallelConfig(deterministic=flag))

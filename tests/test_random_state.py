@@ -4,8 +4,8 @@ from itertools import product
 
 from minbert.launch.options import parse_run_config
 from minbert.trainer import train as training
-from minbert.trainer.preparation import prepare
-from minbert.trainer.random_state import stream
+from minbert.trainer.processes.random_state import stream
+from minbert.trainer.run.preparation import prepare
 
 
 def test_every_use_has_a_stream_of_its_own():

@@ -18,9 +18,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from minbert.launch.exit_codes import ExitCode
 from minbert.launch.main import main
 from minbert.trainer import train as training
-from minbert.trainer.checkpoint import published, read_manifest
-from minbert.trainer.progress import Progress
-from minbert.trainer.run_folder import RunFolder
+from minbert.trainer.checkpoint.format import published, read_manifest
+from minbert.trainer.run.folder import RunFolder
+from minbert.trainer.run.progress import Progress
 
 SMALL = ["--train-limit", 120, "--eval-limit", 40, "--batch-size", 8]
 

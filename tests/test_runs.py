@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from minbert.data.sources import load_examples
 from minbert.launch.main import main
-from minbert.trainer.run_folder import RunFolder
+from minbert.trainer.run.folder import RunFolder
 
 SMALL = ["--train-limit", "200", "--eval-limit", "60", "--batch-size", "8", "--log-every", "2"]
 
@@ -102,7 +102,7 @@ def test_export_loads_in_transformers(trained, tmp_path, capsys):
     assert main(["export", str(trained.path), str(tmp_path / "encoder")]) == 0
     model = AutoModel.from_pretrained(tmp_path / "encoder").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "encoder")
-    from minbert.trainer.saved_model import load_model
+    from minbert.trainer.run.saved_model import load_model
 
     ours, own_tokenizer, _ = load_model(trained, torch.device("cpu"))
     text = "a warm and funny film"

@@ -31,8 +31,8 @@ from minbert.slurm.submission import is_refusal, kept_task, mark_cancelled
 from minbert.slurm.submission import submit as submit_runs
 from minbert.slurm.supervisor import KILLED, accept, bounded, complaint
 from minbert.slurm.verdict import Error, Evidence, Next, Verdict, judge
-from minbert.trainer.checkpoint import published, read_manifest
-from minbert.trainer.run_folder import RunFolder
+from minbert.trainer.checkpoint.format import published, read_manifest
+from minbert.trainer.run.folder import RunFolder
 
 SMALL = ["--train-limit", "120", "--eval-limit", "40", "--batch-size", "8", "--steps", "4", "--log-every", "1"]
 ROOT = Path(__file__).parents[1]

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from minbert.launch.main import main
 from minbert.slurm.records import Ending, Life, Records
 from minbert.slurm.status import Report, look
-from minbert.trainer.run_folder import RunFolder
+from minbert.trainer.run.folder import RunFolder
 
 pytestmark = pytest.mark.xdist_group("slurm")
 

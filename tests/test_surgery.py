@@ -12,17 +12,18 @@ from minbert.data.errors import UserError
 from minbert.data.tokens import load_tokenizer
 from minbert.launch.options import parse_run_config
 from minbert.trainer import train as training
-from minbert.trainer.conflicts import cosines, gramian_record, read_gramians, summary
-from minbert.trainer.distributed import World
-from minbert.trainer.engine import Shard, build_accelerator, build_engine
+from minbert.trainer.engine.base import build_accelerator, build_engine
+from minbert.trainer.engine.optimizer import build_optimizer
+from minbert.trainer.engine.parts import Shard
 from minbert.trainer.metrics import MetricsWindow
-from minbert.trainer.optimizer import build_optimizer
-from minbert.trainer.preparation import build_plan, load_split, prepare
-from minbert.trainer.random_state import seed_everything
-from minbert.trainer.run_folder import RunFolder
-from minbert.trainer.saved_model import build_model
+from minbert.trainer.processes.random_state import seed_everything
+from minbert.trainer.processes.world import World
+from minbert.trainer.run.folder import RunFolder
+from minbert.trainer.run.preparation import build_plan, load_split, prepare
+from minbert.trainer.run.saved_model import build_model
 from minbert.trainer.step import TrainingStep
-from minbert.trainer.surgery import combine, drop_signs, gramians, uniform
+from minbert.trainer.surgery.combination import combine, drop_signs, gramians, uniform
+from minbert.trainer.surgery.conflicts import cosines, gramian_record, read_gramians
 
 NAMES = {"bert.embeddings.word.weight": 40, "bert.layers.0.attention.qkv.weight": 33, "heads.sst.layers.1.bias": 9}
 LAYERS = ("embeddings", "layer 0")
@@ -286,13 +287,13 @@ def test_tokens_are_counted_once(folder, aggregator):
 def test_conflicts_are_recorded_and_read_back(folder, tmp_path):
     step = build_step(folder, aggregator="pcgrad")
     results = [step(number) for number in range(2)]
-    record = summary(results[0])
+    record = results[0].measurements
     angles = cosines(results[0].gramians.encoder)
     assert record["cosine/sst-quora"] == pytest.approx(float(angles[0, 1]))
     assert record["conflicts"] == sum(float(angles[i, j]) < 0 for i, j in ((0, 1), (0, 2), (1, 2))) / 3
     assert record["gradient_norm/sts"] == pytest.approx(float(results[0].gramians.encoder[2, 2]) ** 0.5)
     for number, result in enumerate(results):
-        RunFolder(tmp_path).append_gramians(gramian_record(number, result))
+        RunFolder(tmp_path).append_gramians(gramian_record(number, list(result.losses), result.gramians))
     with (tmp_path / "gramians.jsonl").open("a") as file:
         file.write('{"step": 2, "ta')  # torn by a kill
     steps, tasks, layers, values = read_gramians(tmp_path / "gramians.jsonl")

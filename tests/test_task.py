@@ -19,9 +19,9 @@ from minbert.data.sources import load_examples
 from minbert.data.task import Task, resolve_task
 from minbert.launch.main import main
 from minbert.trainer.config import RunConfig
-from minbert.trainer.evaluation import overall, score
+from minbert.trainer.evaluation.prediction_files import written
+from minbert.trainer.evaluation.scoring import overall, score
 from minbert.trainer.objectives.supervised import example_losses, predictions
-from minbert.trainer.prediction_files import written
 
 MOOD = {
     "name": "mood",

@@ -28,10 +28,10 @@ from ray.tune.schedulers import TrialScheduler
 from minbert.data.errors import UserError
 from minbert.launch.main import main
 from minbert.slurm.status import look
-from minbert.trainer.checkpoint import published
+from minbert.trainer.checkpoint.format import published
 from minbert.trainer.config import ParallelConfig, RunConfig, parse_config
-from minbert.trainer.run_folder import RunFolder, read_config_file
-from minbert.trainer.stop import StopRequest
+from minbert.trainer.processes.stop import StopRequest
+from minbert.trainer.run.folder import RunFolder, read_config_file
 from minbert.tuning.ablation import DEFAULT, PAPER_BASELINE, extension, plan
 from minbert.tuning.cluster import _base, _family
 from minbert.tuning.comparison import paired

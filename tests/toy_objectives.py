@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from minbert.trainer.model import Forward
+from minbert.trainer.model.multitask import Forward
 from minbert.trainer.objectives.supervised import supervised
 
 

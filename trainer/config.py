@@ -267,7 +267,7 @@ class RunConfig(Section):
         """What the aggregator takes its weights from, its `source`. Raises UserError if there is no such aggregator."""
         if self.batch.aggregator == "sum":
             return "losses"  # the default does without the import of PyTorch, which takes a second
-        from minbert.trainer.aggregators import parse_method
+        from minbert.trainer.surgery.methods import parse_method
 
         return parse_method(self.batch.aggregator)[1].source  # imports nothing that the text names
 

@@ -5,7 +5,7 @@ from statistics import fmean
 
 import torch
 
-from minbert.trainer.distributed import World
+from minbert.trainer.processes.world import World
 from minbert.trainer.step import StepResult
 
 

@@ -13,13 +13,15 @@ from torch import Tensor
 
 from minbert.data.batch import Batch, TokenisedSplit, make_batch
 from minbert.data.plan import BatchPlan, share
-from minbert.trainer.aggregators import Aggregator
-from minbert.trainer.distributed import World
-from minbert.trainer.engine import Engine, Gradient, gradient_norm
-from minbert.trainer.model import Objective, head_part
+from minbert.trainer.engine.base import Engine, gradient_norm
+from minbert.trainer.engine.parts import Gradient
+from minbert.trainer.model.multitask import Objective, head_part
 from minbert.trainer.objectives.supervised import supervised
-from minbert.trainer.random_state import stream
-from minbert.trainer.surgery import Gramians, combine, drop_signs, gramians
+from minbert.trainer.processes.random_state import stream
+from minbert.trainer.processes.world import World
+from minbert.trainer.surgery.combination import Gramians, combine, drop_signs, gramians
+from minbert.trainer.surgery.conflicts import summary
+from minbert.trainer.surgery.methods import Aggregator
 
 
 @dataclass
@@ -37,6 +39,12 @@ class StepResult:
     skipped: str | None = None
     weights: dict[str, float] = field(default_factory=dict)
     gramians: Gramians | None = None
+
+    @property
+    def measurements(self) -> dict[str, float]:
+        """What the step looked at, as metrics: the tasks' weights, and how their gradients conflict."""
+        record = {f"weight/{name}": weight for name, weight in self.weights.items()}
+        return record if self.gramians is None else record | summary(list(self.losses), self.gramians)
 
 
 class TrainingStep:

@@ -13,27 +13,27 @@ from pathlib import Path
 from minbert.data.batch import TokenisedSplit
 from minbert.data.errors import UserError
 from minbert.data.tokens import load_tokenizer
-from minbert.trainer import distributed
-from minbert.trainer.checkpoint import Manifest, TrainingState, damaged, remember
+from minbert.trainer.checkpoint.format import Manifest, TrainingState, damaged, remember
+from minbert.trainer.checkpoint.resuming import newest_intact, refuse_another, restore
+from minbert.trainer.checkpoint.saving import CheckpointWriter, now
 from minbert.trainer.config import RunConfig, flatten
-from minbert.trainer.conflicts import gramian_record, summary
-from minbert.trainer.distributed import World
-from minbert.trainer.engine import Engine, build_accelerator, build_engine
-from minbert.trainer.evaluation import evaluate
+from minbert.trainer.engine.base import Engine, build_accelerator, build_engine
+from minbert.trainer.engine.optimizer import build_optimizer, rate_factor, rates
+from minbert.trainer.evaluation.scoring import evaluate
 from minbert.trainer.metrics import MetricsWindow
-from minbert.trainer.optimizer import build_optimizer, rate_factor, rates
-from minbert.trainer.own_code import use_source
-from minbert.trainer.preparation import build_plan, identity, load_split
-from minbert.trainer.progress import Progress
-from minbert.trainer.random_state import seed_everything, stream
-from minbert.trainer.resuming import newest_intact, refuse_another, restore
-from minbert.trainer.run_folder import RunFolder
-from minbert.trainer.saved_model import build_model, save_model
-from minbert.trainer.saving import CheckpointWriter, now
+from minbert.trainer.model.weights import find_checkpoint, load_weights
+from minbert.trainer.processes import world as distributed
+from minbert.trainer.processes.random_state import seed_everything, stream
+from minbert.trainer.processes.stop import Stopped, StopRequest
+from minbert.trainer.processes.world import World
+from minbert.trainer.run.folder import RunFolder
+from minbert.trainer.run.preparation import build_plan, identity, load_split
+from minbert.trainer.run.progress import Progress
+from minbert.trainer.run.saved_model import build_model, save_model
+from minbert.trainer.run.trackers import Trackers
 from minbert.trainer.step import StepResult, TrainingStep
-from minbert.trainer.stop import Stopped, StopRequest
-from minbert.trainer.trackers import Trackers
-from minbert.trainer.weights import find_checkpoint, load_weights
+from minbert.trainer.surgery.conflicts import gramian_record
+from minbert.trainer.surgery.own_code import use_source
 
 log = logging.getLogger(__name__)
 
@@ -170,9 +170,9 @@ class Training:
             factor = rate_factor(state.step - 1, self.planned_steps, self.config.optimizer)
             peaks = {"lr": self.config.optimizer.lr, "head_lr": self.config.optimizer.head_lr}
             shown = {name: peak * factor for name, peak in peaks.items()}
-            self._log({"step": state.step} | self._window.close() | shown | summary(result))
-            if self.world.is_main and (gramians := gramian_record(state.step, result)):
-                self.folder.append_gramians(gramians)
+            self._log({"step": state.step} | self._window.close() | shown | result.measurements)
+            if self.world.is_main and result.gramians is not None:
+                self.folder.append_gramians(gramian_record(state.step, list(result.losses), result.gramians))
         if state.step % self.plan.steps_per_epoch == 0:
             self.training_step.aggregator.end_epoch()
         self.progress.advance(state.step)

@@ -19,8 +19,8 @@ from pydantic import BaseModel, ConfigDict
 
 from minbert.data.errors import UserError
 from minbert.data.files import replacing
-from minbert.trainer.aggregators import METHODS
 from minbert.trainer.config import parse_config
+from minbert.trainer.surgery.methods import METHODS
 from minbert.tuning.search import Resources, read_as
 from minbert.tuning.space import Parameters, read_value
 from minbert.tuning.trial import Trial, read_trials

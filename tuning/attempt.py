@@ -18,8 +18,8 @@ from typing import Any
 
 from minbert.data.errors import UserError
 from minbert.trainer.config import RunConfig, parse_config
-from minbert.trainer.run_folder import RunFolder
-from minbert.trainer.stop import StopRequest
+from minbert.trainer.processes.stop import StopRequest
+from minbert.trainer.run.folder import RunFolder
 from minbert.tuning.trial import METRIC
 
 FINISHED, USER_MISTAKE, INTERRUPTED = 0, 2, 75

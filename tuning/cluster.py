@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 import psutil
 
 from minbert.data.errors import UserError
-from minbert.trainer.stop import stop_signals
+from minbert.trainer.processes.stop import stop_signals
 from minbert.tuning.attempt import INTERRUPTED
 
 # Ray replaces 127.0.0.1 by an address that other machines reach; another one of the loopback interface it leaves.

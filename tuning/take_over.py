@@ -15,10 +15,10 @@ from typing import Any
 
 from minbert.data.errors import UserError, disk_trouble
 from minbert.data.files import replacing
-from minbert.trainer.checkpoint import Damaged, Manifest, folder_name, published, read_manifest, remember, verify
+from minbert.trainer.checkpoint.format import Damaged, Manifest, folder_name, published, read_manifest, remember, verify
 from minbert.trainer.config import RunConfig, flatten, parse_config
-from minbert.trainer.preparation import resolve, settings
-from minbert.trainer.run_folder import RunFolder
+from minbert.trainer.run.folder import RunFolder
+from minbert.trainer.run.preparation import resolve, settings
 from minbert.tuning.space import EXPLORED
 from minbert.tuning.trial import SCHEDULE_FILE
 

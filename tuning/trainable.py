@@ -7,7 +7,7 @@ from typing import Any
 from filelock import FileLock
 from ray import tune
 
-from minbert.trainer.run_folder import RunFolder
+from minbert.trainer.run.folder import RunFolder
 from minbert.tuning.attempt import FINISHED, USER_MISTAKE, Attempt, Train, free_memory, tells_of_disk
 from minbert.tuning.scheduler import REACHED, WORST
 from minbert.tuning.take_over import take_over

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minbert.data.files import is_locked, replacing, to_json
-from minbert.trainer.run_folder import RunFolder
+from minbert.trainer.run.folder import RunFolder
 
 Status = Literal["pending", "running", "finished", "stopped", "failed"]
 METRIC = "dev/overall"

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minbert.data.task import Task
-from minbert.trainer.model import Forward
+from minbert.trainer.model.multitask import Forward
 
 
 def supervised(forward: Forward) -> dict[str, Tensor]:

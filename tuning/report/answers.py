@@ -13,12 +13,12 @@ from minbert.data.examples import Examples
 from minbert.data.task import Split, Task
 from minbert.data.tokens import tokenise
 from minbert.trainer.config import RunConfig
-from minbert.trainer.distributed import World, pick_device
-from minbert.trainer.evaluation import outputs, score
+from minbert.trainer.evaluation.scoring import outputs, score
 from minbert.trainer.objectives.supervised import example_losses, predictions
-from minbert.trainer.preparation import load_examples_of
-from minbert.trainer.run_folder import RunFolder
-from minbert.trainer.saved_model import load_model
+from minbert.trainer.processes.world import World, pick_device
+from minbert.trainer.run.folder import RunFolder
+from minbert.trainer.run.preparation import load_examples_of
+from minbert.trainer.run.saved_model import load_model
 
 BINS = 15
 

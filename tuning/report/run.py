@@ -10,10 +10,10 @@ import numpy as np
 from minbert.data.errors import UserError
 from minbert.data.task import Split, named
 from minbert.trainer.config import RunConfig, flatten
-from minbert.trainer.conflicts import cosines, read_gramians
-from minbert.trainer.evaluation import overall
-from minbert.trainer.preparation import total_steps
-from minbert.trainer.run_folder import RunFolder
+from minbert.trainer.evaluation.scoring import overall
+from minbert.trainer.run.folder import RunFolder
+from minbert.trainer.run.preparation import total_steps
+from minbert.trainer.surgery.conflicts import cosines, read_gramians
 from minbert.tuning.report.answers import Answers, answers, calibrate
 from minbert.tuning.report.page import (
     COLOURS,

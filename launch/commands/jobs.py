@@ -1,0 +1,113 @@
+"""`minbert jobs [FOLDER ...]`: every run in a table: state, node, step, score, time left, requeues."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from minbert.data.errors import UserError
+from minbert.data.files import to_json
+from minbert.launch.exit_codes import ExitCode
+from minbert.launch.options import parse
+from minbert.launch.ownership import own
+from minbert.slurm.records import Records
+from minbert.slurm.status import Report, find_runs, look
+
+STYLES = {"finished": "green", "running": "cyan", "pending": "yellow", "failed": "bold red", "process killed": "red"}
+STYLES |= {"unknown": "bold yellow", "damaged": "bold red"}
+
+
+@dataclass(frozen=True)
+class JobsOptions:
+    """Show how runs stand. With a single RUN, the exit code tells too: 0 finished, 75 not ended, 87 unknown as SLURM is
+    silent, else how it ended."""
+
+    folders: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="FOLDER")] = (Path("runs"),)
+    """Run folders, or folders that hold some."""
+    resubmit: bool = False
+    """Submit again what has ended without being finished."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+
+def main(arguments: list[str]) -> int:
+    options = parse(JobsOptions, arguments, "jobs")
+    runs = find_runs(options.folders)
+    reports = look(runs)
+    if options.resubmit:
+        resubmit(reports)
+        reports = look(runs)
+    if options.json:
+        print(to_json([asdict(report) | {"run": str(report.run)} for report in reports], indent=2))
+    elif runs:
+        Console().print(table(reports))
+    else:
+        print(f"There are no runs in {', '.join(map(str, options.folders))}.")
+    alone = len(options.folders) == 1 and runs[:1] == list(options.folders)
+    return reports[0].exit_code if alone else ExitCode.FINISHED
+
+
+def table(reports: Sequence[Report]) -> Table:
+    """A line for every run; those of one folder stand under it."""
+    shown = Table(box=None, header_style="dim", pad_edge=False)
+    for heading in ("run", "state", "node", "step", "score", "left", "requeues", "job"):
+        right = heading in ("step", "score", "left", "requeues")
+        folds = heading in ("run", "state")
+        width = 12 if heading == "state" else None
+        shown.add_column(
+            heading, justify="right" if right else "left", no_wrap=not folds, overflow="fold", min_width=width
+        )
+    for report in reports:
+        state = f"{report.state}: {report.detail}" if report.detail else report.state
+        steps = "" if report.step is None else f"{report.step}/{report.total or '?'}"
+        shown.add_row(
+            escape(shortened(report.run)),
+            f"[{STYLES.get(report.state, 'magenta')}]{escape(state)}[/]",
+            report.nodes,
+            steps,
+            "" if report.score is None else f"{report.score:.3f}",
+            "" if report.seconds_left is None else duration(report.seconds_left),
+            str(report.requeues or ""),
+            report.job_id,
+        )
+    return shown
+
+
+def shortened(run: Path) -> str:
+    """The path as seen from here, if it lies below."""
+    run, here = run.absolute(), Path.cwd()
+    return str(run.relative_to(here)) if run.is_relative_to(here) and run != here else str(run)
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
+
+
+def resubmit(reports: Sequence[Report]) -> None:
+    """Submit again every run that ended without being finished; those submitted together go together."""
+    from minbert.launch.commands.submit import queue
+
+    groups: dict[str, list[Path]] = {}
+    for report in reports:
+        if report.active or report.finished:
+            continue
+        submission = Records(report.run).submission()
+        is_run = (report.run / "config.yaml").exists()  # a search goes on by `minbert tune --slurm`
+        if submission and is_run:
+            key = json.dumps([submission.folder, submission.settings], sort_keys=True)
+            groups.setdefault(key, []).append(report.run)
+    if not groups:
+        raise UserError("there is nothing to submit again: every run is finished, waits or runs")
+    for runs in groups.values():
+        submissions = [Records(run).submission() for run in runs]
+        folder = Path(submissions[0].folder).parent
+        with own(runs):
+            queue(runs, submissions[0].job_settings(), folder, [submission.total_steps for submission in submissions])

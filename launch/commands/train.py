@@ -1,0 +1,40 @@
+"""`minbert train`: prepare the run folder, start the processes, and report."""
+
+import shlex
+import sys
+
+from minbert.launch.exit_codes import ExitCode
+from minbert.launch.options import parse_run_config
+from minbert.launch.ownership import own
+from minbert.launch.processes import launch
+from minbert.trainer.config import RunConfig
+from minbert.trainer.model.memory import require_memory
+from minbert.trainer.processes.world import require_devices
+from minbert.trainer.run.preparation import known_shape, new_run_path, prepare
+
+
+def main(arguments: list[str]) -> int:
+    config = parse_run_config(arguments)
+    if config.run is None:
+        config = config.model_copy(update={"run": new_run_path(config)})
+    return start(config, force="--force" in arguments)
+
+
+def start(config: RunConfig, force: bool) -> int:
+    """Train the run that `config` describes, in a new folder or from where its folder stands."""
+    require_devices(config.parallel, config.parallel.processes)
+    if shape := known_shape(config):
+        require_memory(config, shape, config.parallel.processes)
+    with own([config.run]):
+        run = prepare(config, force)
+        print(f"Run folder: {run.path}", flush=True)
+        if config.parallel.processes == 1:
+            from minbert.launch.worker import work
+
+            code = work(run, force)
+        else:
+            command = [sys.executable, "-m", "minbert.launch.worker", str(run.path), "--locked"]
+            code = launch(command + ["--force"] * force, config.parallel.processes, run.logs)
+    if code == ExitCode.INTERRUPTED:
+        print(f"Stopped, and saved. To go on: minbert resume {shlex.quote(str(run.path))}")
+    return code

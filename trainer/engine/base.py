@@ -1,0 +1,228 @@
+"""The wrapped model and optimizer: plain PyTorch, data parallel, or DeepSpeed ZeRO, behind the same few verbs.
+
+Accelerate prepares all of them. The training step asks an engine for outputs, for a backward pass, for the gradient
+that this left, reduced over the processes and cut as the back end cuts it, and for an update with a gradient that it
+hands back. So whatever is done to gradients is written once, for every number of processes and every ZeRO stage.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs
+from torch import Tensor, nn
+
+from minbert.data.batch import Batch
+from minbert.trainer.config import RunConfig
+from minbert.trainer.engine.optimizer import adam_state
+from minbert.trainer.engine.parts import Gradient, Part, Shard
+from minbert.trainer.model.multitask import MultitaskModel
+from minbert.trainer.processes.world import World, world_size
+
+
+def build_accelerator(config: RunConfig, world: World, **kwargs: Any) -> Accelerator:
+    """Accelerate's view of this run. `kwargs` go to Accelerator (trackers)."""
+    if config.parallel.zero_stage is None:
+        # A backward pass for one task leaves the other tasks' heads without a gradient.
+        unused = DistributedDataParallelKwargs(find_unused_parameters=config.trains_tasks_apart)
+        return Accelerator(cpu=world.device.type == "cpu", kwargs_handlers=[unused], **kwargs)
+    plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(config.parallel.zero_stage))
+    if world.device.type == "cpu":
+        # On a CPU, Accelerate either sees the other processes (cpu=True) or DeepSpeed. The state of the processes is
+        # its own object, so it can be set up with the one before the accelerator is with the other.
+        PartialState(cpu=True)
+        _do_not_compile()
+    return Accelerator(deepspeed_plugin=plugin, **kwargs)
+
+
+def _do_not_compile() -> None:
+    """Keep DeepSpeed from compiling its shared-memory operator, which only inference uses: it takes a compiler and a
+    minute, and prints."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def deepspeed_config(stage: int) -> dict:
+    """DeepSpeed's configuration. Batches are cut, accumulated and scaled by the training step and gradients are clipped
+    there, so DeepSpeed is told of single micro-batches; arithmetic stays fp32 for it, as the model lowers its own."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,  # its own default is 1.0
+        "zero_optimization": {"stage": stage, "overlap_comm": False},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**62,
+    }
+
+
+def build_engine(accelerator: Accelerator, model: MultitaskModel, optimizer: torch.optim.Optimizer) -> "Engine":
+    """The engine for what Accelerate was set up for."""
+    assert accelerator.num_processes == world_size(), "Accelerate does not see all processes"
+    plugin = accelerator.state.deepspeed_plugin
+    stage = plugin.zero_stage if plugin else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        prepared = accelerator.prepare(model, optimizer)
+    if stage is None:
+        return Engine(accelerator, *prepared)
+    from minbert.trainer.engine.zero import Zero3Engine, ZeroEngine, ZeroStage0Engine
+
+    return {0: ZeroStage0Engine, 1: ZeroEngine, 2: ZeroEngine, 3: Zero3Engine}[stage](accelerator, *prepared)
+
+
+class Engine:
+    """Plain PyTorch on one process, or data parallel on several: every process holds the whole gradient."""
+
+    is_sharded = False
+
+    def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Any):
+        self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
+        self.parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        self.part_of = self.module.part_of
+        trained = {self.part_of[name] for name in self.parameters}
+        self.shared_parts = tuple(part for part in self.module.bert.parts if part in trained)
+        self.shards: list[Shard] = self._shards()
+        self.peak_rates: dict[str, float] = {group["name"]: group["lr"] for group in optimizer.param_groups}
+        self._rates: Mapping[str, float] = {}  # of the update under way
+        self.torch_optimizer.register_step_pre_hook(self._leave_out)
+
+    @property
+    def module(self) -> MultitaskModel:
+        """The model itself, without its wrapper. At stage 3 its parameters are shards outside of its modules."""
+        return self.model if isinstance(self.model, MultitaskModel) else self.model.module
+
+    def __call__(self, batches: Mapping[str, Batch], *arguments: Any) -> dict[str, Tensor]:
+        """As `MultitaskModel.forward`."""
+        return self.model(batches, *arguments)
+
+    def accumulating(self, last: bool) -> contextlib.AbstractContextManager:
+        """Context of one of several forward and backward passes that add up; the `last` one reduces."""
+        return contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add the gradient of `loss`; the `last` pass averages the sum over the processes.
+
+        A loss that should be summed over processes must come multiplied by their number.
+        """
+        loss.backward()
+
+    def take(self) -> Gradient:
+        """The reduced gradient since the last call, in the order of `shards`; the engine forgets it."""
+        gradient = [parameter.grad for parameter in self.parameters.values()]
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        return gradient
+
+    def update(self, gradient: Gradient, rates: Mapping[str, float]) -> None:
+        """One optimizer step with this gradient, at the learning rate of each part of the model.
+
+        A part at rate zero, or without one, stays as it is: no weight decay, and neither moments nor their bias
+        correction move.
+        """
+        self._rates = rates
+        for group in self.optimizer.param_groups:
+            group["lr"] = rates.get(group["name"], 0.0)
+        self._hand_back(gradient)
+        self._step()
+
+    def _hand_back(self, gradient: Gradient) -> None:
+        """Put the gradient where the optimizer finds it. Parameters without one get zeros, as a flat shard has them."""
+        for parameter, part in zip(self.parameters.values(), gradient, strict=True):
+            parameter.grad = torch.zeros_like(parameter) if part is None else part
+
+    def _leave_out(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Before the optimizer's step: it passes over what has no gradient. DeepSpeed calls it once for each group."""
+        for group in optimizer.param_groups:
+            if not self._rates.get(group["name"]):
+                for parameter in group["params"]:
+                    parameter.grad = None
+
+    def sum_over_shards(self, value: Tensor) -> Tensor:
+        """The sum over the whole gradient of what each process computed from its shards; identical on all."""
+        if self.is_sharded and self.accelerator.num_processes > 1:
+            torch.distributed.all_reduce(value)
+        return value
+
+    def train(self) -> None:
+        self.model.train()
+
+    def eval(self) -> None:
+        self.model.eval()
+
+    def full_state(self) -> dict[str, Tensor]:
+        """Every parameter, whole and on the CPU, on rank 0; an empty dictionary elsewhere. Collective.
+
+        Shards are gathered one parameter at a time, so no process ever holds a second copy of the model on its device.
+        """
+        state = {}
+        for name, parameter in self.module.named_parameters():
+            with self._gathered(parameter):
+                if self.accelerator.is_main_process:
+                    state[name] = parameter.detach().cpu().clone()
+        return state
+
+    @property
+    def shapes(self) -> dict[str, list[int]]:
+        """The shape of every parameter, whole."""
+        # DeepSpeed's stage 3 leaves an empty parameter behind, and its shape in `ds_shape`.
+        return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in self.module.named_parameters()}
+
+    def parts(self) -> list[Part]:
+        """What this process holds of the training state: fp32 weights and moments as the optimizer works on them."""
+        return [
+            Part(name, 0, self._flat(parameter), replicated=True) for name, parameter in self.module.named_parameters()
+        ]
+
+    def updates(self) -> dict[str, int]:
+        """How many updates each of the optimizer's groups has had."""
+        return {name: int(adam_state(self.torch_optimizer, tensor)["step"]) for name, tensor in self._optimized()}
+
+    def settle(self, updates: Mapping[str, int]) -> None:
+        """Make what was written into `parts` take effect, after so many `updates` of each group. Collective."""
+        for name, tensor in self._optimized():
+            adam_state(self.torch_optimizer, tensor)["step"].fill_(updates[name])
+
+    def _optimized(self) -> list[tuple[str, Tensor]]:
+        """What the optimizer works on, each with the name of its group."""
+        return [(group["name"], tensor) for group in self.torch_optimizer.param_groups for tensor in group["params"]]
+
+    @property
+    def torch_optimizer(self) -> torch.optim.Optimizer:
+        """PyTorch's own optimizer, which holds the moments."""
+        return self.optimizer.optimizer
+
+    def _flat(self, parameter: Tensor) -> dict[str, Tensor]:
+        """A parameter and, if it is trained, its moments, as flat views."""
+        tensors = {"weight": parameter.detach().view(-1)}
+        if parameter.requires_grad:
+            state = adam_state(self.torch_optimizer, parameter)
+            tensors |= {kind: state[kind].view(-1) for kind in ("exp_avg", "exp_avg_sq")}
+        return tensors
+
+    def _shards(self) -> list[Shard]:
+        return [self._shard(name, 0, parameter.numel()) for name, parameter in self.parameters.items()]
+
+    def _shard(self, name: str, start: int, length: int) -> Shard:
+        part = self.part_of[name]
+        return Shard(name, start, length, part, part in self.shared_parts)
+
+    def _step(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _gathered(self, parameter: nn.Parameter) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
+
+def gradient_norm(engine: Engine, gradient: Sequence[Tensor | None]) -> float:
+    """Euclidean norm of a gradient over all shards. Collective."""
+    parts = [part for part in gradient if part is not None and part.numel()]
+    device = engine.accelerator.device
+    squares = torch.zeros((), dtype=torch.float64, device=device)
+    if parts:
+        squares = torch.stack(torch._foreach_norm(parts)).double().square().sum()
+    return float(engine.sum_over_shards(squares).sqrt())

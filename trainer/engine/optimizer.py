@@ -1,0 +1,64 @@
+"""AdamW over named parameter groups, and the learning rate as a pure function of the step.
+
+Nothing about the schedule needs saving: the rate is computed from the step number, once per optimizer step, whatever
+the number of processes. Every part of the model has groups of its own, because parts may learn at different rates, and
+because a step leaves those that it does not train as they are.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from minbert.trainer.config import OptimizerConfig
+from minbert.trainer.model.multitask import MultitaskModel, head_part
+
+
+def parameter_groups(model: MultitaskModel, config: OptimizerConfig) -> list[dict]:
+    """Groups named by the parts of the model, each with and without weight decay (vectors, i.e. biases and norms, have
+    none)."""
+    groups = []
+    for part, module in model.parts.items():
+        trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        for decayed in (True, False):
+            chosen = [parameter for parameter in trainable if (parameter.ndim > 1) == decayed]
+            if chosen:
+                decay = config.weight_decay if decayed else 0.0
+                groups.append({"params": chosen, "name": part, "lr": peak_rate(part, config), "weight_decay": decay})
+    return groups
+
+
+def peak_rate(part: str, config: OptimizerConfig) -> float:
+    return config.head_lr if part.startswith(head_part("")) else config.lr
+
+
+def rates(step: int, total: int, config: OptimizerConfig, parts: Iterable[str]) -> dict[str, float]:
+    """The learning rate of each part of the model at `step` (from 0) of `total`; zero means frozen."""
+    factor = rate_factor(step, total, config)
+    return {part: peak_rate(part, config) * factor for part in parts}
+
+
+def build_optimizer(model: MultitaskModel, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov and Hutter 2019) with bias-corrected moments, in one fused kernel per group."""
+    return torch.optim.AdamW(parameter_groups(model, config), fused=True)
+
+
+def rate_factor(step: int, total: int, config: OptimizerConfig) -> float:
+    """The share of the peak learning rate at `step` (from 0) of `total`: linear warm-up, then the schedule."""
+    warmup = round(config.warmup * total)
+    if step < warmup:
+        return (step + 1) / warmup
+    if config.lr_schedule == "constant":
+        return 1.0
+    progress = min(1.0, (step - warmup) / max(1, total - warmup))
+    return 1.0 - progress if config.lr_schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """AdamW's `step`, `exp_avg` and `exp_avg_sq` of a parameter; before its first update zeros, as that makes them."""
+    state = optimizer.state[parameter]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+    return state

@@ -1,0 +1,117 @@
+"""Scores: every example predicted once, over all processes, and the paper's metrics of the predictions."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minbert.data.batch import TokenisedSplit, make_batch
+from minbert.data.task import CORRELATIONS, Task
+from minbert.trainer.objectives.supervised import predictions
+from minbert.trainer.processes.world import World
+
+TOKENS_PER_BATCH = 8192
+ROUNDING = 1e-6  # relative: a few units in the last place of fp32
+
+
+def predict(
+    model, task: Task, split: TokenisedSplit, world: World, stop: Callable[[], bool] = lambda: False
+) -> Tensor | None:
+    """Predictions (n,) for a whole split, in its order, on every process; None if `stop` said so."""
+    found = outputs(model, task, split, world, stop)
+    return None if found is None else predictions(task, found)
+
+
+@torch.no_grad()
+def outputs(
+    model, task: Task, split: TokenisedSplit, world: World, stop: Callable[[], bool] = lambda: False
+) -> Tensor | None:
+    """Raw outputs (n, outputs) for a whole split, in its order, on every process; `model` is anything called like the
+    model.
+
+    None if `stop`, which all processes ask before each batch, said so.
+
+    The split is ordered by length and cut into batches of similar token counts, which the processes share out. Each
+    writes its outputs into its rows of a matrix of zeros, and the sum over processes is the result: no padding
+    of the split, no duplicates. All processes run equally many batches, as sharded parameters demand.
+    """
+    result = torch.zeros(len(split), task.outputs, device=world.device)
+    chunks = _chunks(split)
+    for turn in range(-(-len(chunks) // world.size)):
+        if stop():
+            return None
+        index = turn * world.size + world.rank
+        rows = chunks[index] if index < len(chunks) else np.zeros(0, dtype=np.int64)
+        batch = make_batch(split, rows, max(1, len(rows))).to(world.device)
+        result[torch.from_numpy(rows).to(world.device)] = model({task.name: batch})[task.name][: len(rows)]
+    return world.sum(result).cpu()
+
+
+def evaluate(
+    model,
+    tasks: Iterable[Task],
+    splits: Mapping[str, TokenisedSplit],
+    world: World,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
+    """Score of each task, and `overall`; None if `stop` said so. The model must be in evaluation mode."""
+    scores = {}
+    for task in tasks:
+        predicted = predict(model, task, splits[task.name], world, stop)
+        if predicted is None:
+            return None
+        scores[task.name] = score(task, predicted, splits[task.name].labels)
+    return scores | {"overall": overall(tasks, scores)}
+
+
+def score(task: Task, predicted: Tensor, labels: np.ndarray) -> float:
+    """The task's metric of its predictions, always a number.
+
+    F1 is of the positive class of a binary task, and else the mean over the classes (macro); the accuracy of several
+    labels counts examples of which all are right. What is constant, but for rounding, correlates with nothing, and
+    neither does what is not finite: 0. So does a score without examples.
+    """
+    truth = torch.from_numpy(labels).double()
+    if not len(truth):
+        return 0.0
+    if task.metric == "accuracy":
+        right = predicted == truth
+        return float((right if right.ndim == 1 else right.all(1)).double().mean())
+    if task.metric in ("f1", "matthews"):
+        from sklearn import metrics  # takes a second to import
+
+        if task.metric == "matthews":
+            return float(metrics.matthews_corrcoef(truth.numpy(), predicted.numpy()))
+        average = "binary" if task.kind == "binary" else "macro"
+        return float(metrics.f1_score(truth.numpy(), predicted.numpy(), average=average, zero_division=0))
+    pair = torch.stack([predicted.double(), truth])
+    spread = pair.amax(1) - pair.amin(1)
+    if not pair.isfinite().all() or (spread <= ROUNDING * pair.abs().amax(1)).any():
+        return 0.0
+    if task.metric == "spearman":
+        from scipy.stats import rankdata
+
+        pair = torch.from_numpy(rankdata(pair.numpy(), axis=1))
+    return float(torch.corrcoef(pair)[0, 1])
+
+
+def overall(tasks: Iterable[Task], scores: Mapping[str, float]) -> float:
+    """The paper's overall score: the mean over the tasks that have a score, weighted by the tasks' weights, a
+    correlation r counting as (r + 1) / 2."""
+    scored = [task for task in tasks if task.name in scores]
+    parts = [(task.weight, scores[task.name], task.metric in CORRELATIONS) for task in scored]
+    return sum(w * ((r + 1) / 2 if correlation else r) for w, r, correlation in parts) / sum(w for w, _, _ in parts)
+
+
+def count_batches(split: TokenisedSplit) -> int:
+    """How often `outputs` asks for a stop in one process."""
+    return len(_chunks(split))
+
+
+def _chunks(split: TokenisedSplit) -> list[np.ndarray]:
+    """Rows by descending length, cut where a batch reaches the token budget: the largest batch comes first."""
+    lengths = sum(column.lengths for column in split.columns)
+    order = np.argsort(-lengths, kind="stable")
+    group = np.cumsum(lengths[order]) // TOKENS_PER_BATCH
+    return np.split(order, np.flatnonzero(np.diff(group)) + 1)

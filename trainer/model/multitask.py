@@ -1,0 +1,157 @@
+"""The multitask model: one encoder, one head per task, one forward pass for whatever tasks a step trains.
+
+Heads are the paper's: a sentence head classifies the pooled embedding; a pair head sees the embeddings u and v of its
+two sentences, encoded separately. What a step minimises is an objective's to say (`trainer/objectives/`).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from minbert.data.batch import Batch, Sentences
+from minbert.data.task import Task
+from minbert.trainer.config import EncoderConfig, HeadsConfig
+from minbert.trainer.model.bert import Bert, BertConfig, SentenceLayout, mean_pool
+
+
+class Head(nn.Module):
+    """Dropout, then `hidden_layers` times (linear, ReLU, dropout), then a linear layer to the task's outputs."""
+
+    def __init__(self, task: Task, width: int, config: HeadsConfig):
+        super().__init__()
+        self.is_pair, self.siamese = task.is_pair, config.features == "siamese"
+        inputs = width * ((3 if self.siamese else 2) if task.is_pair else 1)
+        hidden = config.hidden_size or width
+        layers: list[nn.Module] = [nn.Dropout(config.head_dropout)]
+        for _ in range(config.hidden_layers):
+            layers += [nn.Linear(inputs, hidden), nn.ReLU(), nn.Dropout(config.head_dropout)]
+            inputs = hidden
+        self.layers = nn.Sequential(*layers, nn.Linear(inputs, task.outputs))
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        """(B, H) sentence embeddings, or (2 B, H) with the second sentences after the first -> (B, outputs)."""
+        if self.is_pair:
+            u, v = embeddings.chunk(2)
+            embeddings = torch.cat([u, v, (u - v).abs()] if self.siamese else [u, v], dim=-1)
+        return self.layers(embeddings)
+
+
+def head_part(task: str) -> str:
+    return f"heads.{task}"
+
+
+class MultitaskModel(nn.Module):
+    """minBERT with a head for each of `tasks`."""
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        bert_config: BertConfig,
+        encoder: EncoderConfig,
+        heads: HeadsConfig,
+        precision: str = "fp32",
+    ):
+        super().__init__()
+        self.tasks = {task.name: task for task in tasks}
+        self.bert = Bert(bert_config)
+        self.heads = nn.ModuleDict({task.name: Head(task, bert_config.hidden_size, heads) for task in tasks})
+        self.pooling = encoder.pooling
+        # Weights stay fp32 and autocast lowers the arithmetic, so that every back end, sharded or not, keeps the
+        # gradients, their sums over processes and the optimizer in fp32.
+        self.low_precision = precision == "bf16"
+        self._freeze(encoder.freeze)
+
+    def _freeze(self, freeze: str | int) -> None:
+        lowest = {"none": 0, "embeddings": 1, "encoder": None}  # this many parts, from the embeddings up
+        names = list(self.bert.parts)[: lowest[freeze] if isinstance(freeze, str) else freeze + 1]
+        if self.pooling == "mean":
+            names.append("pooler")  # unused then: no gradient
+        for name in names:
+            self.bert.parts[name].requires_grad_(False)
+
+    @property
+    def parts(self) -> dict[str, nn.Module]:
+        """Everything that may be frozen, or learn at a rate, by itself: the encoder's parts, which the tasks share, and
+        each task's head, `heads.TASK`."""
+        return self.bert.parts | {head_part(task): head for task, head in self.heads.items()}
+
+    @property
+    def part_of(self) -> dict[str, str]:
+        """The part that each parameter belongs to, by names."""
+        parts = {id(p): name for name, module in self.parts.items() for p in module.parameters()}
+        return {name: parts[id(parameter)] for name, parameter in self.named_parameters()}
+
+    def forward(
+        self, batches: Mapping[str, Batch], objective: "Objective | None" = None, step: int = 0
+    ) -> dict[str, Tensor]:
+        """Raw outputs (B, outputs) in fp32 for each task's batch; with an objective, its losses (B,) instead.
+
+        Objectives are evaluated in here, so that a wrapper (DDP, DeepSpeed) sees one forward pass whatever they do.
+        """
+        forward = Forward(self, batches, step)
+        return forward.outputs if objective is None else objective(forward)
+
+
+Objective = Callable[["Forward"], dict[str, Tensor]]
+
+
+class Forward:
+    """One pass of the model over the batches of step `step`, in stages that are computed when they are asked for.
+
+    `embeddings` takes the place of the encoder's own, (N, H) in the same order; `sentences` that of the batches' own,
+    which are to be as many.
+    """
+
+    def __init__(
+        self,
+        model: MultitaskModel,
+        batches: Mapping[str, Batch],
+        step: int = 0,
+        embeddings: Tensor | None = None,
+        sentences: Sentences | None = None,
+    ):
+        self.model, self.batches, self.step = model, batches, step
+        self.sentences = sentences or Sentences.concatenate([batch.sentences for batch in batches.values()])
+        self.device = self.sentences.input_ids.device
+        self.layout = SentenceLayout(self.sentences.lengths, self.device)
+        self._given = embeddings
+
+    def again(self, embeddings: Tensor | None = None, sentences: Sentences | None = None) -> "Forward":
+        """Another pass over the same batches: with dropout of its own, and with other embeddings or tokens."""
+        return Forward(self.model, self.batches, self.step, embeddings, sentences or self.sentences)
+
+    @cached_property
+    def embeddings(self) -> Tensor:
+        """What the first layer sees: word, position and type embeddings, normalised, after dropout; (N, H)."""
+        if self._given is not None:
+            return self._given
+        with self._arithmetic():
+            return self.model.bert.embed(self.sentences, self.layout)
+
+    @cached_property
+    def hidden(self) -> Tensor:
+        """States of the last layer, (N, H)."""
+        with self._arithmetic():
+            return self.model.bert.encode(self.embeddings, self.layout)
+
+    @cached_property
+    def pooled(self) -> dict[str, Tensor]:
+        """Sentence embeddings (S, H) of each task's batch."""
+        with self._arithmetic():
+            if self.model.pooling == "mean":
+                pooled = mean_pool(self.hidden, self.layout)
+            else:
+                pooled = self.model.bert.pooler(self.hidden[self.layout.starts])
+        counts = [len(batch.sentences.lengths) for batch in self.batches.values()]
+        return dict(zip(self.batches, pooled.split(counts)))
+
+    @cached_property
+    def outputs(self) -> dict[str, Tensor]:
+        """Raw outputs (B, outputs), fp32."""
+        with self._arithmetic():
+            return {name: self.model.heads[name](pooled).float() for name, pooled in self.pooled.items()}
+
+    def _arithmetic(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.model.low_precision)

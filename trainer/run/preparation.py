@@ -1,0 +1,353 @@
+"""What must be there before the processes start: the run folder, its encoder and tokenizer, tokenised data.
+
+It happens once, in the process that starts the others, so that mistakes in options and data show before anything runs.
+"""
+
+import difflib
+import hashlib
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import datetime
+from itertools import chain, count
+from pathlib import Path
+from typing import Any
+
+from minbert.data.batch import TokenisedSplit
+from minbert.data.errors import UserError
+from minbert.data.examples import Examples, limit
+from minbert.data.plan import BatchPlan
+from minbert.data.sources import load_examples
+from minbert.data.task import Split
+from minbert.data.tokens import (
+    Tokenizer,
+    build_vocabulary,
+    default_cache_dir,
+    load_tokenizer,
+    tokenise,
+    write_vocabulary,
+)
+from minbert.trainer.checkpoint.format import SAVED, damaged, folder_name, lost, published, remember, step_of
+from minbert.trainer.config import MAY_CHANGE, OPTIONS, RunConfig, flatten
+from minbert.trainer.model.bert import BertConfig
+from minbert.trainer.model.weights import TINY, find_checkpoint, is_hub_name, read_config, write_shape
+from minbert.trainer.run.folder import LOCK, RunFolder
+from minbert.trainer.surgery.own_code import find_source, keep_source, use_source
+
+log = logging.getLogger(__name__)
+
+PLACES = {"files", "builtin", "course", "hub", "title"}  # of a task: where its rows are, not what they are
+VOCABULARY_SIZE = 8192  # of a model with random weights; its words come from the training data
+
+
+def new_run_path(config: RunConfig) -> Path:
+    """A fresh folder under runs/, named by time and model."""
+    base = Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{Path(config.encoder.model).name}"
+    candidates = chain([base], (base.with_name(f"{base.name}-{n}") for n in range(2, 1000)))
+    return next(path for path in candidates if not path.exists())
+
+
+def prepare(config: RunConfig, force: bool = False) -> RunFolder:
+    """Create or reopen the run folder for `config` (`run` set) and fill in what the processes will need. Who may have
+    rivals has locked it. Nothing in it changes before all is known to be well.
+
+    `force` lets other settings replace those that a run in the folder was started with, and names them; and it goes on
+    without checkpoints that are gone.
+
+    Raises UserError if the folder holds a run with other settings or something else, or has lost checkpoints, or cannot
+    be written, or the data, the model or a tracker cannot be had.
+    """
+    run = RunFolder(config.run)
+    config = _pin_weights(run, resolve(config))
+    _require_trackers(config.trackers)
+    _require_run_folder(run)
+    if run.config_file.exists() and (run.begun or _has_checkpoints(run)):
+        _refuse_other_settings(run, config, force)
+    if not force:
+        require_checkpoints(run)
+    _require_aggregator(run, config)
+    with _encoder(run, config) as encoder:
+        tokenizer = load_tokenizer(encoder)
+        for name in config.corpus.names:
+            for split in ("train", "dev"):
+                load_split(config, name, split, tokenizer)
+        _accept_loss(run)
+        if encoder != run.encoder:
+            shutil.rmtree(run.encoder, ignore_errors=True)
+            os.replace(encoder, run.encoder)
+        if not _has_checkpoints(run):
+            keep_source(config.batch.aggregator, run.own_code)
+        run.write_environment()
+        run.write_config(config)
+    return run
+
+
+def require_checkpoints(run: RunFolder) -> None:
+    """Raises UserError if checkpoints of the run were removed: it would start over, or go back, in silence."""
+    if (step := lost(run.checkpoints)) is None:
+        return
+    kept = published(run.checkpoints)
+    newest = f"the newest that is there is {kept[-1].name}" if kept else "no other is there"
+    way = f"go on from {kept[-1].name}" if kept else "start over, with the old log and model put aside,"
+    raise UserError(
+        f"{run.checkpoints / folder_name(step)} is missing, up to which this run was saved; {newest}.\n"
+        f"Restore it from a copy, give another --run to start anew, or {way} by --force."
+    )
+
+
+def _accept_loss(run: RunFolder) -> None:
+    """Go on from the newest checkpoint that there is; without any, put aside what the old ones led to."""
+    if lost(run.checkpoints) is None:
+        return
+    if kept := published(run.checkpoints):
+        log.warning("--force goes on from %s: newer checkpoints are gone", kept[-1].name)
+        remember(run.checkpoints, step_of(kept[-1]))
+        return
+    aside = next(path for n in count(1) if not (path := run.path / f"earlier-{n}").exists())
+    aside.mkdir()
+    log.warning("--force starts over, as all checkpoints are gone; what was there is kept in %s", aside)
+    results = run.checkpoints, run.metrics_file, run.gramians_file, run.best_model, run.predictions, run.trackers
+    for path in (*results, run.path / SAVED):  # which comes last: a kill before leaves the run refused
+        if path.exists():
+            os.replace(path, aside / path.name)
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """Fill in the learning rates, the epochs and the cache folder where they were left open, and make paths absolute:
+    a run may be resumed from another folder than it was started from."""
+    pretrained = config.encoder.model != "tiny"
+    lr = config.optimizer.lr or (5e-5 if pretrained else 1e-3)
+    head_lr = config.optimizer.head_lr or (1e-3 if config.encoder.freeze == "encoder" else lr)
+    cache = (config.corpus.cache or default_cache_dir()).expanduser().absolute()
+    data, model = config.corpus.data, config.encoder.model
+    if data.startswith("hub:") and data != "hub:":
+        data = f"hub:{_absolute(data.removeprefix('hub:'))}"
+    elif data not in ("builtin", "hub", "hub:", ""):
+        data = _absolute(data)
+    if model not in ("tiny", "minilm") and Path(model).expanduser().is_dir():
+        model = _absolute(model)
+    return config.model_copy(
+        update={
+            "optimizer": config.optimizer.model_copy(update={"lr": lr, "head_lr": head_lr}),
+            "corpus": config.corpus.model_copy(update={"cache": cache, "data": data}),
+            "encoder": config.encoder.model_copy(update={"model": model}),
+            "budget": config.budget.model_copy(update={"epochs": config.budget.epochs or (3 if pretrained else 5)}),
+        }
+    )
+
+
+def _pin_weights(run: RunFolder, config: RunConfig) -> RunConfig:
+    """Say which commit of a hub name's weights the run has: that of the run in the folder, or else the one that the hub
+    names now. The processes then need not ask, and cannot be told different ones."""
+    model, revision = config.encoder.model, config.encoder.revision
+    if not is_hub_name(model):
+        if revision is not None:
+            raise UserError(f"revision={revision} is for a model of the hub, and {model} is here")
+        return config
+    if revision is None and run.config_file.exists() and (saved := run.read_config().encoder).model == model:
+        revision = saved.revision
+    commit = find_checkpoint(model, revision).name
+    return config.model_copy(update={"encoder": config.encoder.model_copy(update={"revision": commit})})
+
+
+def _absolute(folder: str) -> str:
+    return str(Path(folder).expanduser().absolute())
+
+
+def load_examples_of(config: RunConfig, task: str, split: Split) -> Examples:
+    """A split's examples as the configuration wants them."""
+    corpus = config.corpus
+    examples = load_examples(corpus.data, corpus.task(task), split, corpus.bad_rows)
+    most = {"train": corpus.train_limit, "dev": corpus.eval_limit}.get(split)
+    return examples if most is None else limit(examples, most)
+
+
+def load_split(config: RunConfig, task: str, split: Split, tokenizer: Tokenizer) -> TokenisedSplit:
+    return tokenise(load_examples_of(config, task, split), tokenizer, config.corpus.max_length, config.corpus.cache)
+
+
+def build_plan(config: RunConfig, splits: dict[str, TokenisedSplit]) -> BatchPlan:
+    """The batch plan over the training splits; `annealed` anneals over the configured budget."""
+    sizes = {name: len(split) for name, split in splits.items()}
+    plan = BatchPlan(sizes, config.batch.batch_size, config.batch.task_schedule, config.seed)
+    steps = config.budget.steps or round(config.budget.epochs * plan.steps_per_epoch)
+    return BatchPlan(sizes, config.batch.batch_size, config.batch.task_schedule, config.seed, steps)
+
+
+def identity(config: RunConfig, run: RunFolder, splits: Mapping[str, TokenisedSplit]) -> dict[str, Any]:
+    """What a checkpoint must agree on to be of this run: its model, vocabulary, training data and settings."""
+    shape = {name: value for name, value in asdict(read_config(run.encoder)).items() if not name.endswith("_prob")}
+    heads = {"features": config.heads.features, "head_layers": config.heads.hidden_layers}
+    heads |= {"head_size": config.heads.hidden_size, "pooling": config.encoder.pooling}
+    words = [path for path in sorted(run.encoder.iterdir()) if path.name in ("vocab.txt", "tokenizer.json")]
+    return {
+        "model": shape | heads | {"tasks": {task.name: task.identity for task in config.corpus.tasks}},
+        "vocabulary": {path.name: f"SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}" for path in words},
+        "data": {name: split.fingerprint() for name, split in splits.items()},
+        "settings": settings(config),
+    }
+
+
+def known_shape(config: RunConfig) -> BertConfig | None:
+    """The shape of the encoder of a run that may not be prepared yet, without a look at the network or the data."""
+    folder = RunFolder(config.run).encoder
+    if (folder / "config.json").exists():
+        return read_config(folder)
+    if config.encoder.model == "tiny":
+        return BertConfig(vocab_size=1, **TINY)
+    if config.encoder.model == "minilm" or Path(config.encoder.model).expanduser().is_dir():
+        return read_config(find_checkpoint(config.encoder.model))
+    return None
+
+
+def settings(config: RunConfig) -> dict[str, Any]:
+    """The options by which a resumed run may not differ, as JSON has them. Where data and weights come from is none of
+    them: their content counts."""
+    sections = config.model_dump(mode="json", exclude={"run"})
+    flat = {name: sections[name] if section is None else sections[section][name] for name, section in _fixed(config)}
+    flat["tasks"] = [task.model_dump(mode="json", exclude=PLACES) for task in config.corpus.tasks]
+    return {name: value for name, value in flat.items() if name not in ("data", "model")}
+
+
+def _fixed(config: RunConfig) -> list[tuple[str, str | None]]:
+    """Those options and their sections."""
+    free = MAY_CHANGE | {"run"}
+    if config.batch.task_schedule == "annealed":
+        free -= {"epochs", "steps"}  # the order of the data depends on them
+    return [(name, section) for name, section in OPTIONS.items() if name not in free]
+
+
+def total_steps(config: RunConfig) -> int:
+    """Optimizer steps of a prepared run's configured budget."""
+    config = resolve(config)
+    if config.budget.steps is not None:
+        return config.budget.steps
+    tokenizer = load_tokenizer(RunFolder(config.run).encoder)
+    splits = {name: load_split(config, name, "train", tokenizer) for name in config.corpus.names}
+    return max(1, round(config.budget.epochs * build_plan(config, splits).steps_per_epoch))
+
+
+def _require_trackers(names: Iterable[str]) -> None:
+    """Raises UserError for a tracker that Accelerate does not know, or would leave out because of a missing package."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            near = difflib.get_close_matches(name, LOGGER_TYPE_TO_CLASS, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise UserError(
+                f"no tracker is called {name!r}. {hint}There are {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}."
+            )
+        if name not in map(str, get_available_trackers()):
+            raise UserError(f"the tracker {name} needs its package: pip install {name.replace('_', '-')}")
+
+
+def _require_run_folder(run: RunFolder) -> None:
+    """Raises UserError if the folder cannot be made, or is somebody else's."""
+    try:
+        run.path.mkdir(parents=True, exist_ok=True)
+        entries = {entry.name for entry in run.path.iterdir()} - {LOCK, _staging(run).name}
+        if not os.access(run.path, os.W_OK):
+            raise PermissionError(None, "it is not writable")
+    except OSError as error:
+        raise UserError(f"run folder {run.path} cannot be used: {error.strerror}") from None
+    own = {run.config_file.name, run.encoder.name, run.logs.name}  # one of them comes first
+    if entries and not entries & own:
+        raise UserError(
+            f"{run.path} is not empty and no run folder: it has no config.yaml. Give a new folder by --run."
+        )
+
+
+def _has_checkpoints(run: RunFolder) -> bool:
+    """Whether the run has got somewhere, even if what is left of it is damaged."""
+    return bool(published(run.checkpoints) or damaged(run.checkpoints))
+
+
+def _refuse_other_settings(run: RunFolder, config: RunConfig, force: bool) -> None:
+    before = run.read_config()
+    saved, wanted = flatten(before), flatten(config)
+    different = [
+        f"  {name}: {saved[name]} in the folder, {wanted[name]} asked for"
+        for name, _ in _fixed(config)
+        if saved[name] != wanted[name]
+    ]
+    if before.corpus.names == config.corpus.names:  # then one is declared in another way
+        different = [line for line in different if not line.startswith("  tasks: ")]
+        for old, new in zip(before.corpus.tasks, config.corpus.tasks):
+            keys = [key for key in type(new).model_fields if getattr(old, key) != getattr(new, key)]
+            different += [
+                f"  task {new.name}: {key}: {getattr(old, key)} in the folder, {getattr(new, key)} asked for"
+                for key in keys
+            ]
+    if different and force:
+        log.warning("--force overrides settings of %s:\n%s", run.path, "\n".join(different))
+    elif different:
+        raise UserError(
+            f"{run.path} holds a run with other settings:\n" + "\n".join(different) + "\n"
+            "Leave these options out to resume it, give another --run to start anew, or go on with them by --force."
+        )
+
+
+def _require_aggregator(run: RunFolder, config: RunConfig) -> None:
+    """Build it once, from the source that the run keeps if a checkpoint relies on it. Raises UserError."""
+    if config.batch.aggregator == "sum":
+        return
+    from minbert.trainer.surgery.methods import Aggregator
+
+    if _has_checkpoints(run):
+        use_source(run.own_code)
+    else:
+        find_source(config.batch.aggregator)
+    Aggregator(config.batch.aggregator, len(config.corpus.tasks), config.seed)
+
+
+def _staging(run: RunFolder) -> Path:
+    return run.encoder.with_suffix(".unfinished")
+
+
+@contextmanager
+def _encoder(run: RunFolder, config: RunConfig) -> Iterator[Path]:
+    """A folder with the encoder's config.json and tokenizer: the run's own where a checkpoint relies on it, and a new
+    one, to take its place, where an earlier start may have had other data or another model. Raises UserError."""
+    missing = [task.name for task in config.corpus.tasks if task.builtin is None and task.files is None]
+    if missing and config.corpus.data == "builtin":
+        raise UserError(f"the built-in corpus has no task {', '.join(missing)}; use --data or other --tasks")
+    if _has_checkpoints(run):
+        _require_fitting(run.encoder, config)
+        yield run.encoder
+        return
+    encoder = _staging(run)
+    shutil.rmtree(encoder, ignore_errors=True)
+    try:
+        if config.encoder.model == "tiny":
+            texts = (
+                text
+                for task in config.corpus.names
+                for column in load_examples_of(config, task, "train").sentences
+                for text in column
+            )
+            vocabulary = build_vocabulary(texts, VOCABULARY_SIZE)
+            encoder.mkdir(parents=True)
+            write_vocabulary(encoder, vocabulary)
+            write_shape(encoder, BertConfig(vocab_size=len(vocabulary), **TINY))
+        else:
+            source = find_checkpoint(config.encoder.model, config.encoder.revision)
+            load_tokenizer(source)
+            write_shape(encoder, read_config(source), tokenizer_from=source)
+        _require_fitting(encoder, config)
+        yield encoder
+    finally:
+        shutil.rmtree(encoder, ignore_errors=True)
+
+
+def _require_fitting(encoder: Path, config: RunConfig) -> None:
+    shape, freeze = read_config(encoder), config.encoder.freeze
+    if config.corpus.max_length > shape.max_position_embeddings:
+        raise UserError(
+            f"max_length={config.corpus.max_length}, but the encoder has {shape.max_position_embeddings} positions"
+        )
+    if isinstance(freeze, int) and freeze > shape.num_hidden_layers:
+        raise UserError(f"freeze={freeze}, but the encoder has {shape.num_hidden_layers} layers")
