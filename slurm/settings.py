@@ -88,11 +88,9 @@ class JobSettings(BaseModel):
 
     @field_validator("time", mode="before")
     @classmethod
-    def _no_sexagesimal(cls, value: Any) -> Any:
+    def _with_a_unit(cls, value: Any) -> Any:
         if isinstance(value, int):
-            raise ValueError(
-                f"time: {value} without quotes is ambiguous, as YAML reads 1:30:00 as 5400; write '1:30:00', 90m or 8h"
-            )
+            raise ValueError(f"time: {value} could be minutes or seconds; write 1:30:00, 90m or 8h")
         return value
 
     @field_validator("job_name", "mem", "partition", "account", "qos", "constraint", "reservation", mode="after")

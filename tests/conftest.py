@@ -1,6 +1,7 @@
 """Fixtures shared by the tests. Tests run in parallel, so each process computes with one thread."""
 
 import importlib.util
+import logging
 import os
 import pty
 import signal
@@ -80,3 +81,16 @@ def own_signals():
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def own_logging():
+    """A run in this process logs into its folder, which is gone when the next test logs."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    for handler in [handler for handler in root.handlers if handler not in handlers]:
+        root.removeHandler(handler)
+        handler.close()
+    root.handlers[:] = handlers
+    root.setLevel(level)

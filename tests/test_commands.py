@@ -254,7 +254,7 @@ MISTAKES = [
     ("train --data {tmp}/nothing", "data folder {tmp}/nothing does not exist"),
     ("train --data {tmp}", "{tmp}/ids-sst-train.csv does not exist; the files of sst are"),
     ("train --model {tmp}/nothing", "model folder {tmp}/nothing does not exist"),
-    ("train --model {tmp}", "it is no folder of a BERT checkpoint"),
+    ("train --model {tmp}", "{tmp} has no config.json: it is not a BERT checkpoint"),
     ("train --run {tmp}", "{tmp} is not empty and no run folder"),
     ("train --run /proc/nothing", "run folder /proc/nothing cannot be used"),
     ("train --run {run} --batch-size 9 --seed 1", "batch_size: 8 in the folder, 9 asked for"),
@@ -292,7 +292,10 @@ MISTAKES = [
     ("report {run} --mistakes 1e30", "--mistakes must be a valid integer"),
     ("checkpoint convert {run} {tmp}/no/x.safetensors", "there is no folder {tmp}/no"),
     ("checkpoint convert {tmp} {tmp}/new/er --steps 3", "{tmp}"),
-    ("checkpoint convert {tmp} {tmp}/list.yaml/x --steps 3", "cannot write to {tmp}/list.yaml/x: Not a directory"),
+    (
+        "checkpoint convert {tmp} {tmp}/list.yaml/x --steps 3",
+        "run folder {tmp}/list.yaml/x cannot be used: Not a directory",
+    ),
     ("export {untrained} {tmp}/new/er", "holds no trained model yet"),
     ("export {run} {tmp}/list.yaml/x", "cannot write to {tmp}/list.yaml/x: Not a directory"),
     ("predict {run} --task sst", "--task goes with --text or --csv"),
@@ -516,11 +519,16 @@ def test_an_option_may_mend_what_a_file_leaves_inconsistent(tmp_path):
 # What else is seen of a run
 
 
-def test_a_finished_run_that_is_asked_to_stop_leaves_its_predictions_for_later(copied, capsys):
+def test_a_finished_run_that_is_asked_to_stop_leaves_its_predictions_for_later(copied, capsys, monkeypatch):
     run = RunFolder(copied / "run")
     shutil.rmtree(run.predictions)
-    with StopRequest() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
+
+    def interrupted(run: RunFolder) -> bool:
+        os.kill(os.getpid(), signal.SIGINT)  # when training is over
+        return False
+
+    with StopRequest() as stop, monkeypatch.context() as patch:
+        patch.setattr("minbert.launch.results.is_reported", interrupted)
         assert work(run, stop=stop) == 0
     said = capsys.readouterr().out
     assert "the run is finished" in said and f"minbert predict {run.path}" in said and "evaluate" in said

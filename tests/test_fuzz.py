@@ -172,13 +172,26 @@ def spoil(file: Path, value: object, content: bytes, chance: random.Random) -> N
             os.mkfifo(file)
 
 
-COMMANDS = ("evaluate", "report", "jobs", "checkpoint verify", "checkpoint list", "plot", "logs", "resume", "resume")
+COMMANDS = (
+    "evaluate",
+    "report",
+    "predict",
+    "jobs",
+    "checkpoint verify",
+    "checkpoint list",
+    "plot",
+    "logs",
+    "resume",
+    "resume",
+)
 SPOILT = (
     "config.yaml",
     "encoder/*",
     "metrics.jsonl",
     "gramians.jsonl",
     "checkpoints/*/*",
+    "best.safetensors",
+    "saved.json",
     "environment.json",
     "code.diff",
 )

@@ -189,12 +189,13 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tmp_path, arguments):
 
 
 def test_a_dying_process_is_named_and_nothing_is_left(tmp_path):
-    """A method that fails on rank 1 only."""
+    """A method that fails on rank 1 only, and not before it was trained with."""
     (tmp_path / "failing.py").write_text(
-        "import os\ndef method(gramian):\n"
-        "    if os.environ['RANK'] == '1': raise RuntimeError('broken on purpose')\n    return gramian[0] * 0 + 1\n"
+        "import os\ncalls = []\ndef method(gramian):\n    calls.append(1)\n"
+        "    if os.environ.get('RANK') == '1' and len(calls) > 4: raise RuntimeError('broken on purpose')\n"
+        "    return gramian[0] * 0 + 1\n"
     )
-    arguments = ["--run", tmp_path / "run", *SMALL, "--steps", 4, "--processes", 2, "--aggregator", "failing:method"]
+    arguments = ["--run", tmp_path / "run", *SMALL, "--steps", 9, "--processes", 2, "--aggregator", "failing:method"]
     done = minbert("train", *arguments, check=1, env=os.environ | {"PYTHONPATH": str(tmp_path)})
     assert "rank 1" in done.stderr.lower() and "broken on purpose" in done.stderr
     assert not subprocess.run(["pgrep", "-f", str(tmp_path / "run")], capture_output=True).stdout

@@ -110,7 +110,7 @@ def test_layers_and_the_sites_file(tmp_path, monkeypatch):
         ("slurm_parameters: {exclud: n1}\n", "'exclud' is unknown; did you mean 'exclude'? There are"),
         ("slurm_parameters: {ntasks_per_node: 2}\n", "it is the option tasks_per_node"),
         ("- a\n", "must hold `key: value` lines"),
-        ("time: 1:30:00\n", "time: 5400 without quotes is ambiguous, as YAML reads 1:30:00 as 5400"),
+        ("time: 5400\n", "time: 5400 could be minutes or seconds; write 1:30:00"),
         ("slurm_parameters: {additional_parameters: 5}\n", "additional_parameters must hold options of sbatch"),
         ("slurm_parameters: {additional_parameters: {a: [1]}}\n", "SLURM parameter a must be a text or a number"),
         (

@@ -418,7 +418,7 @@ def vanished(processes: list[psutil.Process], folder: Path) -> bool:
 def undisturbed(tmp_path_factory):
     """The result of a search that nobody disturbed, one trial at a time."""
     folder = tmp_path_factory.mktemp("search") / "undisturbed"
-    finish(small_search(folder, "--samples", "3", "--epochs", "10", "--concurrent", "1"))
+    finish(small_search(folder, "--samples", "3", "--epochs", "10", "--concurrent", "1", "--grace", "0.5"))
     return read_trials(folder / "trials")
 
 
@@ -426,7 +426,7 @@ def undisturbed(tmp_path_factory):
 @pytest.mark.parametrize("what", ["driver", "head", "worker"])
 def test_a_search_that_is_killed_ends_as_if_it_had_not_been(tmp_path, undisturbed, what):
     folder = tmp_path / "s"
-    words = small_search(folder, "--samples", "3", "--epochs", "10", "--concurrent", "1")
+    words = small_search(folder, "--samples", "3", "--epochs", "10", "--concurrent", "1", "--grace", "0.5")
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     before = await_trials(
         folder, process, lambda trials: trials and trials[0].over and any(t.step and not t.over for t in trials)

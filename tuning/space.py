@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from minbert.data.errors import UserError
+from minbert.data.reading import PlainLoader
 from minbert.trainer.config import OPTIONS, RunConfig, flatten, parse_config
 
 # A trial has its folder and its share of the machine from the search.
@@ -169,7 +170,7 @@ def read_value(word: str) -> Any:
     """What a word means: a number, a truth value, nothing, or itself."""
     word = word.strip()
     try:
-        value = None if word == "None" else yaml.safe_load(word)
+        value = None if word == "None" else yaml.load(word, PlainLoader)
         return float(word) if isinstance(value, str) else value  # YAML takes 1e-5 for text
     except (yaml.YAMLError, ValueError):
         return word

@@ -96,15 +96,19 @@ def check(arguments: list[str]) -> int:
 
 
 def _check_model(path: Path) -> bool:
+    damage = _damage(path)
+    print(f"{path.name}: damaged\n  {damage}" if damage else f"{path.name}: intact ({_size(path.stat().st_size)})")
+    return not damage
+
+
+def _damage(model: Path) -> str | None:
     from minbert.trainer.run.saved_model import read_model
 
     try:
-        read_model(path)
+        read_model(model)
     except Damaged as damage:
-        print(f"{path.name}: damaged\n  {damage}")
-        return False
-    print(f"{path.name}: intact ({_size(path.stat().st_size)})")
-    return True
+        return str(damage)
+    return None
 
 
 def convert(arguments: list[str]) -> int:
@@ -120,7 +124,7 @@ def convert(arguments: list[str]) -> int:
             raise UserError(f"what is {options[0]!r}? Writing a model takes no options")
         if not (checkpoints := _checkpoints(source)):
             raise UserError(f"{source} has no checkpoints")
-        mends = target.absolute() == RunFolder(source).best_model.absolute()  # which is the run's own to replace
+        mends = target.absolute() == RunFolder(source).best_model.absolute() and _damage(target) is not None
         if not mends:
             require_place(target)
         with own([source]) if mends else nullcontext():

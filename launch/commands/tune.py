@@ -173,7 +173,7 @@ def _submit(folder: Path, search: Search, job: dict[str, Any], retry: bool) -> i
     from minbert.launch.search_job import SearchJob
     from minbert.slurm.records import Records
     from minbert.slurm.snapshot import take_snapshot
-    from minbert.slurm.submission import submit
+    from minbert.slurm.submission import refuse_hopeless, submit
 
     if "slurm_parameters" in job:
         job["slurm_parameters"] = parse_parameters(job["slurm_parameters"])
@@ -184,6 +184,7 @@ def _submit(folder: Path, search: Search, job: dict[str, Any], retry: bool) -> i
     if job.get("tasks_per_node", 1) != 1:
         raise UserError("a search has one task on each node, which starts Ray there; leave --tasks-per-node out")
     settings = settings.model_copy(update={"tasks_per_node": 1})
+    refuse_hopeless(settings, folder / "slurm")
     search.write(folder)
     if retry:
         retry_failed(search.trials(folder))

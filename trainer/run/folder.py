@@ -131,7 +131,8 @@ class RunFolder:
         except OSError as error:
             if self.path.is_dir():
                 return False
-            raise UserError(f"run folder {self.path} cannot be used: {error.strerror}") from None
+            reason = "Not a directory" if isinstance(error, FileExistsError) else error.strerror
+            raise UserError(f"run folder {self.path} cannot be used: {reason}") from None
 
     def _take(self, patience: float, stop: StopRequest | None) -> int | None:
         deadline = time.monotonic() + patience
