@@ -113,7 +113,7 @@ def peer(options: Options, folder: Path):
         with torch.autocast(device.type, torch.bfloat16, enabled=options.precision == "bf16"):
             for name, split in splits.items():
                 rows = plan.rows(name, number)
-                embeddings = torch.cat([embed(column, rows) for column in split.columns])
+                embeddings = torch.stack([embed(column, rows) for column in split.columns])
                 labels = torch.from_numpy(split.labels[rows]).to(device)
                 total = total + example_losses(config.corpus.task(name), heads[name](embeddings).float(), labels).mean()
                 tokens += int(sum(column.lengths[rows].sum() for column in split.columns))

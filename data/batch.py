@@ -97,7 +97,8 @@ class TokenisedSplit:
 class Batch:
     """This process's part of a task's batch.
 
-    `sentences` holds the B first sentences, and for a pair task the B second ones after them. `weights` (B,) are 1 for
+    `sentences` holds what the encoder sees of an example side by side: the B first sides, then the B second ones, if
+    there are two. `weights` (B,) are 1 for
     an example and 0 for a filler, which exists only so that a process without examples can take part in collective
     operations. `global_size` counts the real examples over all processes: losses are averaged by it.
     """
@@ -109,6 +110,11 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.weights)
+
+    @property
+    def sides(self) -> int:
+        """How many sequences of an example the encoder sees: two of a pair that is encoded sentence by sentence."""
+        return len(self.sentences.lengths) // len(self)
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(self.sentences.to(device), self.labels.to(device), self.weights.to(device), self.global_size)

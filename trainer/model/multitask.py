@@ -21,7 +21,7 @@ class Head(nn.Module):
 
     def __init__(self, task: Task, width: int, config: HeadsConfig):
         super().__init__()
-        self.is_pair, self.siamese = task.is_pair, config.features == "siamese"
+        self.siamese = config.features == "siamese"
         inputs = width * ((3 if self.siamese else 2) if task.is_pair else 1)
         hidden = config.hidden_size or width
         layers: list[nn.Module] = [nn.Dropout(config.head_dropout)]
@@ -30,12 +30,12 @@ class Head(nn.Module):
             inputs = hidden
         self.layers = nn.Sequential(*layers, nn.Linear(inputs, task.outputs))
 
-    def forward(self, embeddings: Tensor) -> Tensor:
-        """(B, H) sentence embeddings, or (2 B, H) with the second sentences after the first -> (B, outputs)."""
-        if self.is_pair:
-            u, v = embeddings.chunk(2)
-            embeddings = torch.cat([u, v, (u - v).abs()] if self.siamese else [u, v], dim=-1)
-        return self.layers(embeddings)
+    def forward(self, sides: Tensor) -> Tensor:
+        """(sides, B, H) embeddings, one of a sentence or of a pair as one sequence, two of a pair -> (B, outputs)."""
+        if len(sides) == 1:
+            return self.layers(sides[0])
+        u, v = sides
+        return self.layers(torch.cat([u, v, (u - v).abs()] if self.siamese else [u, v], dim=-1))
 
 
 def head_part(task: str) -> str:
@@ -138,14 +138,15 @@ class Forward:
 
     @cached_property
     def pooled(self) -> dict[str, Tensor]:
-        """Sentence embeddings (S, H) of each task's batch."""
+        """Embeddings (sides, B, H) of each task's batch."""
         with self._arithmetic():
             if self.model.pooling == "mean":
                 pooled = mean_pool(self.hidden, self.layout)
             else:
                 pooled = self.model.bert.pooler(self.hidden[self.layout.starts])
         counts = [len(batch.sentences.lengths) for batch in self.batches.values()]
-        return dict(zip(self.batches, pooled.split(counts)))
+        parts = zip(self.batches.items(), pooled.split(counts))
+        return {name: part.view(batch.sides, len(batch), -1) for (name, batch), part in parts}
 
     @cached_property
     def outputs(self) -> dict[str, Tensor]:
