@@ -18,6 +18,8 @@ test: $(VENV)/.installed-dev
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	mkdir -p build && ln -sfn .. build/minbert
+	MYPYPATH=build $(BIN)/mypy --package minbert.data --package minbert.trainer
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -86,10 +86,10 @@ class TokenisedSplit:
         """Number of examples, and a digest of all that training sees of them: tokens and labels."""
         digest = hashlib.sha256()
         for column in self.columns:
-            digest.update(np.ascontiguousarray(column.ids))
-            digest.update(np.ascontiguousarray(column.offsets))
+            digest.update(np.ascontiguousarray(column.ids))  # type: ignore[arg-type]  # an array is a buffer
+            digest.update(np.ascontiguousarray(column.offsets))  # type: ignore[arg-type]  # an array is a buffer
         if self.labels is not None:
-            digest.update(np.ascontiguousarray(self.labels))
+            digest.update(np.ascontiguousarray(self.labels))  # type: ignore[arg-type]  # an array is a buffer
         return f"{len(self):,} examples, SHA-256 {digest.hexdigest()[:16]}"
 
 

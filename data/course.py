@@ -23,17 +23,19 @@ def read_course(folder: Path, task: Task, split: Split, bad_rows: BadRows = "ref
     Train and dev need a label column; test is unlabelled unless it has one. Ids come lower-cased, sentences stripped.
     Raises DataError for a missing folder or file, an unreadable file, and bad rows as `collect` does.
     """
-    files = ", ".join(task.course.name(each) for each in SPLITS)
+    course = task.course
+    assert course is not None, task.name
+    files = ", ".join(course.name(each) for each in SPLITS)
     if not folder.is_dir():
         raise DataError(f"data folder {folder} does not exist; of {task.name} it would hold {files}. {SOURCES}")
-    path = folder / task.course.name(split)
+    path = folder / course.name(split)
     if not path.is_file():
         raise DataError(f"{path} does not exist; the files of {task.name} are {files}. {SOURCES}")
     rows = (
         row._replace(id=row.id.lower()) if isinstance(row, Row) else row
         for row in read_delimited(path, task, split, "\t")
     )
-    return collect(task, split, str(path), rows, bad_rows, task.course.known_defects)
+    return collect(task, split, str(path), rows, bad_rows, course.known_defects)
 
 
 def read_delimited(path: Path, task: Task, split: Split, delimiter: str) -> Iterator[Row | BadRow]:
@@ -42,7 +44,7 @@ def read_delimited(path: Path, task: Task, split: Split, delimiter: str) -> Iter
     _, _, header = next(records, (1, 1, None))
     if header is None:
         raise DataError(f"{path} is empty")
-    id_at, *sentences_at, label_at = _find_columns(path, header, task, split, delimiter)
+    id_at, sentences_at, label_at = _find_columns(path, header, task, split, delimiter)
     for number, (line, last_line, record) in enumerate(records):
         where = f"{path.name}:{line}"
         if len(record) != len(header):
@@ -56,7 +58,9 @@ def read_delimited(path: Path, task: Task, split: Split, delimiter: str) -> Iter
         yield Row(where, identifier, sentences, None if label_at is None else record[label_at].strip())
 
 
-def _find_columns(path: Path, header: list[str], task: Task, split: Split, delimiter: str) -> list[int | None]:
+def _find_columns(
+    path: Path, header: list[str], task: Task, split: Split, delimiter: str
+) -> tuple[int | None, list[int], int | None]:
     """Positions of the id, the sentences and the label; None for a label that a test file, and for ids that a user's
     file does without."""
     names = [name.strip() for name in header]
@@ -68,7 +72,8 @@ def _find_columns(path: Path, header: list[str], task: Task, split: Split, delim
         comma = delimiter == "\t" and any("," in name for name in names)
         hint = " It looks comma-separated, and must be tab-separated." if comma else ""
         raise DataError(f"{path} has no column {', '.join(map(repr, missing))}; its columns are {found}.{hint}")
-    return [names.index(name) if name in names else None for name in wanted]
+    at = {name: names.index(name) for name in wanted if name in names}
+    return at.get(task.id), [at[name] for name in task.sentences], at.get(task.label)
 
 
 def _records(path: Path, delimiter: str) -> Iterator[tuple[int, int, list[str]]]:

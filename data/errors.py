@@ -41,7 +41,7 @@ def _cut(line: str) -> str:
 
 # The user's to mend, wherever it is noticed.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_NO_WAY = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO)
+_NO_WAY: tuple[int, ...] = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO)
 _NO_WAY += (errno.ENOENT, errno.EISDIR, errno.EEXIST, errno.EINVAL, errno.ENXIO)
 # Libraries in Rust and C++ raise errors of their own.
 _IN_WORDS = re.compile(r"(No space left on device|Disk quota exceeded|Read-only file system|File too large)")

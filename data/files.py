@@ -78,7 +78,9 @@ def flush_folder(folder: Path) -> None:
 def lock(path: Path) -> int:
     """Take the lock that the file `path` stands for. It lasts until every process that has the descriptor, which is
     returned, has closed it or ended. Raises BlockingIOError if somebody has it for longer than a look at it takes."""
-    for patience in chain(repeat(0.02, 10), repeat(0.0)):
+    patiences = chain(repeat(0.02, 10), repeat(0.0))
+    while True:
+        patience = next(patiences)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

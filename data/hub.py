@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from minbert.data.errors import DataError, UserError
 from minbert.data.examples import SOURCES, BadRows, Examples, Row, collect
-from minbert.data.task import Split, Task
+from minbert.data.task import HubDataset, Split, Task
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,11 +26,13 @@ def read_hub(task: Task, split: Split, directory: Path | None = None, bad_rows: 
     UserError if `datasets` is not installed; DataError for a data set that cannot be had or lacks a split or a column,
     and for bad rows as `collect` does.
     """
+    hub = task.hub
+    assert hub is not None, task.name
     library = _import_datasets()
     name, dataset = (
-        _from_hub(library, task, split) if directory is None else _from_disk(library, task, split, directory)
+        _from_hub(library, task, hub, split) if directory is None else _from_disk(library, task, hub, split, directory)
     )
-    return collect(task, split, name, _rows(name, dataset, task, split), bad_rows)
+    return collect(task, split, name, _rows(name, dataset, task, hub, split), bad_rows)
 
 
 def _import_datasets() -> ModuleType:
@@ -41,8 +43,7 @@ def _import_datasets() -> ModuleType:
     return datasets
 
 
-def _from_hub(library: ModuleType, task: Task, split: Split) -> "tuple[str, Dataset]":
-    hub = task.hub
+def _from_hub(library: ModuleType, task: Task, hub: HubDataset, split: Split) -> "tuple[str, Dataset]":
     name = hub.path if hub.config is None else f"{hub.path} ({hub.config})"
     try:
         return name, library.load_dataset(hub.path, hub.config, split=hub.splits[split])
@@ -55,7 +56,9 @@ def _from_hub(library: ModuleType, task: Task, split: Split) -> "tuple[str, Data
         ) from None
 
 
-def _from_disk(library: ModuleType, task: Task, split: Split, directory: Path) -> "tuple[str, Dataset]":
+def _from_disk(
+    library: ModuleType, task: Task, hub: HubDataset, split: Split, directory: Path
+) -> "tuple[str, Dataset]":
     folder = directory / task.name
     if not folder.is_dir():
         raise DataError(
@@ -68,17 +71,17 @@ def _from_disk(library: ModuleType, task: Task, split: Split, directory: Path) -
         raise DataError(f"{folder} cannot be read as a saved data set: {type(error).__name__}: {reason}") from None
     if not isinstance(saved, library.DatasetDict):
         raise DataError(f"{folder} holds one split, not a DatasetDict; save the dictionary of splits there")
-    found = _name_in(saved, split, task.hub.splits[split])
+    found = _name_in(saved, split, hub.splits[split])
     if found is None:
-        raise DataError(f"{folder} has no split {task.hub.splits[split]!r}; its splits are {', '.join(saved)}")
+        raise DataError(f"{folder} has no split {hub.splits[split]!r}; its splits are {', '.join(saved)}")
     return str(folder), saved[found]
 
 
-def _rows(name: str, dataset: "Dataset", task: Task, split: Split) -> Iterator[Row]:
+def _rows(name: str, dataset: "Dataset", task: Task, hub: HubDataset, split: Split) -> Iterator[Row]:
     wanted = (*task.sentences, task.label)
-    found = {column: _name_in(dataset.column_names, column, task.hub.column(column)) for column in wanted}
+    found = {column: _name_in(dataset.column_names, column, hub.column(column)) for column in wanted}
     required = task.sentences if split == "test" else (*task.sentences, task.label)
-    missing = [f"{column!r} (or {task.hub.column(column)!r})" for column in required if found[column] is None]
+    missing = [f"{column!r} (or {hub.column(column)!r})" for column in required if found[column] is None]
     if missing:
         columns = ", ".join(dataset.column_names)
         raise DataError(f"{name}, {split}: no column {', '.join(missing)}; its columns are {columns}")

@@ -14,6 +14,7 @@ from minbert.data.task import Split, Task
 def read_own(task: Task, split: Split, bad_rows: BadRows = "refuse") -> Examples:
     """Read one split of a task whose declaration names files. Raises DataError for a missing or unreadable file, and
     for bad rows as `collect` does."""
+    assert task.files is not None, task.name
     path = task.files.name(split)
     if path is None:
         raise DataError(f"the declaration of task {task.name} names no file for {split}: files.{split}")

@@ -273,5 +273,10 @@ def _explain(problem: Mapping[str, Any]) -> str:
 
 
 def _keys_at(place: tuple[int | str, ...]) -> list[str]:
-    kinds = {"files": Files, "course": CourseFiles, "hub": HubDataset, "predictions": Predictions}
+    kinds: dict[str, type[Part]] = {
+        "files": Files,
+        "course": CourseFiles,
+        "hub": HubDataset,
+        "predictions": Predictions,
+    }
     return list(kinds.get(str(place[0]), Task).model_fields if place else Task.model_fields)

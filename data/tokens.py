@@ -236,7 +236,7 @@ def _write(path: Path, tokens: tuple[Ragged, ...]) -> None:
     arrays |= {f"offsets{i}": column.offsets for i, column in enumerate(tokens)}
     arrays["sha256"] = np.frombuffer(_digest(tokens), np.uint8)
     with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, **arrays)  # type: ignore[arg-type]  # none is called like its option
 
 
 def _digest(tokens: tuple[Ragged, ...]) -> bytes:
@@ -244,7 +244,7 @@ def _digest(tokens: tuple[Ragged, ...]) -> bytes:
     for column in tokens:
         for array in (column.ids, column.offsets):
             digest.update(f"{array.dtype.str} {array.shape} ".encode())
-            digest.update(np.ascontiguousarray(array))
+            digest.update(np.ascontiguousarray(array))  # type: ignore[arg-type]  # an array is a buffer
     return digest.digest()
 
 

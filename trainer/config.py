@@ -57,6 +57,9 @@ class Section(BaseModel):
             raise ValueError("\n".join(_explain(problem) for problem in error.errors())) from None
 
 
+_TASKS: Any = ("sst", "quora", "sts")  # names, which the validation of the default resolves
+
+
 class CorpusConfig(Section):
     """What to train on."""
 
@@ -64,7 +67,7 @@ class CorpusConfig(Section):
     """`builtin` (a small generated corpus), a folder with the course's files, `hub`, or `hub:DIR` (saved data sets)."""
     task_folder: Folder | None = None
     """A folder with declarations of tasks of one's own, NAME.yaml, which `tasks` may name."""
-    tasks: Annotated[tuple[Task, ...], Field(min_length=1, validate_default=True)] = ("sst", "quora", "sts")
+    tasks: Annotated[tuple[Task, ...], Field(min_length=1, validate_default=True)] = _TASKS
     """Tasks to train, in this order: names, or YAML files with the declaration of one's own (docs/tasks.md)."""
     bad_rows: BadRows = "refuse"
     """What to do with rows that cannot be used: `refuse` to start, or `skip` and count them."""
@@ -139,6 +142,12 @@ class OptimizerConfig(Section):
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest norm of the gradient; 0 does not clip."""
 
+    @property
+    def peaks(self) -> tuple[float, float]:
+        """`lr` and `head_lr` of a run that is prepared, which has filled them in."""
+        assert self.lr is not None and self.head_lr is not None
+        return self.lr, self.head_lr
+
 
 class BatchConfig(Section):
     """What makes up a step."""
@@ -192,6 +201,12 @@ class BudgetConfig(Section):
     failed_saves: Count = 3
     """Stop when this many checkpoints in a row could not be written."""
 
+    @property
+    def passes(self) -> float:
+        """`epochs` of a run that is prepared, which has filled them in."""
+        assert self.epochs is not None
+        return self.epochs
+
 
 class ParallelConfig(Section):
     """Processes, sharding and precision."""
@@ -228,6 +243,12 @@ class RunConfig(Section):
     batch: BatchConfig = BatchConfig()
     budget: BudgetConfig = BudgetConfig()
     parallel: ParallelConfig = ParallelConfig()
+
+    @property
+    def folder(self) -> Path:
+        """`run`, once one is chosen."""
+        assert self.run is not None
+        return self.run
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":

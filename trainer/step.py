@@ -23,6 +23,8 @@ from minbert.trainer.surgery.combination import Gramians, combine, drop_signs, g
 from minbert.trainer.surgery.conflicts import summary
 from minbert.trainer.surgery.methods import Aggregator
 
+_NOTHING = torch.zeros(())  # of which a sum starts; on the CPU, it adds to what is on any device
+
 
 @dataclass
 class StepResult:
@@ -91,7 +93,7 @@ class TrainingStep:
         """The gradient of the weighted sum of losses."""
         names = self.plan.tasks(step)
         weights = None if self.aggregator.name == "sum" else self._weigh_losses(step)
-        totals, tokens = dict.fromkeys(names, 0.0), 0
+        totals, tokens = dict.fromkeys(names, _NOTHING), 0
         for part in range(self.accumulation):
             batches, last = self.batches(names, step, part), part == self.accumulation - 1
             tokens += _tokens(batches)
@@ -99,7 +101,7 @@ class TrainingStep:
                 losses = self._losses(batches, step)
                 if weights is None and self.aggregator.name != "sum":  # one part: its losses are the step's
                     weights = self._agree(self.aggregator.from_losses(self._global(losses), step))
-                total = sum(losses[name] * self._weight(weights, name) for name in names)
+                total = sum((losses[name] * self._weight(weights, name) for name in names), _NOTHING)
                 # Processes average their gradients; what they hold are parts of a sum.
                 self.engine.backward(total * self.world.size, last)
             totals = {name: totals[name] + losses[name].detach() for name in names}
@@ -111,16 +113,15 @@ class TrainingStep:
     def _surgery(self, step: int) -> tuple[StepResult, Gradient]:
         """One gradient per task, and their combination."""
         names = self.plan.tasks(step)
-        gradients, totals, tokens = [], {}, 0
+        gradients, totals, tokens = [], dict.fromkeys(names, _NOTHING), 0
         for name in names:
-            totals[name] = 0.0
             for part in range(self.accumulation):
                 batches, last = self.batches((name,), step, part), part == self.accumulation - 1
                 tokens += _tokens(batches)
                 with self.engine.accumulating(last):
                     loss = self._losses(batches, step)[name]
                     self.engine.backward(loss * self.world.size * self.task_weights.get(name, 1.0), last)
-                totals[name] += loss.detach()
+                totals[name] = totals[name] + loss.detach()
             gradients.append(self._take(step))
         losses = self._global(totals)
         products = gramians(self.engine, gradients, self.layers)
@@ -198,7 +199,7 @@ class TrainingStep:
     @torch.no_grad()
     def _losses_without_gradient(self, step: int) -> Tensor:
         names = self.plan.tasks(step)
-        totals = dict.fromkeys(names, 0.0)
+        totals = dict.fromkeys(names, _NOTHING)
         for part in range(self.accumulation):
             losses = self._losses(self.batches(names, step, part), step)
             totals = {name: totals[name] + losses[name] for name in names}

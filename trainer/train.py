@@ -105,7 +105,7 @@ class Training:
         self.writer = CheckpointWriter(
             run.checkpoints, self.engine, self.training_step.aggregator, world, config.budget, self._describe
         )
-        self.state = TrainingState(epochs=config.budget.epochs)
+        self.state = TrainingState(epochs=config.budget.passes)
         if resumed:
             self._restore(*resumed)
         if world.is_main:
@@ -168,7 +168,7 @@ class Training:
         self._window.add(result)
         if logged or measured:
             factor = rate_factor(state.step - 1, self.planned_steps, self.config.optimizer)
-            peaks = {"lr": self.config.optimizer.lr, "head_lr": self.config.optimizer.head_lr}
+            peaks = dict(zip(("lr", "head_lr"), self.config.optimizer.peaks, strict=True))
             shown = {name: peak * factor for name, peak in peaks.items()}
             self._log({"step": state.step} | self._window.close() | shown | result.measurements)
             if self.world.is_main and result.gramians is not None:
@@ -212,7 +212,7 @@ class Training:
             state.best_score, state.best_step, state.stale_evaluations = scores["overall"], state.step, 0
             self._save_best(scores)
             if budget.extend_to is not None and state.step >= self.total_steps:
-                state.epochs = min(budget.extend_to, state.epochs + budget.epochs)
+                state.epochs = min(budget.extend_to, state.epochs + budget.passes)
                 self.progress.extend(self.total_steps)
         self._log({"step": state.step} | {f"dev/{name}": value for name, value in scores.items()})
         self.progress.scores(state.step, scores, best=state.stale_evaluations == 0)
@@ -254,7 +254,7 @@ class Training:
     def _log(self, record: dict[str, float]) -> None:
         if self.world.is_main:
             self.folder.append_metrics(record)
-            self.trackers.log({key: value for key, value in record.items() if key != "step"}, record["step"])
+            self.trackers.log({key: value for key, value in record.items() if key != "step"}, self.state.step)
 
     def _build_engine(self, pretrained: bool) -> Engine:
         """Model and optimizer, the same on every process; then random numbers of each process's own."""
@@ -283,7 +283,7 @@ class Training:
             if not same:
                 log.warning("%s starts with a fresh state", here["aggregator"])
         self.state = deepcopy(manifest.state)
-        self.state.epochs = max(self.state.epochs, self.config.budget.epochs)
+        self.state.epochs = max(self.state.epochs, self.config.budget.passes)
         window = self.state.window
         for name, losses in window.get("losses", {}).items():
             self._window.losses[name] = [nan if loss is None else loss for loss in losses]  # JSON has no other word
@@ -328,7 +328,7 @@ class Training:
     @property
     def planned_steps(self) -> int:
         """Steps of the configured budget, which shape the learning rate; an extension goes on at its end."""
-        return self.config.budget.steps or max(1, round(self.config.budget.epochs * self.plan.steps_per_epoch))
+        return self.config.budget.steps or max(1, round(self.config.budget.passes * self.plan.steps_per_epoch))
 
 
 @contextlib.contextmanager

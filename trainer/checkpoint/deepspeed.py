@@ -140,7 +140,7 @@ def _read_stage_0(
 def _join_stage_1_and_2(optimizers: list[Mapping[str, Any]], tensors: dict[str, dict[str, Tensor]]) -> dict[str, int]:
     """Each process's flat vectors hold consecutive fragments of some parameters; `param_slice_mappings` says where."""
     pieces: dict[str, dict[str, list[Tensor]]] = defaultdict(lambda: defaultdict(list))
-    updates = {}
+    updates: dict[str, int] = {}
     for optimizer in optimizers:
         states = optimizer["base_optimizer_state"]["state"]
         updates |= _by_parameter(optimizer["param_slice_mappings"], states)

@@ -177,7 +177,9 @@ def damaged(folder: Path) -> list[Path]:
 
 def step_of(checkpoint: Path) -> int:
     """By the name of a checkpoint, or of what was set aside."""
-    return int(re.match(_NAME, checkpoint.name)[1])
+    found = _NAME.match(checkpoint.name)
+    assert found is not None, checkpoint
+    return int(found[1])
 
 
 def newest_step(folder: Path) -> int:
@@ -201,11 +203,12 @@ def lost(folder: Path) -> int | None:
     return step if step > max(map(step_of, published(folder) + damaged(folder)), default=0) else None
 
 
-def write_hashed(path: Path, chunks: Iterable[bytes | memoryview]) -> dict[str, Any]:
+def write_hashed(path: Path, chunks: Iterable[bytes | memoryview]) -> FileRecord:
     """Write a file, flushed to the disk; its size and SHA-256, taken of the memory it came from."""
     digest, size = hashlib.sha256(), 0
     with naming(path), path.open("wb", buffering=0) as file:
-        for chunk in map(memoryview, chunks):
+        for content in chunks:
+            chunk = memoryview(content)
             digest.update(chunk)
             size += len(chunk)
             while len(chunk):

@@ -10,6 +10,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -83,7 +84,8 @@ class Snapshot:
         described += b" " * (-len(described) % 8)
         yield memoryview(len(described).to_bytes(8, "little") + described)
         for tensor in (self._memory, *self._bytes.values()):
-            content = memoryview(tensor.numpy()).cast("B") if len(tensor) else memoryview(b"")
+            array: Any = tensor.numpy()  # a buffer, which its stubs do not say
+            content = memoryview(array).cast("B") if len(tensor) else memoryview(b"")
             for start in range(0, len(content), CHUNK):
                 yield content[start : start + CHUNK]
 

@@ -93,7 +93,8 @@ class Engine:
     @property
     def module(self) -> MultitaskModel:
         """The model itself, without its wrapper. At stage 3 its parameters are shards outside of its modules."""
-        return self.model if isinstance(self.model, MultitaskModel) else self.model.module
+        wrapper: Any = self.model
+        return wrapper if isinstance(wrapper, MultitaskModel) else wrapper.module
 
     def __call__(self, batches: Mapping[str, Batch], *arguments: Any) -> dict[str, Tensor]:
         """As `MultitaskModel.forward`."""

@@ -30,7 +30,8 @@ def parameter_groups(model: MultitaskModel, config: OptimizerConfig) -> list[dic
 
 
 def peak_rate(part: str, config: OptimizerConfig) -> float:
-    return config.head_lr if part.startswith(head_part("")) else config.lr
+    lr, head_lr = config.peaks
+    return head_lr if part.startswith(head_part("")) else lr
 
 
 def rates(step: int, total: int, config: OptimizerConfig, parts: Iterable[str]) -> dict[str, float]:

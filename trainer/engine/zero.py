@@ -20,6 +20,8 @@ from minbert.trainer.engine.parts import Gradient, Part, Shard
 class DeepSpeedEngine(Engine):
     """What all stages have in common."""
 
+    model: Any  # DeepSpeed's engine
+
     def accumulating(self, last: bool) -> contextlib.AbstractContextManager:
         self.model.set_gradient_accumulation_boundary(last)
         return contextlib.nullcontext()
@@ -40,12 +42,15 @@ class ShardedEngine(DeepSpeedEngine):
 
     is_sharded = True
 
-    def update(self, gradient: Gradient, rates: Mapping[str, float]) -> None:
+    def _hand_back(self, gradient: Gradient) -> None:
         filled = [
             torch.zeros(shard.length, device=self.accelerator.device) if part is None else part
             for shard, part in zip(self.shards, gradient, strict=True)
         ]
-        super().update(filled, rates)
+        self._hand_back_filled(filled)
+
+    def _hand_back_filled(self, gradient: Sequence[Tensor]) -> None:
+        raise NotImplementedError
 
     @property
     def torch_optimizer(self) -> torch.optim.Optimizer:
@@ -79,7 +84,7 @@ class ZeroEngine(ShardedEngine):
         self.zero.micro_step_id = -1  # the next pass starts a sum of its own
         return gradient
 
-    def _hand_back(self, gradient: Gradient) -> None:
+    def _hand_back_filled(self, gradient: Sequence[Tensor]) -> None:
         parts = iter(gradient)
         for group, parameters in enumerate(self.zero.params_in_partition):
             own = [next(parts) for _ in parameters]
@@ -115,17 +120,17 @@ class Zero3Engine(ShardedEngine):
     """Stage 3: every parameter is cut into equal parts, one per process; the last may be padded."""
 
     def take(self) -> Gradient:
-        gradient: Gradient = []
+        padded: list[Tensor] = []
         for group in range(len(self.zero.fp16_groups)):
-            gradient += [part.clone() for part in self.zero.averaged_gradients[group]]
-        gradient = [part[: shard.length] for part, shard in zip(gradient, self.shards, strict=True)]
+            padded += [part.clone() for part in self.zero.averaged_gradients[group]]
+        gradient: Gradient = [part[: shard.length] for part, shard in zip(padded, self.shards, strict=True)]
         self.zero.averaged_gradients = {}
         # A parameter that the next pass does not use would otherwise show this pass's gradient again.
         self.zero.grad_partitions_flat_buffer.zero_()
         self.zero.zero_grad()
         return gradient
 
-    def _hand_back(self, gradient: Gradient) -> None:
+    def _hand_back_filled(self, gradient: Sequence[Tensor]) -> None:
         parts = iter(gradient)
         for group, parameters in enumerate(self.zero.fp16_groups):
             self.zero.averaged_gradients[group] = [
@@ -150,6 +155,7 @@ class Zero3Engine(ShardedEngine):
 
     def parts(self) -> list[Part]:
         rank, parts = self.accelerator.process_index, []
+        parameter: Any  # with attributes of DeepSpeed's
         for name, parameter in self.module.named_parameters():
             if name not in self.parameters:
                 size = parameter.partition_numel()

@@ -61,7 +61,9 @@ def evaluate(
         predicted = predict(model, task, splits[task.name], world, stop)
         if predicted is None:
             return None
-        scores[task.name] = score(task, predicted, splits[task.name].labels)
+        labels = splits[task.name].labels
+        assert labels is not None, task.name  # only test splits may lack them
+        scores[task.name] = score(task, predicted, labels)
     return scores | {"overall": overall(tasks, scores)}
 
 
@@ -111,7 +113,7 @@ def count_batches(split: TokenisedSplit) -> int:
 
 def _chunks(split: TokenisedSplit) -> list[np.ndarray]:
     """Rows by descending length, cut where a batch reaches the token budget: the largest batch comes first."""
-    lengths = sum(column.lengths for column in split.columns)
+    lengths = np.sum([column.lengths for column in split.columns], axis=0)
     order = np.argsort(-lengths, kind="stable")
     group = np.cumsum(lengths[order]) // TOKENS_PER_BATCH
     return np.split(order, np.flatnonzero(np.diff(group)) + 1)

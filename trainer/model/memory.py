@@ -18,7 +18,7 @@ LEAST_TOKENS = 4  # of a sentence
 
 def require_memory(config: RunConfig, shape: BertConfig, processes: int) -> None:
     """Raises UserError if `processes`, so many of the run's as are on this machine, need more memory than it has."""
-    needed = {"the processes themselves": processes * WORKER}
+    needed: dict[str, float] = {"the processes themselves": processes * WORKER}
     if config.parallel.device == "cpu" or not torch.cuda.is_available():
         parameters, trained = _parameters(config, shape)
         share = processes / max(processes, config.parallel.processes)  # of what the processes share out

@@ -36,7 +36,8 @@ class Messages:
 
     def clone(self) -> "Messages":
         copy = object.__new__(Messages)
-        copy.store = self.store.clone() if self.store is not None and self.size > 1 else None
+        shared: Any = self.store  # its `clone` is in no stubs
+        copy.store = shared.clone() if shared is not None and self.size > 1 else None
         copy.rank, copy.size, copy.timeout = self.rank, self.size, self.timeout
         return copy
 
@@ -45,23 +46,23 @@ class Messages:
         if self.size == 1:
             return [value]
         if self.rank:
-            self.store.set(f"minbert/{topic}/{self.rank}", json.dumps(value))
+            self._shared.set(f"minbert/{topic}/{self.rank}", json.dumps(value))
             return None
         deadline = time.monotonic() + self.timeout
         others = {rank: self._receive(f"{topic}/{rank}", deadline) for rank in range(1, self.size)}
         if missing := [rank for rank, other in others.items() if other is None]:
             names = ", ".join(f"rank {rank} on {self._host(rank)}" for rank in missing)
             error = f"waited {self.timeout:g} s for {names} ({topic})"
-            self.store.set(f"minbert/{topic}/shared", json.dumps({"lost": error}))  # the others wait for this
+            self._shared.set(f"minbert/{topic}/shared", json.dumps({"lost": error}))  # the others wait for this
             raise LostProcess(error)
-        return [value, *(json.loads(other) for other in others.values())]
+        return [value, *(json.loads(other) for other in others.values() if other is not None)]
 
     def share(self, topic: str, value: Any = None) -> Any:
         """Rank 0's value, on every process. Raises LostProcess if rank 0 sends nothing, or missed somebody before."""
         if self.size == 1:
             return value
         if self.rank == 0:
-            self.store.set(f"minbert/{topic}/shared", json.dumps({"value": value}))
+            self._shared.set(f"minbert/{topic}/shared", json.dumps({"value": value}))
             return value
         # Longer than rank 0 waits for the others, so that it can say whom it missed.
         received = self._receive(f"{topic}/shared", time.monotonic() + 1.2 * self.timeout + 10)
@@ -78,7 +79,7 @@ class Messages:
         """Tell who watches the processes that rank 0 waits for them to report under `topic`, or, if that is empty, that
         it does so no more."""
         if self.size > 1 and self.rank == 0:
-            self.store.set(_CHECKPOINT, topic)
+            self._shared.set(_CHECKPOINT, topic)
 
     def farewell(self) -> None:
         """The last word of a process that ends well. Rank 0, which may host the store, stays until it has heard all."""
@@ -87,19 +88,24 @@ class Messages:
             with contextlib.suppress(LostProcess, DistStoreError):
                 self.gather("farewell", None)
 
+    @property
+    def _shared(self) -> Store:
+        assert self.store is not None  # several processes have met at one
+        return self.store
+
     def _receive(self, key: str, deadline: float) -> bytes | None:
         """The message under `key`, or None if it does not come before the deadline."""
         left = deadline - time.monotonic()
         try:
             if left > 0:
-                self.store.wait([f"minbert/{key}"], timedelta(seconds=left))
-            return self.store.get(f"minbert/{key}") if self.store.check([f"minbert/{key}"]) else None
+                self._shared.wait([f"minbert/{key}"], timedelta(seconds=left))
+            return self._shared.get(f"minbert/{key}") if self._shared.check([f"minbert/{key}"]) else None
         except DistStoreError:
             return None
 
     def _host(self, rank: int) -> str:
         key = f"minbert/host/{rank}"
-        return self.store.get(key).decode() if self.store.check([key]) else "an unknown host"
+        return self._shared.get(key).decode() if self._shared.check([key]) else "an unknown host"
 
 
 def completes_checkpoint(store: Store, lost: Iterable[int]) -> bool:

@@ -25,7 +25,9 @@ def seed_everything(seed: int) -> None:
 
 def random_state() -> dict[str, Tensor]:
     """Each generator's state as (n,) uint8."""
-    numpy_name, keys, *position = np.random.get_state()
+    state = np.random.get_state()
+    assert isinstance(state, tuple)  # a dictionary is given to who asks for one
+    numpy_name, keys, *position = state
     states = {
         "torch": torch.get_rng_state(),
         "python": _bytes(random.getstate()),

@@ -67,7 +67,7 @@ def from_deepspeed(source: Path, run: RunFolder) -> tuple[Path, list[str]]:
         written=now(),
         processes=0,  # nobody's random numbers are in it
         zero_stage=None,
-        state=TrainingState(step=found.step, epochs=config.budget.epochs, updates=updates),
+        state=TrainingState(step=found.step, epochs=config.budget.passes, updates=updates),
         positions={name: plan.position(name, found.step) for name in plan.names},
         identity=identity(config, run, splits),
         config=config.model_dump(mode="json"),

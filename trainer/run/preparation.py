@@ -60,7 +60,7 @@ def prepare(config: RunConfig, force: bool = False) -> RunFolder:
     Raises UserError if the folder holds a run with other settings or something else, or has lost checkpoints, or cannot
     be written, or the data, the model or a tracker cannot be had.
     """
-    run = RunFolder(config.run)
+    run = RunFolder(config.folder)
     config = _pin_weights(run, resolve(config))
     _require_trackers(config.trackers)
     _require_run_folder(run)
@@ -173,14 +173,14 @@ def build_plan(config: RunConfig, splits: dict[str, TokenisedSplit]) -> BatchPla
     """The batch plan over the training splits; `annealed` anneals over the configured budget."""
     sizes = {name: len(split) for name, split in splits.items()}
     plan = BatchPlan(sizes, config.batch.batch_size, config.batch.task_schedule, config.seed)
-    steps = config.budget.steps or round(config.budget.epochs * plan.steps_per_epoch)
+    steps = config.budget.steps or round(config.budget.passes * plan.steps_per_epoch)
     return BatchPlan(sizes, config.batch.batch_size, config.batch.task_schedule, config.seed, steps)
 
 
 def identity(config: RunConfig, run: RunFolder, splits: Mapping[str, TokenisedSplit]) -> dict[str, Any]:
     """What a checkpoint must agree on to be of this run: its model, vocabulary, training data and settings."""
     shape = {name: value for name, value in asdict(read_config(run.encoder)).items() if not name.endswith("_prob")}
-    heads = {"features": config.heads.features, "head_layers": config.heads.hidden_layers}
+    heads: dict[str, Any] = {"features": config.heads.features, "head_layers": config.heads.hidden_layers}
     heads |= {"head_size": config.heads.hidden_size, "pooling": config.encoder.pooling}
     words = [path for path in sorted(run.encoder.iterdir()) if path.name in ("vocab.txt", "tokenizer.json")]
     return {
@@ -193,7 +193,7 @@ def identity(config: RunConfig, run: RunFolder, splits: Mapping[str, TokenisedSp
 
 def known_shape(config: RunConfig) -> BertConfig | None:
     """The shape of the encoder of a run that may not be prepared yet, without a look at the network or the data."""
-    folder = RunFolder(config.run).encoder
+    folder = RunFolder(config.folder).encoder
     if (folder / "config.json").exists():
         return read_config(folder)
     if config.encoder.model == "tiny":
@@ -225,9 +225,9 @@ def total_steps(config: RunConfig) -> int:
     config = resolve(config)
     if config.budget.steps is not None:
         return config.budget.steps
-    tokenizer = load_tokenizer(RunFolder(config.run).encoder)
+    tokenizer = load_tokenizer(RunFolder(config.folder).encoder)
     splits = {name: load_split(config, name, "train", tokenizer) for name in config.corpus.names}
-    return max(1, round(config.budget.epochs * build_plan(config, splits).steps_per_epoch))
+    return max(1, round(config.budget.passes * build_plan(config, splits).steps_per_epoch))
 
 
 def _require_trackers(names: Iterable[str]) -> None:

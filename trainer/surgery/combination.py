@@ -43,10 +43,11 @@ def gramians(engine: Engine, gradients: Sequence[Gradient], layers: Sequence[str
         products: dict[tuple[int, int], list[Tensor]] = {pair: [] for pair in pairs}
         for k, shard in enumerate(engine.shards):
             if shard.part == layer and shard.length:
-                blocks = [None if g[k] is None else g[k].flatten().split(BLOCK) for g in gradients]
+                blocks = [None if (part := g[k]) is None else part.flatten().split(BLOCK) for g in gradients]
                 for i, j in pairs:
-                    if blocks[i] is not None and blocks[j] is not None:
-                        products[i, j] += [torch.dot(a, b) for a, b in zip(blocks[i], blocks[j])]
+                    first, second = blocks[i], blocks[j]
+                    if first is not None and second is not None:
+                        products[i, j] += [torch.dot(a, b) for a, b in zip(first, second)]
         for (i, j), found in products.items():
             if found:
                 result[index, i, j] = result[index, j, i] = torch.stack(found).double().sum()
@@ -86,7 +87,7 @@ def drop_signs(shards: Sequence[Shard], gradients: Sequence[Gradient], seed: int
     """
     result: Gradient = []
     for k, shard in enumerate(shards):
-        parts = [gradient[k] for gradient in gradients if gradient[k] is not None]
+        parts = [part for gradient in gradients if (part := gradient[k]) is not None]
         if not parts:
             result.append(None)
             continue

@@ -269,6 +269,7 @@ class Aggregator:
         if self._optimizer is not None:
             self._optimizer.step()
             self._optimizer.zero_grad()
+        assert values.grad is not None
         return values.grad
 
     def observe(self, losses: Tensor) -> None:

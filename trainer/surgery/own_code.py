@@ -26,7 +26,10 @@ def find_source(aggregator: str) -> list[Path]:
         spec = None
     if spec is None:
         raise UserError(f"aggregator {aggregator}: there is no module {top} in {Path.cwd()} or among what is installed")
-    sources = spec.submodule_search_locations or [spec.origin]
+    sources = spec.submodule_search_locations
+    if not sources:
+        assert spec.origin is not None, spec  # what is no package is a file
+        sources = [spec.origin]
     return [] if any(_installed(source) for source in sources) else [Path(source) for source in sources]
 
 
