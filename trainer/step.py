@@ -4,8 +4,9 @@ Methods that need only the losses (the plain sum, learned or random weights) tak
 one backward pass. Gradient surgery takes one gradient per task, each reduced over the processes, and combines them.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 
 import torch
@@ -94,18 +95,18 @@ class TrainingStep:
         names = self.plan.tasks(step)
         weights = None if self.aggregator.name == "sum" else self._weigh_losses(step)
         totals, tokens = dict.fromkeys(names, _NOTHING), 0
-        for part in range(self.accumulation):
-            batches, last = self.batches(names, step, part), part == self.accumulation - 1
-            tokens += _tokens(batches)
-            with self.engine.accumulating(last):
-                losses = self._losses(batches, step)
-                if weights is None and self.aggregator.name != "sum":  # one part: its losses are the step's
-                    weights = self._agree(self.aggregator.from_losses(self._global(losses), step))
-                total = sum((losses[name] * self._weight(weights, name) for name in names), _NOTHING)
-                # Processes average their gradients; what they hold are parts of a sum.
-                self.engine.backward(total * self.world.size, last)
+
+        def loss(part: int) -> Tensor:
+            nonlocal weights, totals, tokens
+            batches = self.batches(names, step, part)
+            losses = self._losses(batches, step)
+            if weights is None and self.aggregator.name != "sum":  # one part: its losses are the step's
+                weights = self._agree(self.aggregator.from_losses(self._global(losses), step))
             totals = {name: totals[name] + losses[name].detach() for name in names}
-        gradient = self._take(step)
+            tokens += _tokens(batches)
+            return sum((losses[name] * self._weight(weights, name) for name in names), _NOTHING)
+
+        (gradient,) = self._gradients(step, [loss])
         result = StepResult(_named(names, self._global(totals)), tokens)
         result.weights = {name: self._weight(weights, name) for name in names}
         return result, gradient
@@ -113,16 +114,17 @@ class TrainingStep:
     def _surgery(self, step: int) -> tuple[StepResult, Gradient]:
         """One gradient per task, and their combination."""
         names = self.plan.tasks(step)
-        gradients, totals, tokens = [], dict.fromkeys(names, _NOTHING), 0
-        for name in names:
-            for part in range(self.accumulation):
-                batches, last = self.batches((name,), step, part), part == self.accumulation - 1
-                tokens += _tokens(batches)
-                with self.engine.accumulating(last):
-                    loss = self._losses(batches, step)[name]
-                    self.engine.backward(loss * self.world.size * self.task_weights.get(name, 1.0), last)
-                totals[name] = totals[name] + loss.detach()
-            gradients.append(self._take(step))
+        totals, tokens = dict.fromkeys(names, _NOTHING), 0
+
+        def loss(name: str, part: int) -> Tensor:
+            nonlocal tokens
+            batches = self.batches((name,), step, part)
+            own = self._losses(batches, step)[name]
+            totals[name] = totals[name] + own.detach()
+            tokens += _tokens(batches)
+            return own * self.task_weights.get(name, 1.0)
+
+        gradients = self._gradients(step, [partial(loss, name) for name in names])
         losses = self._global(totals)
         products = gramians(self.engine, gradients, self.layers)
         result = StepResult(_named(names, losses), tokens, gramians=products)
@@ -147,12 +149,12 @@ class TrainingStep:
         heads = {head_part(name) for name in self.plan.tasks(step)}
         return {part: rate for part, rate in self.rates(step).items() if part in self.layers or part in heads}
 
-    def _take(self, step: int) -> Gradient:
-        """The gradient since the last one, without the parts that are frozen at this step: they have no say in
-        surgery, nor in the norm."""
-        rates = self._rates(step)
-        gradient = zip(self.engine.shards, self.engine.take(), strict=True)
-        return [part if rates.get(shard.part) else None for shard, part in gradient]
+    def _gradients(self, step: int, losses: Sequence[Callable[[int], Tensor]]) -> list[Gradient]:
+        """The gradient of each loss, a function of the part of the batch, without the parts of the model that are
+        frozen at this step: they have no say in surgery, nor in the norm."""
+        rates, shards = self._rates(step), self.engine.shards
+        found = self.engine.gradients(losses, self.accumulation)
+        return [[part if rates.get(shard.part) else None for shard, part in zip(shards, each)] for each in found]
 
     def _weights(self, products: Gramians, losses: Tensor, step: int) -> Tensor:
         """Weights (T,), or (L, T) with surgery per layer."""

@@ -7,7 +7,7 @@ hands back. So whatever is done to gradients is written once, for every number o
 
 import contextlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -100,15 +100,28 @@ class Engine:
         """As `MultitaskModel.forward`."""
         return self.model(batches, *arguments)
 
+    def gradients(self, losses: Sequence[Callable[[int], Tensor]], parts: int) -> list[Gradient]:
+        """One gradient for each of several losses, reduced over the processes, in the order of `shards`.
+
+        A loss is the sum over `parts` of what it returns for each, and over the processes. It makes a forward pass of
+        its own each time: one backward pass follows it, as DeepSpeed's stage 3 takes no graph twice.
+        """
+        found = []
+        for loss in losses:
+            for part in range(parts):
+                last = part == parts - 1
+                with self.accumulating(last):
+                    # Processes average their gradients; what they hold are parts of a sum.
+                    self.backward(loss(part) * self.accelerator.num_processes, last)
+            found.append(self.take())
+        return found
+
     def accumulating(self, last: bool) -> contextlib.AbstractContextManager:
         """Context of one of several forward and backward passes that add up; the `last` one reduces."""
         return contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Add the gradient of `loss`; the `last` pass averages the sum over the processes.
-
-        A loss that should be summed over processes must come multiplied by their number.
-        """
+        """Add the gradient of `loss`; the `last` pass averages the sum over the processes."""
         loss.backward()
 
     def take(self) -> Gradient:
