@@ -341,3 +341,11 @@ def test_what_is_no_aggregator_is_refused_before_training(tmp_path, monkeypatch,
     assert message in capsys.readouterr().err
     for module in ("broken_source", "wrong_shape"):
         sys.modules.pop(module, None)
+
+
+def test_another_deepspeed_is_refused_before_anything_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("minbert.trainer.run.preparation.version", lambda name: "0.20.1")
+    assert main(["train", "--run", str(tmp_path / "run"), "--zero-stage", "2"]) == 2
+    said = capsys.readouterr().err
+    assert "works on the insides of DeepSpeed >=0.19,<0.20, and 0.20.1 is installed: pip install" in said
+    assert not (tmp_path / "run").exists()

@@ -12,9 +12,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
+from importlib.metadata import version
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
+
+from packaging.specifiers import SpecifierSet
 
 from minbert.data.batch import TokenisedSplit
 from minbert.data.errors import UserError
@@ -40,6 +43,7 @@ from minbert.trainer.surgery.own_code import find_source, keep_source, use_sourc
 log = logging.getLogger(__name__)
 
 PLACES = {"files", "builtin", "course", "hub", "title"}  # of a task: where its rows are, not what they are
+DEEPSPEED = ">=0.19,<0.20"
 VOCABULARY_SIZE = 8192  # of a model with random weights; its words come from the training data
 
 
@@ -63,6 +67,7 @@ def prepare(config: RunConfig, force: bool = False) -> RunFolder:
     run = RunFolder(config.folder)
     config = _pin_weights(run, resolve(config))
     _require_trackers(config.trackers)
+    _require_deepspeed(config.parallel.zero_stage)
     _require_run_folder(run)
     if run.config_file.exists() and (run.begun or _has_checkpoints(run)):
         _refuse_other_settings(run, config, force)
@@ -228,6 +233,16 @@ def total_steps(config: RunConfig) -> int:
     tokenizer = load_tokenizer(RunFolder(config.folder).encoder)
     splits = {name: load_split(config, name, "train", tokenizer) for name in config.corpus.names}
     return max(1, round(config.budget.passes * build_plan(config, splits).steps_per_epoch))
+
+
+def _require_deepspeed(stage: int | None) -> None:
+    """Raises UserError for a version whose insides were not looked at: a shard in another place would be a wrong
+    gradient, not an error."""
+    if stage is not None and not SpecifierSet(DEEPSPEED).contains(found := version("deepspeed"), prereleases=True):
+        raise UserError(
+            f"zero_stage={stage} works on the insides of DeepSpeed {DEEPSPEED}, and {found} is installed: "
+            f"pip install 'deepspeed{DEEPSPEED}'"
+        )
 
 
 def _require_trackers(names: Iterable[str]) -> None:
