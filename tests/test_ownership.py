@@ -258,7 +258,7 @@ def test_a_damaged_best_model_is_replaced_by_its_checkpoint_or_refused(run, tmp_
 def test_a_score_is_always_a_number(predicted):
     labels = np.array([0.0, 1.0, 2.0, 3.0])
     found = score(TASKS["sts"], torch.tensor(predicted, dtype=torch.float32), labels)
-    assert found == 0.0 and overall({"sts": found}) == 0.5
+    assert found == 0.0 and overall([TASKS["sts"]], {"sts": found}) == 0.5
     constant = score(TASKS["sts"], torch.arange(4.0), np.full(4, 0.1))
     assert constant == 0.0
     for task in TASKS.values():

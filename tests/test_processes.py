@@ -210,7 +210,7 @@ SAVE = """
     import torch.distributed as dist
     from types import SimpleNamespace
     from minbert.trainer.processes import world as distributed
-from minbert.trainer.checkpoint import saving
+    from minbert.trainer.checkpoint import saving
     from minbert.trainer.checkpoint.format import Manifest, TrainingState
     from minbert.trainer.config import BudgetConfig, ParallelConfig
     from minbert.trainer.engine.parts import Part

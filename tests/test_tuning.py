@@ -712,7 +712,8 @@ def test_a_search_is_cancelled_and_goes_on_here(slurm, tmp_path, capsys):
     assert main(["tune", "--search", str(folder), "--slurm"]) == 2
     assert "has a job already" in capsys.readouterr().err
     assert main(["cancel", str(folder)]) == 0
-    eventually(folder, lambda: "cancelled" in (main(["jobs", str(folder)]), capsys.readouterr().out)[1], 120)
+    eventually(folder, lambda: look([folder])[0].state == "cancelled", 120)  # after "ending"
+    assert main(["jobs", str(folder)]) and "cancelled" in capsys.readouterr().out
     eventually(folder, lambda: not _is_locked(folder), 120)  # for SLURM the job is over before its processes are
     assert "go on from their checkpoints" in finish(command(folder))
     assert [trial.status for trial in _read(folder)] == ["finished"] * 2
