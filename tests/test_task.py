@@ -85,6 +85,11 @@ def test_names_are_looked_up_in_a_folder_and_an_unknown_one_is_told_the_nearest(
         RunConfig(corpus={"tasks": ["sst", "sst"]})
 
 
+def test_a_name_that_modules_have_already_is_refused(tmp_path, capsys):
+    assert main(["train", "--run", str(tmp_path / "run"), "--tasks", str(declare(tmp_path, name="train"))]) == 2
+    assert "a task cannot be called 'train'" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
 ROWS = [{"id": "a", "text": "fine film", "verdict": "good"}, {"id": "b", "text": 'so, "so"', "verdict": 1}]
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
+from torch import nn
 
 from minbert.data.batch import TokenisedSplit
 from minbert.data.errors import UserError
@@ -68,6 +69,7 @@ def prepare(config: RunConfig, force: bool = False) -> RunFolder:
     config = _pin_weights(run, resolve(config))
     _require_trackers(config.trackers)
     _require_deepspeed(config.parallel.zero_stage)
+    _require_names(config.corpus.names)
     _require_run_folder(run)
     if run.config_file.exists() and (run.begun or _has_checkpoints(run)):
         _refuse_other_settings(run, config, force)
@@ -242,6 +244,14 @@ def _require_deepspeed(stage: int | None) -> None:
         raise UserError(
             f"zero_stage={stage} works on the insides of DeepSpeed {DEEPSPEED}, and {found} is installed: "
             f"pip install 'deepspeed{DEEPSPEED}'"
+        )
+
+
+def _require_names(tasks: Iterable[str]) -> None:
+    """Raises UserError for a task whose head could not be called by its name."""
+    if taken := [name for name in tasks if hasattr(nn.ModuleDict, name)]:
+        raise UserError(
+            f"a task cannot be called {taken[0]!r}, which PyTorch's modules have already; choose another name"
         )
 
 
