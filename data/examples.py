@@ -96,8 +96,8 @@ def _parse_several(task: Task, raw: object) -> list[float]:
     """Names joined by commas, or a list of them; none at all is a label, too, but not a missing one."""
     if raw is None:
         raise ValueError("label is missing")
-    names = [str(name).strip() for name in raw] if isinstance(raw, list | tuple) else str(raw).split(",")
-    names = [name for name in map(str.strip, names) if name]
+    parts = raw if isinstance(raw, list | tuple) else str(raw).split(",")
+    names = [name for part in parts if (name := str(part).strip())]
     if unknown := [name for name in names if name not in task.classes]:
         raise ValueError(f"label {unknown[0]!r} is none of {', '.join(task.classes)}")
     return [float(name in names) for name in task.classes]

@@ -15,8 +15,9 @@ import tyro
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 
 from minbert.data.errors import UserError, shown
+from minbert.data.reading import read_yaml
 from minbert.trainer.config import OPTIONS, SECTIONS, RunConfig, flat_options, parse_config
-from minbert.trainer.run.folder import RunFolder, read_yaml
+from minbert.trainer.run.folder import RunFolder
 
 T = TypeVar("T")
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from minbert.data.errors import UserError
+from minbert.data.reading import read_yaml
 
 Count = Annotated[int, Field(ge=1)]
 UNLIMITED = 60 * 24 * 365  # minutes that a job without a time limit has on this machine
@@ -169,8 +170,6 @@ def resolve_settings(options: Mapping[str, Any], earlier: Mapping[str, Any] | No
     file = site_file()
     site: dict[str, Any] = {}
     if file.exists():
-        from minbert.trainer.run.folder import read_yaml  # takes seconds, and not every user has a file
-
         site = read_yaml(file)
         parse_settings(site, str(file))
     merged: dict[str, Any] = {}

@@ -15,8 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from minbert.data.errors import UserError
 from minbert.data.files import replacing
+from minbert.data.reading import read_yaml
 from minbert.trainer.config import MAY_CHANGE, RunConfig, flatten, parse_config
-from minbert.trainer.run.folder import RunFolder, read_yaml
+from minbert.trainer.run.folder import RunFolder
 from minbert.trainer.run.preparation import resolve
 from minbert.tuning.space import (
     EXPLORED,

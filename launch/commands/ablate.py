@@ -16,6 +16,7 @@ from rich.table import Table
 
 from minbert.data.errors import UserError
 from minbert.data.files import replacing, to_json
+from minbert.data.reading import read_yaml
 from minbert.launch.exit_codes import ExitCode
 from minbert.launch.many_runs import (
     Own,
@@ -31,7 +32,6 @@ from minbert.slurm.settings import parse_parameters, resolve_settings
 from minbert.slurm.status import is_active
 from minbert.trainer.config import Seed, flat_options, flatten, parse_config
 from minbert.trainer.processes.stop import StopRequest
-from minbert.trainer.run.folder import read_yaml
 from minbert.tuning.ablation import (
     ABLATION_FILE,
     DEFAULT,

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from minbert.data.errors import UserError
+from minbert.data.reading import read_yaml
 from minbert.launch.exit_codes import ExitCode
 from minbert.launch.many_runs import (
     Own,
@@ -25,7 +26,6 @@ from minbert.launch.searching import run_search
 from minbert.slurm.settings import parse_parameters, resolve_settings
 from minbert.trainer.config import RunConfig, parse_config
 from minbert.trainer.processes.stop import StopRequest
-from minbert.trainer.run.folder import read_yaml
 from minbert.tuning.search import (
     SEARCH_FILE,
     Resources,
