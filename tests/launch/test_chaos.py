@@ -16,7 +16,7 @@ from minbert.trainer.checkpoint.format import published
 
 pytestmark = pytest.mark.xdist_group("chaos")  # one process of the suite makes the runs for all
 
-BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "chaos.py"
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "chaos.py"
 
 
 @pytest.fixture(scope="module")

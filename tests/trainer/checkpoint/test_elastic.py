@@ -25,7 +25,7 @@ from minbert.trainer.processes.stop import StopRequest
 from minbert.trainer.run.folder import RunFolder
 from minbert.trainer.run.preparation import prepare
 
-WORKER = Path(__file__).with_name("deepspeed_worker.py")
+WORKER = Path(__file__).parents[2] / "support" / "deepspeed_worker.py"
 SHARED = ("layer 0", "layer 1")  # with the embeddings frozen
 SMALL = ["--train-limit", 120, "--eval-limit", 40, "--batch-size", 8, "--log-every", 1, "--trackers"]
 

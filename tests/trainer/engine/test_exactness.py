@@ -27,7 +27,7 @@ from minbert.trainer.run.folder import RunFolder
 from minbert.trainer.run.preparation import build_plan, load_split, prepare
 from minbert.trainer.run.saved_model import build_model
 
-WORKER = Path(__file__).with_name("exactness_worker.py")
+WORKER = Path(__file__).parents[2] / "support" / "exactness_worker.py"
 STAGES = [None, 0, 1, 2, 3]
 STEPS = 3
 # After three steps that move weights by more than a hundred times that. AdamW magnifies rounding errors where gradients

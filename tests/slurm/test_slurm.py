@@ -35,7 +35,7 @@ from minbert.trainer.checkpoint.format import published, read_manifest
 from minbert.trainer.run.folder import RunFolder
 
 SMALL = ["--train-limit", "120", "--eval-limit", "40", "--batch-size", "8", "--steps", "4", "--log-every", "1"]
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)

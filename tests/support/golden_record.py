@@ -3,7 +3,7 @@
 Where processor and libraries are those of the record, a run must reproduce it exactly; elsewhere to 1e-5. A change that
 is meant to change the arithmetic rewrites it, and its message says why:
 
-    python tests/golden_record.py
+    python tests/support/golden_record.py
 """
 
 import json
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-FOLDER = Path(__file__).parent / "golden"
+FOLDER = Path(__file__).parents[1] / "golden"
 SHARED = "--steps 20 --eval-every 20 --log-every 1 --batch-size 8 --train-limit 300 --eval-limit 20 --max-length 48"
 RUNS = {
     "sum": "",

@@ -477,7 +477,7 @@ def test_a_waiting_job_keeps_its_code(cluster, runs, tmp_path, capsys):
     """The code may be edited, or be gone, before the job starts."""
     source = tmp_path / "checkout"
     for package in ("data", "trainer", "launch", "slurm"):
-        shutil.copytree(Path(__file__).parents[1] / package, source / "minbert" / package)
+        shutil.copytree(Path(__file__).parents[2] / package, source / "minbert" / package)
     environment = os.environ | {"PYTHONPATH": str(source)}
     run = runs / "snapshot"
     command = ["-m", "minbert.launch.main", "submit", "--run", str(run), *map(str, SMALL), "--steps", "2"]
