@@ -179,7 +179,6 @@ COMMANDS = (
     "jobs",
     "checkpoint verify",
     "checkpoint list",
-    "plot",
     "logs",
     "resume",
     "resume",
