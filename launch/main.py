@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import NoReturn
 
 from minbert.data.errors import UserError, disk_trouble
-from minbert.launch.exit_codes import ExitCode, leave
+from minbert.trainer.processes.exit_codes import ExitCode, leave
 
 # command -> (module, what it does). Modules are imported when they are needed: PyTorch takes seconds.
 COMMANDS = {
