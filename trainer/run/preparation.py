@@ -21,6 +21,7 @@ from packaging.specifiers import SpecifierSet
 from torch import nn
 
 from minbert.data.batch import TokenisedSplit
+from minbert.data.differences import differences, indented, refuse
 from minbert.data.errors import UserError
 from minbert.data.tokens import build_vocabulary, default_cache_dir, load_tokenizer, write_vocabulary
 from minbert.trainer.checkpoint.format import SAVED, damaged, folder_name, lost, published, remember, step_of
@@ -264,26 +265,18 @@ def _has_checkpoints(run: RunFolder) -> bool:
 def _refuse_other_settings(run: RunFolder, config: RunConfig, force: bool) -> None:
     before = run.read_config()
     saved, wanted = flatten(before), flatten(config)
-    different = [
-        f"  {name}: {saved[name]} in the folder, {wanted[name]} asked for"
-        for name, _ in _fixed(config)
-        if saved[name] != wanted[name]
-    ]
+    fixed = [name for name, _ in _fixed(config)]
+    tasks: list[str] = []
     if before.corpus.names == config.corpus.names:  # then one is declared in another way
-        different = [line for line in different if not line.startswith("  tasks: ")]
+        fixed.remove("tasks")
         for old, new in zip(before.corpus.tasks, config.corpus.tasks):
-            keys = [key for key in type(new).model_fields if getattr(old, key) != getattr(new, key)]
-            different += [
-                f"  task {new.name}: {key}: {getattr(old, key)} in the folder, {getattr(new, key)} asked for"
-                for key in keys
-            ]
+            tasks += [f"task {new.name}: {line}" for line in differences(dict(old), dict(new))]
+    different = differences({name: saved[name] for name in fixed}, {name: wanted[name] for name in fixed}) + tasks
     if different and force:
-        log.warning("--force overrides settings of %s:\n%s", run.path, "\n".join(different))
+        log.warning("--force overrides settings of %s:\n%s", run.path, indented(different))
     elif different:
-        raise UserError(
-            f"{run.path} holds a run with other settings:\n" + "\n".join(different) + "\n"
-            "Leave these options out to resume it, give another --run to start anew, or go on with them by --force."
-        )
+        way = "Leave these options out to resume it, give another --run to start anew, or go on with them by --force."
+        refuse(f"{run.path} holds a run with other settings", different, way)
 
 
 def _require_aggregator(run: RunFolder, config: RunConfig) -> None:

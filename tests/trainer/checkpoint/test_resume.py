@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from minbert.launch.exit_codes import ExitCode
 from minbert.launch.main import main
 from minbert.trainer import assembly
 from minbert.trainer import train as training
 from minbert.trainer.checkpoint.format import published, read_manifest
+from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.run.folder import RunFolder
 from minbert.trainer.run.progress import Progress
 
