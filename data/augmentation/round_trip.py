@@ -30,9 +30,7 @@ def find_model(word: str, language: str) -> Model:
     return Apertium(language) if word == Apertium.name else NeuralModels(word)
 
 
-def recipes(
-    model: Model, language: str, pivots: Sequence[str], decoding: Decoding, variants: int
-) -> list[Recipe]:
+def recipes(model: Model, language: str, pivots: Sequence[str], decoding: Decoding, variants: int) -> list[Recipe]:
     """A recipe for each pivot and variant. Raises UserError if a model is missing, or all variants would be one."""
     if decoding.sample and not model.samples:
         raise UserError(f"--sample: {model.name} works by rules and cannot draw; more pivots give more variants")

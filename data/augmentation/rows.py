@@ -8,7 +8,7 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,12 +16,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minbert.data.augmentation.filters import plain
-from minbert.data.course import read_delimited
-from minbert.data.errors import DataError
-from minbert.data.examples import BadRow, Examples, Row
+from minbert.data.examples import Examples
 from minbert.data.files import replacing
-from minbert.data.own import read_records
-from minbert.data.task import FORMATS, Task, named
+from minbert.data.task import Task, named
 
 # source: id of the row that it was made of; source_digest: of that row's sentences and label; replaced: columns that are
 # back translations; pivot, model (with its digest), variant: of which.

@@ -52,9 +52,7 @@ def units(texts: Sequence[str], recipes: Sequence[Recipe]) -> list[Unit]:
     """All there is to do, whether it was done or not."""
     texts = list(dict.fromkeys(texts))
     return [
-        Unit(recipe, tuple(texts[start : start + UNIT]))
-        for recipe in recipes
-        for start in range(0, len(texts), UNIT)
+        Unit(recipe, tuple(texts[start : start + UNIT])) for recipe in recipes for start in range(0, len(texts), UNIT)
     ]
 
 
