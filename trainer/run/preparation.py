@@ -173,7 +173,13 @@ def load_examples_of(config: RunConfig, task: str, split: Split) -> Examples:
 
 
 def load_split(config: RunConfig, task: str, split: Split, tokenizer: Tokenizer) -> TokenisedSplit:
-    return tokenise(load_examples_of(config, task, split), tokenizer, config.corpus.max_length, config.corpus.cache)
+    return tokenise_as(config, load_examples_of(config, task, split), tokenizer)
+
+
+def tokenise_as(config: RunConfig, examples: Examples, tokenizer: Tokenizer) -> TokenisedSplit:
+    """Examples as the run's model sees them."""
+    corpus, joint = config.corpus, config.heads.pair_encoding == "joint"
+    return tokenise(examples, tokenizer, corpus.max_length, corpus.cache, joint)
 
 
 def build_plan(config: RunConfig, splits: dict[str, TokenisedSplit]) -> BatchPlan:
@@ -187,7 +193,8 @@ def build_plan(config: RunConfig, splits: dict[str, TokenisedSplit]) -> BatchPla
 def identity(config: RunConfig, run: RunFolder, splits: Mapping[str, TokenisedSplit]) -> dict[str, Any]:
     """What a checkpoint must agree on to be of this run: its model, vocabulary, training data and settings."""
     shape = {name: value for name, value in asdict(read_config(run.encoder)).items() if not name.endswith("_prob")}
-    heads: dict[str, Any] = {"features": config.heads.features, "head_layers": config.heads.hidden_layers}
+    heads: dict[str, Any] = {"features": config.heads.features, "pair_encoding": config.heads.pair_encoding}
+    heads["head_layers"] = config.heads.hidden_layers
     heads |= {"head_size": config.heads.hidden_size, "pooling": config.encoder.pooling}
     words = [path for path in sorted(run.encoder.iterdir()) if path.name in ("vocab.txt", "tokenizer.json")]
     return {
@@ -373,6 +380,12 @@ def _require_fitting(encoder: Path, config: RunConfig) -> None:
     if config.corpus.max_length > shape.max_position_embeddings:
         raise UserError(
             f"max_length={config.corpus.max_length}, but the encoder has {shape.max_position_embeddings} positions"
+        )
+    pairs = [task.name for task in config.corpus.tasks if config.heads.joins(task)]
+    if pairs and shape.type_vocab_size < 2:
+        raise UserError(
+            f"pair_encoding=joint tells the sentences of {' and '.join(pairs)} apart by token types, and the encoder "
+            "has only one; use pair_encoding=siamese"
         )
     if isinstance(freeze, int) and freeze > shape.num_hidden_layers:
         raise UserError(f"freeze={freeze}, but the encoder has {shape.num_hidden_layers} layers")
