@@ -13,10 +13,10 @@ from rich.console import Console
 from minbert.data.errors import UserError
 from minbert.data.examples import Examples
 from minbert.data.task import Split, Task
-from minbert.launch.exit_codes import ExitCode
 from minbert.launch.options import open_option, parse
 from minbert.launch.outputs import require_place, whole_or_gone, writing
 from minbert.trainer.evaluation.prediction_files import written
+from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.run.folder import RunFolder
 
 COLUMN = "prediction"
@@ -126,7 +126,7 @@ def _predict_texts(run: RunFolder, task: Task, columns: list[list[str]]) -> tupl
     from minbert.launch.results import about_model
     from minbert.trainer.evaluation.scoring import count_batches, predict
     from minbert.trainer.processes.world import World, pick_device
-    from minbert.trainer.run.preparation import tokenise_as
+    from minbert.trainer.run.data import tokenise_as
     from minbert.trainer.run.progress import PredictionProgress
     from minbert.trainer.run.saved_model import load_model
 
