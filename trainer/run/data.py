@@ -27,7 +27,7 @@ def load_split(config: RunConfig, task: str, split: Split, tokenizer: Tokenizer)
 
 
 def tokenise_as(config: RunConfig, examples: Examples, tokenizer: Tokenizer) -> TokenisedSplit:
-    """Examples as the run's model sees them."""
+    """Examples as the run's model is to see them."""
     corpus, joint = config.corpus, config.heads.pair_encoding == "joint"
     return tokenise(examples, tokenizer, corpus.max_length, corpus.cache, joint)
 

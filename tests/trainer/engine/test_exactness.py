@@ -68,7 +68,9 @@ ODD = [
 OBJECTIVE = [
     case(stage, "pcgrad", objective=objective) for stage in (None, 2, 3) for objective in ("adversarial", "masked")
 ]
-CASES = EVERYWHERE + ODD + OBJECTIVE
+# The order of a pair is drawn: by its place in the batch, whoever has it.
+JOINT = [case(stage, "pcgrad", pair_encoding="joint", accumulation=2) for stage in (None, 2, 3)]
+CASES = EVERYWHERE + ODD + OBJECTIVE + JOINT
 
 
 @pytest.fixture(scope="session")
@@ -100,7 +102,8 @@ class Dense:
         batch = config.batch.model_copy(
             update={key: case[key] for key in ("batch_size", "task_schedule") if key in case}
         )
-        self.config = config.model_copy(update={"batch": batch})
+        heads = config.heads.model_copy(update={key: case[key] for key in ("pair_encoding",) if key in case})
+        self.config = config.model_copy(update={"batch": batch, "heads": heads})
         tokenizer = load_tokenizer(prepared.encoder)
         self.objective = OBJECTIVES[case.get("objective", "supervised")]
         self.splits = {name: load_split(self.config, name, "train", tokenizer) for name in config.corpus.names}
