@@ -168,11 +168,11 @@ def launch(
     environment = _environment(env or {}, processes, store.port)
     requests: list[int] = []
 
-    def take(number: int, frame: object) -> None:
+    def note(number: int, frame: object) -> None:
         leave_terminal(number)
         requests.append(number)
 
-    handlers = {number: signal.signal(number, take) for number in stop_signals()}
+    handlers = {number: signal.signal(number, note) for number in stop_signals()}
     guard = subprocess.Popen(["/bin/sh", "-c", GUARD], stdin=subprocess.PIPE, start_new_session=True)
     workers: list[Worker] = []
     try:

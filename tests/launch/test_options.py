@@ -18,8 +18,9 @@ from minbert.data.course import read_course
 from minbert.data.errors import DataError, UserError
 from minbert.data.reading import read_small, read_yaml
 from minbert.launch.main import main
-from minbert.launch.options import build_run_config, parse, read_options
+from minbert.launch.options import build_run_config, parse
 from minbert.launch.sweep import elements
+from minbert.launch.words import read_options
 from minbert.trainer.config import parse_config
 from minbert.trainer.model.bert import BertConfig
 from minbert.trainer.model.memory import require_memory
