@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -387,13 +386,6 @@ def test_there_is_no_allocation_here(monkeypatch):
 def test_counts(parts):
     text = ",".join(f"{n}(x{times})" if times > 1 else str(n) for n, times in parts)
     assert expand_counts(text) == tuple(n for n, times in parts for _ in range(times))
-
-
-def test_jobs_that_share_a_node_look_for_ports_in_different_places():
-    ports = replace(ALLOCATION, job_id="100").free_ports(5)
-    assert len(set(ports)) == 5 and not set(ports) & set(replace(ALLOCATION, job_id="101").free_ports(5))
-    with socket.create_server(("", ports[0])):
-        assert ports[0] not in replace(ALLOCATION, job_id="100").free_ports(5)
 
 
 def test_mismatches():
