@@ -53,7 +53,7 @@ def train_trial(config: RunConfig, stop: StopRequest, begin: Callable[[int], Non
 
 def count_steps(config: RunConfig) -> int:
     """Optimizer steps of a resolved configuration's budget; reads data only where the budget is in epochs, and once."""
-    from minbert.trainer.run.preparation import build_plan, load_examples_of
+    from minbert.trainer.run.data import build_plan, load_examples_of
 
     if config.budget.steps is not None:
         return config.budget.steps

@@ -86,7 +86,7 @@ class StopRequest:
         if self.signal is not None:
             raise Stopped
 
-    def agreed(self, world: "World") -> bool:
+    def reached_any(self, world: "World") -> bool:
         """Whether any process was asked to stop; the same answer on all. Collective.
 
         The flag travels through memory of the CPU, so that asking never waits for a GPU.
