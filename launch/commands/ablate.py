@@ -1,9 +1,7 @@
 """`minbert ablate`: what each extension of the baseline brings, alone, added up, left out, and combined, over seeds."""
 
 import shlex
-import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime
 from functools import partial
@@ -17,21 +15,19 @@ from rich.table import Table
 from minbert.data.errors import UserError
 from minbert.data.files import replacing, to_json
 from minbert.data.reading import read_yaml
+from minbert.launch.ablating import run_here, run_on_ray, submit_missing
 from minbert.launch.help import Option
 from minbert.launch.many_runs import (
     check_data_and_model,
-    leave_without_ray,
     merged_resources,
     only_driver,
     read_many_runs,
     retry_failed,
 )
 from minbert.launch.options import build_run_config
-from minbert.launch.trial import train_trial
-from minbert.slurm.status import inspect_runs, is_active
+from minbert.slurm.status import is_active
 from minbert.trainer.config import Seed, flat_options, flatten, parse_config
 from minbert.trainer.processes.exit_codes import ExitCode
-from minbert.trainer.processes.stop import StopRequest
 from minbert.tuning.ablation import (
     ABLATION_FILE,
     DEFAULT,
@@ -47,7 +43,7 @@ from minbert.tuning.ablation import (
 from minbert.tuning.comparison import Row, compare
 from minbert.tuning.search import base_options
 from minbert.tuning.space import Parameters
-from minbert.tuning.trial import LOCK, METRIC, Trial, better, score_of
+from minbert.tuning.trial import LOCK, Trial
 
 DESCRIPTION = (
     "Measure extensions against the paper's baseline (features=baseline, hidden_layers=1, freeze=encoder), or go on "
@@ -101,16 +97,16 @@ def main(arguments: list[str]) -> int:
         print(f"{variants} variants with {seeds} seeds: {len(trials)} runs, {over} are over.", flush=True)
         begin = partial(_begin, folder, ablation, trials, options.get("retry_failed", False))
         if options.get("slurm"):
-            _submit_missing(folder, ablation, trials, line.job, begin)
+            submit_missing(folder, ablation, trials, line.job, begin)
             if left := sum(trial.status != "finished" for trial in trials):
                 print(f"{left} runs are not finished. Repeat the command when they are, for the table.")
                 return ExitCode.FINISHED
             return _conclude(folder, ablation, trials)
         if options.get("ray") or "address" in options:
-            code = _run_on_ray(folder, ablation, trials, options.get("address"), begin)
+            code = run_on_ray(folder, ablation, trials, options.get("address"), begin)
         else:
             begin()
-            code = _run_here(ablation, trials)
+            code = run_here(ablation, trials)
         if code == ExitCode.INTERRUPTED:
             print(f"Stopped, and saved. To go on: minbert ablate --ablation {shlex.quote(str(folder))}")
         return code if code != ExitCode.FINISHED else _conclude(folder, ablation, trials)
@@ -172,111 +168,6 @@ def _baseline(run: dict[str, Any], saved: Ablation | None) -> Parameters:
         given = {name: value for name, value in given.items() if name not in content}
     config = build_run_config(given | run)
     return {name: flatten(config)[name] for name in PAPER_BASELINE} | base_options(config)
-
-
-def _run_here(ablation: Ablation, trials: Sequence[Trial]) -> int:
-    """One run after another, in this process."""
-    from minbert.tuning.background import BackgroundTraining, free_memory, tells_of_disk
-
-    with StopRequest() as stop:
-        for number, trial in enumerate(trials, 1):
-            if trial.over:
-                continue
-            print(f"[{number}/{len(trials)}] {trial.name}", flush=True)
-            trial.status, trial.started, trial.error = "running", trial.started or time.time(), None
-            trial.write()
-            training = BackgroundTraining(train_trial, trial.folder.absolute(), ablation.options(trial), trial.step)
-            while not training.over:
-                if stop.signal is not None:
-                    training.end()
-                if evaluation := training.next(1.0):
-                    trial.step, trial.steps = evaluation["step"], training.steps
-                    trial.score = better(trial.score, score_of(evaluation))
-                    trial.write()
-            free_memory()
-            code, error = training.ending
-            if code != ExitCode.FINISHED and tells_of_disk(error):
-                trial.status = "pending"
-                trial.write()
-                raise UserError(
-                    f"{trial.folder}: {error.strip().splitlines()[-1]}\nMake room, then repeat the command."
-                )
-            if code == ExitCode.INTERRUPTED:
-                trial.status = "pending"
-                trial.write()
-                stop.exit_code = ExitCode.INTERRUPTED
-                return ExitCode.INTERRUPTED
-            trial.status, trial.ended = "finished" if code == ExitCode.FINISHED else "failed", time.time()
-            trial.error = error.strip().splitlines()[-1] if error else None
-            trial.write()
-            if code == ExitCode.USER_MISTAKE and not any(other.score is not None for other in trials):
-                raise UserError(error)  # the others would fail alike
-            if trial.error:
-                print(f"{trial.name} failed: {trial.error}", flush=True)
-            if stop.signal is not None:
-                return ExitCode.INTERRUPTED
-    return ExitCode.FINISHED
-
-
-def _run_on_ray(
-    folder: Path, ablation: Ablation, trials: Sequence[Trial], address: str | None, begin: Callable[[], None]
-) -> int:
-    if all(trial.done for trial in trials):
-        begin()
-        return ExitCode.FINISHED
-    from minbert.tuning.cluster import join_or_start
-
-    def tell(trial: Trial) -> None:
-        over = sum(other.over for other in trials)
-        shown = "" if trial.score is None or not trial.over else f" {trial.score:.3f}"
-        print(
-            f"[{over}/{len(trials)}] {trial.name} {trial.status}{shown}" + (f": {trial.error}" if trial.error else "")
-        )
-
-    where = f"--address {address}" if address else "--ray"
-    lost = partial(leave_without_ray, f"minbert ablate --ablation {shlex.quote(str(folder))} {where}")
-    with StopRequest() as stop:
-        with join_or_start(address, folder, lost):
-            from minbert.tuning.driver import TrialRunner
-            from minbert.tuning.strategy import Strategy
-
-            runner = TrialRunner(
-                folder,
-                options=ablation.options,
-                train=train_trial,
-                resources=ablation.resources,
-                parallel=parse_config(ablation.baseline, ABLATION_FILE).parallel,
-            )
-            begin()
-            if problem := runner.run(trials, stop=stop, tell=tell, strategy=Strategy()):
-                print(f"minbert: {problem}", file=sys.stderr, flush=True)
-        stop.exit_code = ExitCode.INTERRUPTED if stop.signal is not None else ExitCode.FINISHED
-    return ExitCode.FINISHED if all(trial.over for trial in trials) else ExitCode.INTERRUPTED
-
-
-def _submit_missing(
-    folder: Path, ablation: Ablation, trials: Sequence[Trial], job: Mapping[str, Any], begin: Callable[[], None]
-) -> None:
-    """Look how the runs stand on the cluster, and submit those that are neither finished nor have a job."""
-    from minbert.launch.submitting import job_settings, prepare_and_submit, with_processes
-
-    settings = job_settings(None, job)
-    begin()
-    missing = []
-    for trial, report in zip(trials, inspect_runs([trial.folder for trial in trials])):
-        scores = [record[METRIC] for record in trial.evaluations()]
-        trial.score, trial.steps = max(scores, default=None), report.total
-        trial.step = trial.evaluations()[-1]["step"] if scores else 0
-        trial.status = "finished" if report.finished else "running" if report.active and report.nodes else "pending"
-        trial.error = None
-        if report.state == "failed":
-            trial.status, trial.error = "failed", report.detail or None
-        trial.write()
-        if trial.status != "finished" and not report.active:
-            missing.append(trial)
-    if missing:
-        configs = [parse_config(ablation.options(trial) | {"run": trial.folder}, trial.name) for trial in missing]
-        prepare_and_submit([with_processes(config, settings) for config in configs], settings, folder)
 
 
 def _conclude(folder: Path, ablation: Ablation, trials: Sequence[Trial]) -> int:

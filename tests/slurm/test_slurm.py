@@ -27,8 +27,8 @@ from minbert.slurm.records import Records, Submission
 from minbert.slurm.settings import JobSettings, parse_time, resolve_settings
 from minbert.slurm.snapshot import take_snapshot
 from minbert.slurm.status import inspect_runs, is_active
-from minbert.slurm.submission import is_refusal, kept_task, mark_cancelled
-from minbert.slurm.submission import submit as submit_runs
+from minbert.slurm.submission import Task, is_refusal, kept_task, mark_cancelled
+from minbert.slurm.submission import submit as submit_tasks
 from minbert.slurm.supervisor import KILLED, accept, bounded, complaint
 from minbert.slurm.verdict import Error, Evidence, Next, Verdict, judge
 from minbert.trainer.checkpoint.format import published, read_manifest
@@ -230,9 +230,9 @@ def test_every_element_has_a_folder_of_its_own(values):
 def test_a_sweep_is_split_at_the_sites_array_limit(monkeypatch):
     parts = []
     monkeypatch.setattr("minbert.slurm.controller.largest_array", lambda: 4)
-    monkeypatch.setattr("minbert.slurm.submission._submit_part", lambda runs, *rest: parts.append(len(runs)) or runs)
-    runs = [Path(f"/run{index}") for index in range(10)]
-    assert submit_runs(runs, [None] * 10, JobSettings(), Path(), Path(), [None] * 10, "x") == runs
+    monkeypatch.setattr("minbert.slurm.submission._submit_part", lambda tasks, *rest: parts.append(len(tasks)) or tasks)
+    tasks = [Task(Path(f"/run{index}"), print) for index in range(10)]
+    assert submit_tasks(tasks, JobSettings(), Path(), Path(), "x") == tasks
     assert parts == [4, 4, 2]
 
 

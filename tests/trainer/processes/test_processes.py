@@ -361,8 +361,10 @@ def test_gloo_takes_the_loopback_beside_nccl_too(monkeypatch):
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     for has_gpus in (False, True):
         monkeypatch.setattr(torch.cuda, "is_available", lambda has_gpus=has_gpus: has_gpus)
-        assert _environment({}, 1, 1234)["GLOO_SOCKET_IFNAME"] == "lo"
-        assert _environment({"GLOO_SOCKET_IFNAME": "ib0"}, 1, 1234)["GLOO_SOCKET_IFNAME"] == "ib0"
+        assert _environment(1, 1234)["GLOO_SOCKET_IFNAME"] == "lo"
+        with monkeypatch.context() as patch:
+            patch.setenv("GLOO_SOCKET_IFNAME", "ib0")
+            assert _environment(1, 1234)["GLOO_SOCKET_IFNAME"] == "ib0"
 
 
 @pytest.mark.parametrize("given", ["0,1", "GPU-6c1b", "", "-1", "NoDevFiles"])
