@@ -13,7 +13,8 @@ from rich.console import Console
 from minbert.data.errors import UserError
 from minbert.data.examples import Examples
 from minbert.data.task import Split, Task
-from minbert.launch.options import open_option, parse
+from minbert.launch.help import open_option
+from minbert.launch.options import parse
 from minbert.launch.outputs import require_place, whole_or_gone, writing
 from minbert.trainer.evaluation.prediction_files import written
 from minbert.trainer.processes.exit_codes import ExitCode
