@@ -43,7 +43,7 @@ class Work:
     tasks: tuple[str, ...]
     output: Path
     data: str = "builtin"
-    """`builtin`, a folder with the course's files, `hub`, or `hub:DIR`; a task with files of its own has its rows there."""
+    """`builtin`, a folder with the course's files, `hub`, or `hub:DIR`; a task with own files has its rows there."""
     task_folder: Path | None = None
     """A folder with declarations of tasks of one's own, NAME.yaml."""
     bad_rows: BadRows = "refuse"

@@ -60,8 +60,9 @@ class Apertium:
             there = sorted(path.stem for path in (DATA / "modes").glob("*.mode") if path.stem.count("-") == 1)
             pivots = [name for name in there if name.startswith(f"{source}-") and "_" not in name]
             raise UserError(
-                f"Apertium has no direction {source}-{target} here; from {source} it has {', '.join(pivots) or 'none'}. "
-                f"apt-cache search ^apertium- lists the packages; give another --pivot, or a neural --translator"
+                f"Apertium has no direction {source}-{target} here; from {source} it has "
+                f"{', '.join(pivots) or 'none'}. `apt-cache search ^apertium-` lists the packages; give another "
+                "--pivot, or a neural --translator"
             )
         return f"{source}-{target}"
 
@@ -116,14 +117,16 @@ class _Pipe:
     def _ask(self, sentences: Sequence[str]) -> list[str]:
         """The answers, up to the one of which the programs die, or over which they fall silent."""
         process = self._start()
+        assert process.stdout is not None
+        output = process.stdout.fileno()
         written = b"".join(f"{_escape(sentence)}{_END}".encode() + b"\0" for sentence in sentences)
         writer = threading.Thread(target=_write, args=(process.stdin, written), daemon=True)
         writer.start()
         answers: list[str] = []
         rest = b""
         while len(answers) < len(sentences):
-            ready, _, _ = select.select([process.stdout], [], [], SILENCE)
-            read = os.read(process.stdout.fileno(), 1 << 16) if ready else b""  # type: ignore[union-attr]
+            ready, _, _ = select.select([output], [], [], SILENCE)
+            read = os.read(output, 1 << 16) if ready else b""
             if not read:
                 self.close()
                 writer.join()

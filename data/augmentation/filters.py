@@ -1,7 +1,7 @@
 """What drops a back translation: reasons to think that it is no paraphrase, no new sentence, or no fair one.
 
-A filter is a function of the text and its back translation. They are asked in the order of `FILTERS`, and the first that
-objects counts. Similarity by an encoder, which needs a model, comes last, for what the others left.
+A filter is a function of the text and its back translation. They are asked in the order of `FILTERS`, and the first
+that objects counts. Similarity by an encoder, which needs a model, comes last, for what the others left.
 """
 
 import re
@@ -15,7 +15,8 @@ Filter = Literal["empty", "unknown", "equal", "copy", "length", "numbers", "name
 SIMILARITY = "similarity"
 
 # Numbers that are written out and mean nothing else; "one" may be a pronoun.
-_WORDS = dict(zip("two three four five six seven eight nine ten eleven twelve".split(), map(str, range(2, 13))))
+_TWO_ON = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+_WORDS = {word: str(number) for number, word in enumerate(_TWO_ON, 2)}
 _MARK = re.compile(r"(?<![\w*@#])[*@#](?=\w)")
 _MARKED = re.compile(r"(?<![\w*@#])[*@#](\w[\w'’-]*)")
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
@@ -98,8 +99,8 @@ def numbers(text: str) -> Counter[str]:
 
 
 def names(text: str) -> set[str]:
-    """Capitalised words, but for a sentence's first: lower-cased, without a possessive. None of a title, whose long words
-    all begin with a capital."""
+    """Capitalised words, but for a sentence's first: lower-cased, without a possessive. None of a title, whose long
+    words all begin with a capital."""
     words = list(_WORD.finditer(text))
     long = [match[0] for match in words[1:] if len(match[0]) > 4]
     if len(long) > 2 and all(word[0].isupper() for word in long):

@@ -1,8 +1,8 @@
 """Neural translators behind EasyNMT's seam: its own AutoModel over Marian, M2M, mBART and NLLB, and CTranslate2.
 
 A translator is named by `opus-mt` (a Marian model per direction, from the hub), a hub name of a model for all
-directions, or a folder: of one such model, or with a folder for each direction, DIR/en-zh and DIR/zh-en. Folders need no
-network. Whether transformers or CTranslate2 runs a model, its files say.
+directions, or a folder: of one such model, or with a folder for each direction, DIR/en-zh and DIR/zh-en. Folders need
+no network. Whether transformers or CTranslate2 runs a model, its files say.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """A task's new rows: what the paper makes of a row and its back translations, with where each came from, in a file.
 
-Of a pair (s1, s2) come (s1', s2), (s1, s2') and (s1', s2') for every variant, of a single sentence s' alone. The file has
-the task's columns, so that it is read like any other file of the task, and those of `ORIGIN` beside them.
+Of a pair (s1, s2) come (s1', s2), (s1, s2') and (s1', s2') for every variant, of a single sentence s' alone. The file
+has the task's columns, so that it is read like any other file of the task, and those of `ORIGIN` beside them.
 """
 
 import csv
@@ -20,8 +20,8 @@ from minbert.data.examples import Examples
 from minbert.data.files import replacing
 from minbert.data.task import Task, named
 
-# source: id of the row that it was made of; source_digest: of that row's sentences and label; replaced: columns that are
-# back translations; pivot, model (with its digest), variant: of which.
+# source: id of the row that it was made of; source_digest: of that row's sentences and label; replaced: columns that
+# are back translations; pivot, model (with its digest), variant: of which.
 ORIGIN = ("task", "source", "source_digest", "replaced", "pivot", "model", "variant")
 
 
@@ -44,8 +44,8 @@ class NewRow:
 
 def new_rows(examples: Examples, variants: Mapping[str, Sequence[Variant]]) -> tuple[list[NewRow], list[NewRow]]:
     """The new rows in the order of `examples`, and those that were dropped because their two sentences had become the
-    same, which says more than their label. `variants`: of each text; both sides of a pair are replaced by variants of one
-    pivot, model and number."""
+    same, which says more than their label. `variants`: of each text; both sides of a pair are replaced by variants of
+    one pivot, model and number."""
     kept: list[NewRow] = []
     equal: list[NewRow] = []
     task = examples.task

@@ -1,4 +1,4 @@
-"""Which back translations are kept: the filters over all texts and recipes, and what they dropped, counted and shown."""
+"""Which back translations are kept: the filters over all texts and recipes, and what they dropped, counted."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence

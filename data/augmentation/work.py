@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from minbert.data.augmentation.recipe import Recipe
 from minbert.data.augmentation.round_trip import Model, RoundTrip
@@ -155,8 +155,8 @@ def _hand_out(workers: dict[Connection, Any], queue: deque[Unit], progress: Prog
             if queue and connection not in held:
                 held[connection] = queue.popleft()
                 connection.send((held[connection], PATIENCE if busy[connection] else 0.0))
-        for connection in wait(list(held)):
-            assert isinstance(connection, Connection)
+        for ready in wait(list(held)):
+            connection = cast(Connection, ready)
             try:
                 kind, answer = connection.recv()
             except EOFError:

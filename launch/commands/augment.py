@@ -13,7 +13,7 @@ from rich.table import Table
 from minbert.data.augmentation.filters import FILTERS, SIMILARITY
 from minbert.data.augmentation.selection import REPEATED
 from minbert.data.augmentation.work import local_devices, missing, translate
-from minbert.launch.options import open_option, parse
+from minbert.launch.options import parse
 from minbert.launch.translation import REPORT, TranslationProgress, Work, finish, require_output
 from minbert.trainer.processes.exit_codes import ExitCode
 
@@ -21,7 +21,7 @@ from minbert.trainer.processes.exit_codes import ExitCode
 @dataclass(frozen=True)
 class AugmentOptions(Work):
     """Translate the sentences of tasks' training rows into another language and back, drop what is no paraphrase, and
-    write new rows for `minbert train --augmented`. What is translated is kept: the same command goes on after a kill."""
+    write new rows for `minbert train --augmented`. Translations are kept: the same command goes on after a kill."""
 
     tasks: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="TASK|FILE ...")]
     """Tasks to augment: names, or YAML files with the declaration of one's own."""

@@ -1,4 +1,4 @@
-"""Marian models with random weights and a real SentencePiece vocabulary, for both directions, as small as they can be."""
+"""Marian models with random weights and a real SentencePiece vocabulary, as small as they can be."""
 
 import json
 from pathlib import Path

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
+from minbert.data.augmentation.augmented import Augmentation, AugmentedSplit, appended, read_augmentation
 from minbert.data.examples import Examples, limit
 from minbert.data.plan import BatchPlan
 from minbert.data.sources import load_examples
@@ -19,11 +20,25 @@ def load_examples_of(config: RunConfig, task: str, split: Split) -> Examples:
     corpus = config.corpus
     examples = load_examples(corpus.data, corpus.task(task), split, corpus.bad_rows)
     most = {"train": corpus.train_limit, "dev": corpus.eval_limit}.get(split)
-    return examples if most is None else limit(examples, most)
+    examples = examples if most is None else limit(examples, most)
+    if split == "train" and corpus.augment_mode == "append":
+        examples = appended(examples, _augmentation(config, examples).examples)
+    return examples
 
 
 def load_split(config: RunConfig, task: str, split: Split, tokenizer: Tokenizer) -> TokenisedSplit:
-    return tokenise_as(config, load_examples_of(config, task, split), tokenizer)
+    """A split's tokens; of a training split, with the new rows that are drawn in the place of others."""
+    corpus, examples = config.corpus, load_examples_of(config, task, split)
+    tokenised = tokenise_as(config, examples, tokenizer)
+    if split == "train" and corpus.augment_mode == "draw" and len(new := _augmentation(config, examples)):
+        tokens = tokenise_as(config, new.examples, tokenizer)
+        return AugmentedSplit.of(tokenised, tokens, new.sources, corpus.augment_share)
+    return tokenised
+
+
+def _augmentation(config: RunConfig, examples: Examples) -> Augmentation:
+    corpus = config.corpus
+    return read_augmentation(corpus.augmented, corpus.names, examples, part=corpus.train_limit is not None)
 
 
 def tokenise_as(config: RunConfig, examples: Examples, tokenizer: Tokenizer) -> TokenisedSplit:

@@ -106,7 +106,11 @@ def converted(models, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("converted")
     for direction in ("en-xx", "xx-en"):
         files = ["tokenizer_config.json", "vocab.json", "source.spm", "target.spm"]
-        command = [str(Path(sys.executable).with_name("ct2-transformers-converter")), "--model", str(models / direction)]
+        command = [
+            str(Path(sys.executable).with_name("ct2-transformers-converter")),
+            "--model",
+            str(models / direction),
+        ]
         command += ["--output_dir", str(folder / direction), "--copy_files", *files]
         subprocess.run(command, check=True, capture_output=True, timeout=300)
     return folder
