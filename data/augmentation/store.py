@@ -57,7 +57,7 @@ class Store:
                 path.unlink(missing_ok=True)
                 continue
             self._read.add(path.name)
-            for line in content.decode().splitlines():
+            for line in content.decode().split("\n")[:-1]:  # there are other line breaks in texts
                 text, pivot, back = json.loads(line)
                 self.translations.setdefault(text, Translation(pivot, back))
 

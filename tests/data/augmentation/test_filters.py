@@ -103,5 +103,10 @@ def test_marks_go_and_what_was_written_so_stays():
 
 def test_numbers_and_names():
     assert numbers("1,000 of 2,5 in two or 2") == {"1000": 1, "2,5": 1, "2": 2}
-    assert names("But Jodie Meyers, Stacy Young's sister, said so. Then I left.") == {"jodie", "meyers", "stacy", "young"}
+    assert names("But Jodie Meyers, Stacy Young's sister, said so. Then I left.") == {
+        "jodie",
+        "meyers",
+        "stacy",
+        "young",
+    }
     assert names("Iraq Said to Release Hezbollah Operative") == set()
