@@ -173,6 +173,7 @@ class Bert(nn.Module):
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.pooler = Pooler(config)
+        self.fixed = 0  # so many parts, from the embeddings up, are not to be trained at present
         self.apply(self._initialise)
 
     @property
@@ -199,13 +200,20 @@ class Bert(nn.Module):
         input_ids, positions, types = sentences.input_ids, layout.position, sentences.token_type_ids
         if layout.order is not None:
             input_ids, positions, types = input_ids[layout.order], positions[layout.order], types[layout.order]
-        return self.embeddings(input_ids, positions, types)
+        with self._graph(0):
+            return self.embeddings(input_ids, positions, types)
 
     def encode(self, hidden: Tensor, layout: SentenceLayout) -> Tensor:
         """From what `embed` gives to the last layer's hidden states (N, H), in the order of the sentences."""
-        for layer in self.layers:
-            hidden = layer(hidden, layout)
+        for number, layer in enumerate(self.layers, 1):
+            with self._graph(number, hidden):
+                hidden = layer(hidden, layout)
         return hidden if layout.restore is None else hidden.index_select(0, layout.restore)
+
+    def _graph(self, part: int, *inputs: Tensor) -> torch.set_grad_enabled:
+        """Context of a part: what is fixed, and whose inputs want no gradient either, leaves none to keep for it."""
+        wanted = part >= self.fixed or any(tensor.requires_grad for tensor in inputs)
+        return torch.set_grad_enabled(wanted and torch.is_grad_enabled())
 
     def forward_padded(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
