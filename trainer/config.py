@@ -153,6 +153,12 @@ class OptimizerConfig(Section):
     """Share of the steps over which the learning rate rises from zero."""
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest norm of the gradient; 0 does not clip."""
+    head_warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the steps, at the beginning, that train the heads alone over an encoder that stays as it is."""
+    unfreeze: Literal["at_once", "gradual"] = "at_once"
+    """How the encoder joins after that: all of it, or one layer after another from the top."""
+    unfreeze_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of the steps after which a gradual unfreezing has reached the embeddings."""
 
     @property
     def peaks(self) -> tuple[float, float]:
@@ -242,6 +248,8 @@ class RunConfig(Section):
 
     run: Folder | None = None
     """Run folder; one that exists is resumed. The default is a new one under runs/."""
+    recipe: tuple[str, ...] = ()
+    """Named settings to start from, the later laid over the earlier: `paper-full minilm`; `list` shows all."""
     seed: Seed = 0
     """Seed of the weights, the dropout and the order of the data."""
     log_every: Count = 10
@@ -279,6 +287,13 @@ class RunConfig(Section):
             raise ValueError(
                 f"accumulation={self.batch.accumulation} parts of a batch_size={self.batch.batch_size} would be empty"
             )
+        if self.encoder.freeze == "encoder" and self.unfreezes:
+            raise ValueError("freeze=encoder trains the heads alone to the end: leave out head_warmup and unfreeze")
+        if self.optimizer.unfreeze == "gradual" and self.optimizer.head_warmup > self.optimizer.unfreeze_share:
+            raise ValueError(
+                f"head_warmup={self.optimizer.head_warmup:g} ends after the unfreezing would, which "
+                f"unfreeze_share={self.optimizer.unfreeze_share:g} of the steps are for"
+            )
         try:
             source = self._weights_from()
         except UserError as error:
@@ -305,10 +320,16 @@ class RunConfig(Section):
         return parse_method(self.batch.aggregator)[1].source  # imports nothing that the text names
 
     @property
-    def trains_tasks_apart(self) -> bool:
-        """Whether some backward passes are for one task only."""
-        surgery = self._weights_from() != "losses"
-        return surgery or self.batch.measure_every is not None or self.batch.task_schedule != "all"
+    def unfreezes(self) -> bool:
+        """Whether parts of the encoder join later."""
+        return self.optimizer.head_warmup > 0 or self.optimizer.unfreeze == "gradual"
+
+    @property
+    def leaves_out_parts(self) -> bool:
+        """Whether some backward passes do not reach every part that is trained: those of one task only, or above what
+        is not trained yet."""
+        alone = self._weights_from() != "losses" or self.batch.measure_every is not None
+        return alone or self.batch.task_schedule != "all" or self.unfreezes
 
 
 # Options by which a resumed run may differ from what its folder says.
@@ -332,6 +353,7 @@ MAY_CHANGE = frozenset(
         "deterministic",
         "timeout",
         "accumulation",
+        "recipe",
         "log_every",
         "trackers",
         "cache",

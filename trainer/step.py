@@ -141,7 +141,9 @@ class TrainingStep:
         heads = torch.ones(len(names))  # surgery is for what the tasks share
         if self.aggregator.source == "losses":
             heads = weights
-        mean = weights if weights.ndim == 1 else weights.mean(0)
+        rates = self._rates(step)
+        trained = [index for index, layer in enumerate(self.layers) if rates.get(layer)]
+        mean = weights if weights.ndim == 1 else weights[trained or ...].mean(0)
         result.weights = {name: self._weight(mean, name) for name in names}
         per_task = [dict(zip(self.layers, column.tolist())) for column in by_layer.T]
         return result, combine(self.engine.shards, gradients, per_task, heads.tolist())
@@ -155,6 +157,7 @@ class TrainingStep:
         """The gradient of each loss, a function of the part of the batch, without the parts of the model that are
         frozen at this step: they have no say in surgery, nor in the norm."""
         rates, shards = self._rates(step), self.engine.shards
+        self.engine.fix_below(rates)
         found = self.engine.gradients(losses, self.accumulation)
         return [[part if rates.get(shard.part) else None for shard, part in zip(shards, each)] for each in found]
 

@@ -7,7 +7,6 @@ from enum import Enum
 from minbert.data.errors import UserError
 from minbert.trainer.assembly import assemble_engine, assemble_step
 from minbert.trainer.config import RunConfig
-from minbert.trainer.engine.optimizer import rate_factor
 from minbert.trainer.evaluation.scoring import evaluate
 from minbert.trainer.metrics import MetricsWindow
 from minbert.trainer.processes import world as distributed
@@ -111,6 +110,9 @@ class Training:
 
     def _train_one_step(self) -> None:
         state, every = self.state, self.config.batch.measure_every
+        if self.config.unfreezes:
+            rates, layers = self.training_step.rates(state.step), self.training_step.layers
+            self.reporter.progress.trains(state.step, tuple(part for part in layers if rates[part]), layers)
         measured = every is not None and (state.step + 1) % every == 0
         result = self.training_step(state.step, measured)
         state.step += 1
@@ -123,10 +125,12 @@ class Training:
         self.reporter.progress.advance(state.step)
 
     def _log(self, result: StepResult) -> None:
-        step, optimizer = self.state.step, self.config.optimizer
-        factor = rate_factor(step - 1, self.budget.planned_steps, optimizer)
-        peaks = dict(zip(("lr", "head_lr"), optimizer.peaks, strict=True))
-        shown = {name: peak * factor for name, peak in peaks.items()}
+        step, layers = self.state.step, self.training_step.layers
+        rates = self.training_step.rates(step - 1)
+        shown = {"lr": max((rates[part] for part in layers), default=0.0)}
+        shown["head_lr"] = max(rate for part, rate in rates.items() if part not in layers)
+        if self.config.unfreezes:
+            shown["trained_parts"] = sum(rates[part] > 0 for part in layers)
         self.reporter.log(step, self.window.close() | shown | result.measurements)
         if self.world.is_main and result.gramians is not None:
             self.folder.append_gramians(gramian_record(step, list(result.losses), result.gramians))

@@ -19,6 +19,7 @@ from minbert.launch.processes import record_errors
 from minbert.trainer.config import RunConfig
 from minbert.trainer.engine.base import build_accelerator, build_engine
 from minbert.trainer.engine.optimizer import parameter_groups
+from minbert.trainer.engine.optimizer import rates as scheduled_rates
 from minbert.trainer.processes import world as distributed
 from minbert.trainer.processes.random_state import seed_everything
 from minbert.trainer.processes.world import World
@@ -30,6 +31,8 @@ from minbert.trainer.step import TrainingStep
 # AdamW divides by the root of its second moment: where a gradient is nothing but rounding error, an update would be as
 # large as any other. A large epsilon leaves only what can be compared.
 OPTIMIZERS = {"sgd": partial(torch.optim.SGD, lr=1.0), "adamw": partial(torch.optim.AdamW, lr=1.0, eps=1e-3)}
+# Of five steps, the first trains the heads, and the others the encoder down to layer 1, layer 0, the embeddings.
+UNFREEZING = {"head_warmup": 0.2, "unfreeze": "gradual", "unfreeze_share": 0.6, "lr_schedule": "constant"}
 
 
 def configured(config: RunConfig, case: dict) -> RunConfig:
@@ -40,8 +43,10 @@ def configured(config: RunConfig, case: dict) -> RunConfig:
     }
     heads = {key: case[key] for key in ("pair_encoding",) if key in case}
     parallel = {"zero_stage": case["zero_stage"]}
+    optimizer = UNFREEZING if "unfreezing" in case else {}
     return config.model_copy(
         update={
+            "optimizer": config.optimizer.model_copy(update=optimizer),
             "batch": config.batch.model_copy(update=batch),
             "heads": config.heads.model_copy(update=heads),
             "parallel": config.parallel.model_copy(update=parallel),
@@ -64,6 +69,8 @@ def run_case(run: RunFolder, case: dict, world: World, out: Path) -> None:
     engine.train()
 
     def rates(number: int) -> dict[str, float]:
+        if "unfreezing" in case:
+            return scheduled_rates(number, case["steps"], config.optimizer, engine.peak_rates)
         frozen = {"layer 0": 0.0} if number == case.get("frozen_at") else {}
         return engine.peak_rates | frozen
 

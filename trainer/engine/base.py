@@ -26,8 +26,8 @@ from minbert.trainer.processes.world import World, world_size
 def build_accelerator(config: RunConfig, world: World, **kwargs: Any) -> Accelerator:
     """Accelerate's view of this run. `kwargs` go to Accelerator (trackers)."""
     if config.parallel.zero_stage is None:
-        # A backward pass for one task leaves the other tasks' heads without a gradient.
-        unused = DistributedDataParallelKwargs(find_unused_parameters=config.trains_tasks_apart)
+        # Such as one for a single task, which leaves the other tasks' heads without a gradient.
+        unused = DistributedDataParallelKwargs(find_unused_parameters=config.leaves_out_parts)
         return Accelerator(cpu=world.device.type == "cpu", kwargs_handlers=[unused], **kwargs)
     plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(config.parallel.zero_stage))
     if world.device.type == "cpu":
@@ -160,6 +160,11 @@ class Engine:
         if self.is_sharded and self.accelerator.num_processes > 1:
             torch.distributed.all_reduce(value)
         return value
+
+    def fix_below(self, rates: Mapping[str, float]) -> None:
+        """Let the backward passes to come end at the lowest part of the encoder that has a rate."""
+        bert = self.module.bert
+        bert.fixed = next((number for number, part in enumerate(bert.parts) if rates.get(part)), len(bert.parts))
 
     def train(self) -> None:
         self.model.train()

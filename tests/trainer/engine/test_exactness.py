@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from exactness_worker import OPTIMIZERS
+from exactness_worker import OPTIMIZERS, UNFREEZING
 from safetensors.torch import load_file
 from torchjd.aggregation import PCGrad, UPGrad
 from toy_objectives import OBJECTIVES
@@ -22,7 +22,7 @@ from minbert.data.batch import Portion, make_batch
 from minbert.data.tokens import load_tokenizer
 from minbert.launch.options import parse_run_config
 from minbert.launch.processes import launch
-from minbert.trainer.engine.optimizer import parameter_groups
+from minbert.trainer.engine.optimizer import parameter_groups, rates
 from minbert.trainer.processes.random_state import seed_everything, stream
 from minbert.trainer.run.data import build_plan, load_split
 from minbert.trainer.run.folder import RunFolder
@@ -49,6 +49,11 @@ EVERYWHERE = [case(stage, "pcgrad", optimizer) for stage, optimizer in product(S
 EVERYWHERE += [case(stage, "sum") for stage in STAGES]
 # A head is trained at every third step, and is not there for the optimizer at the others.
 EVERYWHERE += [case(stage, "sum", "adamw", task_schedule="round_robin", steps=7) for stage in STAGES]
+EVERYWHERE += [
+    case(stage, aggregator, "adamw", unfreezing=True, steps=5, **more)
+    for stage in STAGES
+    for aggregator, more in [("sum", {}), ("pcgrad", {}), ("pcgrad", {"accumulation": 2})]
+]
 ODD = [
     case(stage, aggregator, **more)
     for stage in (None, 1, 2, 3)
@@ -103,7 +108,9 @@ class Dense:
             update={key: case[key] for key in ("batch_size", "task_schedule") if key in case}
         )
         heads = config.heads.model_copy(update={key: case[key] for key in ("pair_encoding",) if key in case})
-        self.config = config.model_copy(update={"batch": batch, "heads": heads})
+        optimizer = config.optimizer.model_copy(update=UNFREEZING if "unfreezing" in case else {})
+        self.config = config.model_copy(update={"batch": batch, "heads": heads, "optimizer": optimizer})
+        self.steps = case["steps"]
         tokenizer = load_tokenizer(prepared.encoder)
         self.objective = OBJECTIVES[case.get("objective", "supervised")]
         self.splits = {name: load_split(self.config, name, "train", tokenizer) for name in config.corpus.names}
@@ -126,13 +133,22 @@ class Dense:
         rows = [torch.autograd.grad(loss, self.trunk, retain_graph=True) for loss in losses]
         return torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
 
+    def frozen(self, step: int) -> set[int]:
+        """The encoder's parameters that are not trained yet at a step, which of all others is at the peak rate."""
+        joined = rates(step, self.steps, self.config.optimizer, [g["name"] for g in self.optimizer.param_groups])
+        return {id(p) for g in self.optimizer.param_groups if not joined[g["name"]] for p in g["params"]}
+
     def step(self, step: int, aggregate, clip: float = 0.0) -> list[float]:
-        losses = self.losses(step)
-        combined = aggregate(self.jacobian(losses), step)
+        losses, frozen = self.losses(step), self.frozen(step)
+        jacobian = self.jacobian(losses)
+        sizes = [p.numel() for p in self.trunk]
+        for parameter, columns in zip(self.trunk, jacobian.split(sizes, dim=1)):
+            columns.mul_(id(parameter) not in frozen)
+        combined = aggregate(jacobian, step)
         self.optimizer.zero_grad()
         sum(losses).backward()
-        for parameter, part in zip(self.trunk, combined.split([p.numel() for p in self.trunk])):
-            parameter.grad = part.view_as(parameter)
+        for parameter, part in zip(self.trunk, combined.split(sizes)):
+            parameter.grad = None if id(parameter) in frozen else part.view_as(parameter)
         if clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
         self.optimizer.step()
