@@ -141,6 +141,9 @@ class OptimizerConfig(Section):
     """Share of the steps over which the learning rate rises from zero."""
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest norm of the gradient; 0 does not clip."""
+    average_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Score, keep as the best model and export an exponential moving average of the weights with this decay (.999,
+    say) in place of the weights, with which training goes on."""
 
     @property
     def peaks(self) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from minbert.data.batch import Batch, TokenisedSplit, make_batch
 from minbert.data.plan import BatchPlan, share
 from minbert.trainer.engine.base import Engine, gradient_norm
+from minbert.trainer.engine.copies import Decays
 from minbert.trainer.engine.parts import Gradient
 from minbert.trainer.model.multitask import Objective, head_part
 from minbert.trainer.objectives.supervised import supervised
@@ -66,11 +67,15 @@ class TrainingStep:
         per_layer: bool = False,
         objective: Objective = supervised,
         rates: Callable[[int], Mapping[str, float]] | None = None,
+        copies: Decays | None = None,
     ):
         self.engine, self.plan, self.splits, self.world = engine, plan, splits, world
         self.accumulation, self.clip, self.per_layer = accumulation, clip, per_layer
         self.objective = objective
         self.rates = rates or (lambda step: engine.peak_rates)
+        self.copies = copies or {}
+        for name in self.copies:
+            engine.keep_copy(name)
         self.task_weights = task_weights or {}
         self.layers = engine.shared_parts
         groups = max(1, len(self.layers)) if per_layer else 1
@@ -167,7 +172,7 @@ class TrainingStep:
         return self.aggregator.from_gramian(products.by_layer if self.per_layer else products.encoder, step)
 
     def _update(self, gradient: Gradient, step: int, result: StepResult) -> None:
-        """Clip and step; or skip, if the gradient is not finite."""
+        """Clip, step, and let the copies of the weights follow; or skip, if the gradient is not finite."""
         result.grad_norm = gradient_norm(self.engine, gradient)
         if not result.grad_norm < float("inf"):
             broken = [name for name, loss in result.losses.items() if not abs(loss) < float("inf")]
@@ -177,6 +182,8 @@ class TrainingStep:
             scale = self.clip / (result.grad_norm + 1e-6)
             torch._foreach_mul_([part for part in gradient if part is not None], scale)
         self.engine.update(gradient, self._rates(step))
+        for name, decay in self.copies.items():
+            self.engine.move_copy(name, decay(step))
 
     def batches(self, names: tuple[str, ...], step: int, part: int) -> dict[str, Batch]:
         """This process's slice of part `part` of the step's batches."""

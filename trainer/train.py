@@ -10,6 +10,8 @@ from functools import partial
 from math import nan
 from pathlib import Path
 
+from torch import Tensor
+
 from minbert.data.batch import TokenisedSplit
 from minbert.data.errors import UserError
 from minbert.data.tokens import load_tokenizer
@@ -18,6 +20,7 @@ from minbert.trainer.checkpoint.resuming import newest_intact, refuse_another, r
 from minbert.trainer.checkpoint.saving import CheckpointWriter, now
 from minbert.trainer.config import RunConfig, flatten
 from minbert.trainer.engine.base import Engine, build_accelerator, build_engine
+from minbert.trainer.engine.copies import copies_of
 from minbert.trainer.engine.optimizer import build_optimizer, rate_factor, rates
 from minbert.trainer.evaluation.scoring import evaluate
 from minbert.trainer.metrics import MetricsWindow
@@ -98,6 +101,7 @@ class Training:
             clip=config.optimizer.clip,
             per_layer=config.batch.surgery_scope == "layer",
             rates=self._rates,
+            copies=copies_of(config),
         )
         if not self.training_step.layers and self.training_step.aggregator.source != "losses":
             log.warning("the encoder is frozen, so the tasks share nothing: %s is a plain sum", config.batch.aggregator)
@@ -199,18 +203,19 @@ class Training:
         """
         state, config = self.state, self.config
         budget = config.budget
-        self.engine.eval()
-        scores = evaluate(
-            self.engine, config.corpus.tasks, self.dev_splits, self.world, stop=lambda: self.stop.agreed(self.world)
-        )
-        self.engine.train()
-        if scores is None:
-            return False
+        with self.engine.evaluating():
+            scores = evaluate(
+                self.engine, config.corpus.tasks, self.dev_splits, self.world, stop=lambda: self.stop.agreed(self.world)
+            )
+            if scores is None:
+                return False
+            best = state.best_score is None or scores["overall"] > state.best_score
+            parameters = self.engine.full_state() if best else {}
         state.evaluated_at = state.step
         state.stale_evaluations += 1
-        if state.best_score is None or scores["overall"] > state.best_score:
+        if best:
             state.best_score, state.best_step, state.stale_evaluations = scores["overall"], state.step, 0
-            self._save_best(scores)
+            self._save_best(parameters, scores)
             if budget.extend_to is not None and state.step >= self.total_steps:
                 state.epochs = min(budget.extend_to, state.epochs + budget.passes)
                 self.progress.extend(self.total_steps)
@@ -218,9 +223,8 @@ class Training:
         self.progress.scores(state.step, scores, best=state.stale_evaluations == 0)
         return True
 
-    def _save_best(self, scores: dict[str, float]) -> None:
+    def _save_best(self, parameters: dict[str, Tensor], scores: dict[str, float]) -> None:
         """Write the model to its file; if the disk does not take it, no checkpoint may say that it is there."""
-        parameters = self.engine.full_state()
         if self.world.is_main:
             self.writer.first = partial(save_model, self.folder.best_model, parameters, self.state.step, scores)
             try:
@@ -248,6 +252,7 @@ class Training:
             code=self.code,
             shapes=self.engine.shapes,
             files={},
+            copies=list(self.engine.copies),
             total_steps=self.total_steps,
         )
 
