@@ -41,12 +41,14 @@ def configured(config: RunConfig, case: dict) -> RunConfig:
         for key in ("aggregator", "batch_size", "accumulation", "surgery_scope", "task_schedule")
         if key in case
     }
+    heads = {key: case[key] for key in ("pair_encoding",) if key in case}
     parallel = {"zero_stage": case["zero_stage"]}
     encoder = {"freeze": case["freeze"]} if "freeze" in case else {}
     return config.model_copy(
         update={
             "batch": config.batch.model_copy(update=batch),
             "encoder": config.encoder.model_copy(update=encoder),
+            "heads": config.heads.model_copy(update=heads),
             "parallel": config.parallel.model_copy(update=parallel),
         }
     )
@@ -110,15 +112,15 @@ def run_case(run: RunFolder, case: dict, world: World, out: Path) -> None:
 
 def averaged_weights(step: TrainingStep, build: Callable[[], MultitaskModel]) -> dict[str, torch.Tensor]:
     """The average, on rank 0, from the middle of an evaluation; the weights are afterwards what they were."""
-    engine, batches = step.engine, step.batches(step.plan.names, 0, 0)
+    engine, batch = step.engine, step.batch(step.plan.names, 0, 0)
     before = engine.full_state()
     with engine.evaluating(), torch.no_grad():
         average = engine.full_state()
-        outputs = engine(batches)
+        outputs = engine(batch)
     if average:
         model = build().eval()
         model.load_state_dict(average)
-        for name, expected in model(batches).items():
+        for name, expected in model(batch).items():
             torch.testing.assert_close(outputs[name], expected.detach())
     after = engine.full_state()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())

@@ -63,9 +63,7 @@ class Smoothness:
                 found = self._within(found.detach() + self.step_size * self._direction(gradient))
         return found
 
-    def _distances(
-        self, forward: Forward, one: Mapping[str, Tensor], other: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def _distances(self, forward: Forward, one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: divergence(forward.model.tasks[name], one[name], outputs) for name, outputs in other.items()}
 
     def _direction(self, gradient: Tensor) -> Tensor:
