@@ -13,15 +13,22 @@ from torch import Tensor
 from minbert.trainer.config import RunConfig
 
 AVERAGE = "average"  # the copy that is evaluated, saved as the best model and exported in place of the weights
+TEACHER = "teacher"  # whose outputs the proximal term keeps the model's near
 CHUNK = 1 << 20  # values that are exchanged at a time
 
 Decays = dict[str, Callable[[int], float]]  # name of a copy -> step -> its decay there
 
 
-def copies_of(config: RunConfig) -> Decays:
+def copies_of(config: RunConfig, planned_steps: int) -> Decays:
     """The copies of a run. After each update a copy becomes decay * copy + (1 - decay) * weights."""
-    decay = config.optimizer.average_decay
-    return {} if decay is None else {AVERAGE: partial(warmed_up, decay)}
+    copies: Decays = {}
+    if (decay := config.optimizer.average_decay) is not None:
+        copies[AVERAGE] = partial(warmed_up, decay)
+    if config.objective.proximal_weight:
+        first, later = config.objective.teacher_decays
+        change = config.objective.teacher_change * planned_steps
+        copies[TEACHER] = lambda step: first if step < change else later
+    return copies
 
 
 def warmed_up(decay: float, step: int) -> float:

@@ -11,8 +11,8 @@ from minbert.trainer.objectives.supervised import scaled
 def divergence(task: Task, one: Tensor, other: Tensor) -> Tensor:
     """(B,) distances of raw outputs (B, outputs): symmetric, never negative, zero where both say the same.
 
-    The symmetrised Kullback-Leibler divergence KL(p || q) + KL(q || p) of the predicted distributions (of several labels
-    their mean), or the squared error of a regression, in the unit of its labels (Jiang et al. 2020, section 3.1).
+    The symmetrised Kullback-Leibler divergence KL(p || q) + KL(q || p) of the predicted distributions, of several
+    labels their mean; or the squared error of a regression, in the unit of its labels (Jiang et al. 2020, section 3.1).
     """
     if task.kind == "classification":
         return _symmetric_kl(one.log_softmax(-1), other.log_softmax(-1)).sum(-1)

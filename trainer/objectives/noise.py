@@ -34,8 +34,8 @@ def _sequence_keys(batch: Batch, task: str, seed: int, step: int) -> Tensor:
 
 
 def normal(keys: Tensor, width: int) -> Tensor:
-    """(N, width) standard normal numbers from keys (N,) int64: the outputs of SplitMix64 (Steele et al. 2014) that start
-    from each key, two uniform numbers from the halves of each, and of these a normal one (Box and Muller 1958)."""
+    """(N, width) standard normal numbers from keys (N,) int64: what SplitMix64 (Steele et al. 2014) gives out from each
+    key on, of its bits two uniform numbers, and of these a normal one (Box and Muller 1958)."""
     columns = torch.arange(1, width + 1, device=keys.device)
     bits = _mix(keys[:, None] + _GOLDEN * columns)
     one = (_shifted(bits, 40) + 1).float() * 2.0**-24  # in (0, 1]

@@ -58,7 +58,8 @@ class Smoothness:
             for _ in range(self.steps):
                 found.requires_grad_()
                 moved = forward.again(embeddings=start + found)
-                total = sum(d.sum() for d in self._distances(forward, targets, moved.outputs).values())
+                distances = self._distances(forward, targets, moved.outputs)
+                total = torch.cat(list(distances.values())).sum()
                 (gradient,) = torch.autograd.grad(total, found)
                 found = self._within(found.detach() + self.step_size * self._direction(gradient))
         return found

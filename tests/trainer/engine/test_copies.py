@@ -46,8 +46,8 @@ def random_update(engine: Engine) -> None:
 def test_the_decay_warms_up_to_its_value():
     assert [warmed_up(0.999, n) for n in (0, 1, 90)] == [1 / 10, 2 / 11, 91 / 100]
     assert warmed_up(0.9, 80) == 0.9 and warmed_up(0.9, 79) < 0.9 and warmed_up(0.9, 10**6) == 0.9
-    assert copies_of(RunConfig()) == {}
-    assert copies_of(RunConfig(optimizer={"average_decay": 0.5}))[AVERAGE](100) == 0.5
+    assert copies_of(RunConfig(), 10) == {}
+    assert copies_of(RunConfig(optimizer={"average_decay": 0.5}), 10)[AVERAGE](100) == 0.5
 
 
 @settings(deadline=None, max_examples=30)
