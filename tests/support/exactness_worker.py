@@ -6,6 +6,7 @@ Started by the launcher: `python exactness_worker.py RUN CASES OUT`, where CASES
 import json
 import os
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -18,8 +19,10 @@ from minbert.data.tokens import load_tokenizer
 from minbert.launch.processes import record_errors
 from minbert.trainer.config import RunConfig
 from minbert.trainer.engine.base import build_accelerator, build_engine
+from minbert.trainer.engine.copies import AVERAGE, warmed_up
 from minbert.trainer.engine.optimizer import parameter_groups
 from minbert.trainer.engine.optimizer import rates as scheduled_rates
+from minbert.trainer.model.multitask import MultitaskModel
 from minbert.trainer.processes import world as distributed
 from minbert.trainer.processes.random_state import seed_everything
 from minbert.trainer.processes.world import World
@@ -44,10 +47,12 @@ def configured(config: RunConfig, case: dict) -> RunConfig:
     heads = {key: case[key] for key in ("pair_encoding",) if key in case}
     parallel = {"zero_stage": case["zero_stage"]}
     optimizer = UNFREEZING if "unfreezing" in case else {}
+    encoder = {"freeze": case["freeze"]} if "freeze" in case else {}
     return config.model_copy(
         update={
             "optimizer": config.optimizer.model_copy(update=optimizer),
             "batch": config.batch.model_copy(update=batch),
+            "encoder": config.encoder.model_copy(update=encoder),
             "heads": config.heads.model_copy(update=heads),
             "parallel": config.parallel.model_copy(update=parallel),
         }
@@ -85,6 +90,7 @@ def run_case(run: RunFolder, case: dict, world: World, out: Path) -> None:
         per_layer=config.batch.surgery_scope == "layer",
         objective=OBJECTIVES[case.get("objective", "supervised")],
         rates=rates,
+        copies={AVERAGE: partial(warmed_up, case["average"])} if "average" in case else None,
     )
     history = {}
     for number in range(case["steps"]):
@@ -100,11 +106,32 @@ def run_case(run: RunFolder, case: dict, world: World, out: Path) -> None:
         history[f"losses/{number}"] = torch.tensor(list(result.losses.values()), dtype=torch.float64)
         history[f"weights/{number}"] = torch.tensor(list(result.weights.values()), dtype=torch.float64)
         history[f"norm/{number}"] = torch.tensor(result.grad_norm, dtype=torch.float64)
+        if "average" in case:
+            average = averaged_weights(step, lambda: build_model(config, run))
     state = engine.full_state()
     held = sum(shard.length for shard in engine.shards if shard.is_shared)
     save_file(history | {"held": torch.tensor(held)}, out / f"{case['name']}-rank{world.rank}.safetensors")
     if world.is_main:
         save_file(state, out / f"{case['name']}.safetensors")
+        if "average" in case:
+            save_file(average, out / f"{case['name']}.average")
+
+
+def averaged_weights(step: TrainingStep, build: Callable[[], MultitaskModel]) -> dict[str, torch.Tensor]:
+    """The average, on rank 0, from the middle of an evaluation; the weights are afterwards what they were."""
+    engine, batch = step.engine, step.batch(step.plan.names, 0, 0)
+    before = engine.full_state()
+    with engine.evaluating(), torch.no_grad():
+        average = engine.full_state()
+        outputs = engine(batch)
+    if average:
+        model = build().eval()
+        model.load_state_dict(average)
+        for name, expected in model(batch).items():
+            torch.testing.assert_close(outputs[name], expected.detach())
+    after = engine.full_state()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    return average
 
 
 def main() -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from exactness_worker import OPTIMIZERS, UNFREEZING
 from safetensors.torch import load_file
+from torch.optim.swa_utils import AveragedModel
 from torchjd.aggregation import PCGrad, UPGrad
 from toy_objectives import OBJECTIVES
 
@@ -73,9 +74,14 @@ ODD = [
 OBJECTIVE = [
     case(stage, "pcgrad", objective=objective) for stage in (None, 2, 3) for objective in ("adversarial", "masked")
 ]
+# The average is evaluated after every step, in the place of the weights, and the training does not notice.
+AVERAGED = [
+    case(stage, aggregator, optimizer, average=0.6, freeze=1, steps=6)
+    for stage, (aggregator, optimizer) in product(STAGES, [("pcgrad", "sgd"), ("sum", "adamw")])
+]
 # The order of a pair is drawn: by its place in the batch, whoever has it.
 JOINT = [case(stage, "pcgrad", pair_encoding="joint", accumulation=2) for stage in (None, 2, 3)]
-CASES = EVERYWHERE + ODD + OBJECTIVE + JOINT
+CASES = EVERYWHERE + ODD + OBJECTIVE + JOINT + AVERAGED
 
 
 @pytest.fixture(scope="session")
@@ -107,10 +113,11 @@ class Dense:
         batch = config.batch.model_copy(
             update={key: case[key] for key in ("batch_size", "task_schedule") if key in case}
         )
+        encoder = config.encoder.model_copy(update={"freeze": case.get("freeze", "none")})
         heads = config.heads.model_copy(update={key: case[key] for key in ("pair_encoding",) if key in case})
         optimizer = config.optimizer.model_copy(update=UNFREEZING if "unfreezing" in case else {})
-        self.config = config.model_copy(update={"batch": batch, "heads": heads, "optimizer": optimizer})
-        self.steps = case["steps"]
+        changed = {"batch": batch, "heads": heads, "encoder": encoder, "optimizer": optimizer}
+        self.config, self.steps = config.model_copy(update=changed), case["steps"]
         tokenizer = load_tokenizer(prepared.encoder)
         self.objective = OBJECTIVES[case.get("objective", "supervised")]
         self.splits = {name: load_split(self.config, name, "train", tokenizer) for name in config.corpus.names}
@@ -118,6 +125,7 @@ class Dense:
         seed_everything(0)
         self.model = build_model(self.config, prepared).train()
         self.optimizer = OPTIMIZERS[case["optimizer"]](parameter_groups(self.model, self.config.optimizer))
+        self.average = averaged(self.model, case["average"]) if "average" in case else None
         self.trunk = [p for p in self.model.bert.parameters() if p.requires_grad]
 
     def losses(self, step: int, some=slice(None)) -> list[torch.Tensor]:
@@ -152,7 +160,21 @@ class Dense:
         if clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
         return [loss.item() for loss in losses]
+
+
+def averaged(model: torch.nn.Module, decay: float) -> AveragedModel:
+    """PyTorch's own average, from the first weights on."""
+
+    def follow(average: torch.Tensor, weight: torch.Tensor, updates: torch.Tensor) -> torch.Tensor:
+        now = min(decay, updates / (9 + updates))  # it counts the first weights, too
+        return now * average + (1 - now) * weight
+
+    average = AveragedModel(model, avg_fn=follow)
+    average.update_parameters(model)
+    return average
 
 
 def dense_pcgrad(jacobian: torch.Tensor, step: int) -> torch.Tensor:
@@ -187,7 +209,8 @@ def dense_result(path: Path, text: str):
         for step in range(wanted["steps"])
         if step != wanted.get("broken_step")
     }
-    return before, losses, dense.model.state_dict()
+    average = None if dense.average is None else dense.average.module.state_dict()
+    return before, losses, dense.model.state_dict(), average
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
@@ -198,11 +221,17 @@ def test_every_stage_equals_the_dense_process(prepared, processes):
         if wanted["aggregator"] not in DENSE or wanted.keys() & {"surgery_scope", "frozen_at"}:
             continue
         key = {k: v for k, v in wanted.items() if k not in ("name", "zero_stage", "accumulation")}
-        before, losses, expected = dense_result(prepared.path, json.dumps(key))
+        before, losses, expected, average = dense_result(prepared.path, json.dumps(key))
         state = load_file(folder / f"{wanted['name']}.safetensors")
         assert_same_weights(state, expected, TOLERANCE[wanted["optimizer"]])
         moved = max(float((state[name] - before[name]).abs().max()) for name in before)
         assert moved > 100 * TOLERANCE[wanted["optimizer"]], wanted["name"]
+        if average is not None:
+            found = load_file(folder / f"{wanted['name']}.average")
+            assert_same_weights(found, average, TOLERANCE[wanted["optimizer"]])
+            for name in average:
+                fixed = name.startswith(("bert.embeddings.", "bert.layers.0.", "bert.pooler."))
+                assert torch.equal(found[name], state[name]) == fixed, name
         if "objective" in wanted:
             plain = load_file(folder / f"stage{wanted['zero_stage']}-pcgrad-sgd.safetensors")
             assert max(float((state[name] - plain[name]).abs().max()) for name in plain) > 100 * TOLERANCE["sgd"]
@@ -254,7 +283,7 @@ def test_projecting_local_gradients_differs(prepared):
     """What data-parallel ports of PCGrad do (each rank projects the gradients of its own slice, the results are
     averaged) is another method, with visibly other weights after as many steps."""
     wanted = case(None)
-    _, _, expected = dense_result(
+    _, _, expected, _ = dense_result(
         prepared.path, json.dumps({k: v for k, v in wanted.items() if k not in ("name", "zero_stage")})
     )
     dense = Dense(prepared, wanted)
