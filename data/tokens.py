@@ -22,10 +22,11 @@ from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
-from minbert.data.batch import Ragged, TokenisedSplit
 from minbert.data.errors import UserError
 from minbert.data.examples import Examples, fingerprint
 from minbert.data.files import replacing
+from minbert.data.ragged import Ragged
+from minbert.data.split import TokenisedSplit
 
 logger = logging.getLogger(__name__)
 

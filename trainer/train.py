@@ -10,8 +10,8 @@ from functools import partial
 from math import nan
 from pathlib import Path
 
-from minbert.data.batch import TokenisedSplit
 from minbert.data.errors import UserError
+from minbert.data.split import TokenisedSplit
 from minbert.data.tokens import load_tokenizer
 from minbert.trainer.checkpoint.format import Manifest, TrainingState, damaged, remember
 from minbert.trainer.checkpoint.resuming import newest_intact, refuse_another, restore

@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from minbert.data.batch import TokenisedSplit
 from minbert.data.errors import UserError
+from minbert.data.split import TokenisedSplit
 from minbert.data.task import Split, Task
 from minbert.launch.exit_codes import ExitCode
 from minbert.launch.options import open_option, parse

@@ -20,11 +20,11 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 from torch import nn
 
-from minbert.data.batch import TokenisedSplit
 from minbert.data.errors import UserError
 from minbert.data.examples import Examples, limit
 from minbert.data.plan import BatchPlan
 from minbert.data.sources import load_examples
+from minbert.data.split import TokenisedSplit
 from minbert.data.task import Split
 from minbert.data.tokens import (
     Tokenizer,
