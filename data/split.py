@@ -1,6 +1,7 @@
 """A tokenised split, and how its examples become the sequences that the encoder sees."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,13 +23,14 @@ class Encoded:
     labels: np.ndarray | None  # float32; of tokens in the type that the loss takes
     sides: int = 1
     tokens: np.ndarray | None = None
+    weights: np.ndarray | None = None  # (B,) float32, of the examples' losses in the batch's; None: all 1
 
 
 @dataclass(frozen=True)
 class TokenisedSplit:
     """One split of one task, ready for batching. `columns` has one `Ragged` per sentence column of the task."""
 
-    ids: list[str]
+    ids: Sequence[str]
     columns: tuple[Ragged, ...]
     labels: np.ndarray | None  # (n,) float32, multilabel (n, classes); None where the split is unlabelled
 
@@ -46,6 +48,11 @@ class TokenisedSplit:
         sequences = Ragged.concatenate([column.take(rows) for column in self.columns])
         labels = None if self.labels is None else self.labels[rows]
         return Encoded(sequences, np.zeros_like(sequences.ids), labels, sides=len(self.columns))
+
+    def total(self, rows: np.ndarray, draw: Draw) -> int:
+        """The sum of the weights of a global batch, `rows` with the random numbers of all of them: the number of examples,
+        unless the weights are others."""
+        return len(rows)
 
     def fingerprint(self) -> str:
         """Number of examples, and a digest of all that training sees of them: tokens and labels."""

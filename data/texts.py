@@ -22,13 +22,15 @@ from uuid import uuid4
 import numpy as np
 from filelock import FileLock
 
-from minbert.data.batch import Ragged, TokenisedSplit
+from minbert.data.draw import Draw
 from minbert.data.errors import DataError, UserError
 from minbert.data.examples import BadRows, fingerprint
 from minbert.data.files import replacing
-from minbert.data.masking import Masking
+from minbert.data.masking import Masking, evaluation_key, training_key
+from minbert.data.ragged import Ragged
 from minbert.data.reading import read_json
 from minbert.data.sources import load_examples
+from minbert.data.split import Encoded, TokenisedSplit
 from minbert.data.task import Split, Task
 from minbert.data.tokens import LOCK_SECONDS, Tokenizer
 
@@ -42,12 +44,33 @@ _QUIET = 10.0  # seconds between two words on how far it is
 _IDS, _OFFSETS, _ABOUT = "{}.ids", "{}.offsets", "about.json"
 
 
-@dataclass
+@dataclass(frozen=True)
 class TextSplit(TokenisedSplit):
-    """One split of a masked-LM task: what to hide is drawn when a batch is made of it."""
+    """One split of a masked-LM task: what to hide is drawn when a batch is made of it.
+
+    An example weighs as much as it has hidden tokens, so that a batch's loss is the mean over them.
+    """
 
     masking: Masking = field(kw_only=True)
     digest: str = field(kw_only=True)  # SHA-256 of all tokens, as it was when they were written
+
+    def encode(self, rows: np.ndarray, draw: Draw | None = None) -> Encoded:
+        """Texts with words hidden; the labels are the tokens that were there."""
+        tokens = self.columns[0].take(rows)
+        seen, hidden = self._hide(tokens, rows, draw)
+        example = np.repeat(np.arange(len(rows)), tokens.lengths)[hidden]
+        weights = np.bincount(example, minlength=len(rows)).astype(np.float32)
+        labels = tokens.ids[hidden].astype(np.int64)
+        return Encoded(Ragged(seen, tokens.offsets), np.zeros_like(seen), labels, tokens=hidden, weights=weights)
+
+    def total(self, rows: np.ndarray, draw: Draw) -> int:
+        """The number of hidden tokens, which every process finds for itself."""
+        return max(1, len(self._hide(self.columns[0].take(rows), rows, draw)[1]))
+
+    def _hide(self, tokens: Ragged, rows: np.ndarray, draw: Draw | None) -> tuple[np.ndarray, np.ndarray]:
+        if draw is None:
+            return self.masking(tokens.ids, tokens.lengths, evaluation_key(), rows)
+        return self.masking(tokens.ids, tokens.lengths, training_key(draw.seed, draw.task, draw.step), draw.places)
 
     def fingerprint(self) -> str:
         return f"{len(self):,} examples, SHA-256 {self.digest[:16]}"

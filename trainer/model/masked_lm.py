@@ -38,7 +38,7 @@ class MaskedLMHead(nn.Module):
     def forward(self, hidden: Tensor, labels: Tensor, word: WordEmbedding) -> Tensor:
         """States (M, H) of hidden tokens, and which tokens (M,) they were -> negative log likelihoods (M,), fp32."""
         scores = word(self.norm(F.gelu(self.dense(hidden))), self.bias)
-        return F.cross_entropy(scores.float(), labels, reduction="none")
+        return F.cross_entropy(scores.to(torch.promote_types(scores.dtype, torch.float32)), labels, reduction="none")
 
 
 def from_transformers(raw: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from minbert.data.layout import Sentences
 from minbert.data.task import Task
 from minbert.trainer.config import EncoderConfig, HeadsConfig
 from minbert.trainer.model.bert import Bert, BertConfig, mean_pool
+from minbert.trainer.model.masked_lm import MaskedLMHead
 
 
 class Head(nn.Module):
@@ -39,6 +40,10 @@ class Head(nn.Module):
         return self.layers(torch.cat([u, v, (u - v).abs()] if self.siamese else [u, v], dim=-1))
 
 
+def build_head(task: Task, shape: BertConfig, config: HeadsConfig) -> nn.Module:
+    return MaskedLMHead(shape) if task.kind == "masked_lm" else Head(task, shape.hidden_size, config)
+
+
 def head_part(task: str) -> str:
     return f"heads.{task}"
 
@@ -57,7 +62,7 @@ class MultitaskModel(nn.Module):
         super().__init__()
         self.tasks = {task.name: task for task in tasks}
         self.bert = Bert(bert_config)
-        self.heads = nn.ModuleDict({task.name: Head(task, bert_config.hidden_size, heads) for task in tasks})
+        self.heads = nn.ModuleDict({task.name: build_head(task, bert_config, heads) for task in tasks})
         self.pooling = encoder.pooling
         # Weights stay fp32 and autocast lowers the arithmetic, so that every back end, sharded or not, keeps the
         # gradients, their sums over processes and the optimizer in fp32.
@@ -67,7 +72,7 @@ class MultitaskModel(nn.Module):
     def _freeze(self, freeze: str | int) -> None:
         lowest = {"none": 0, "embeddings": 1, "encoder": None}  # this many parts, from the embeddings up
         names = list(self.bert.parts)[: lowest[freeze] if isinstance(freeze, str) else freeze + 1]
-        if self.pooling == "mean":
+        if self.pooling == "mean" or all(task.kind == "masked_lm" for task in self.tasks.values()):
             names.append("pooler")  # unused then: no gradient
         for name in names:
             self.bert.parts[name].requires_grad_(False)
@@ -150,7 +155,16 @@ class Forward:
     def outputs(self) -> dict[str, Tensor]:
         """Raw outputs (B, outputs), fp32."""
         with self._arithmetic():
-            return {name: self.model.heads[name](pooled).float() for name, pooled in self.pooled.items()}
+            return {name: self._output(name).float() for name in self.batch.tasks}
+
+    def _output(self, name: str) -> Tensor:
+        head, part = self.model.heads[name], self.batch.tasks[name]
+        if part.rows is None:
+            return head(self.pooled[name])
+        losses = head(self.hidden[part.rows], part.labels, self.model.bert.embeddings.word)
+        example = self.sentences.layout.sequence[part.rows] - part.first
+        pair = torch.stack([losses, torch.ones_like(losses)], 1)
+        return pair.new_zeros(len(part), 2).index_add(0, example, pair)
 
     def _arithmetic(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.model.low_precision)
