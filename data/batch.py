@@ -39,7 +39,8 @@ class TaskBatch:
 
     `weights` are 1 for an example, or as its split says, and 0 for a filler, which exists only so that a process
     without examples can take part in collective operations. `global_size` is their sum over all processes: losses are
-    averaged by it. The task's sequences are numbered from `first` on: those of all examples' first sides, then of the second ones.
+    averaged by it. The task's sequences are numbered from `first` on: those of all examples' first sides, then of the
+    second ones.
     """
 
     labels: Tensor  # (B,) float32, multilabel (B, classes); of tokens (M,) int64

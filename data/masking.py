@@ -1,7 +1,7 @@
 """Masked language modelling on the host: which tokens are hidden from the encoder, behind what, and which they were.
 
-Devlin et al. 2019 ("BERT"), section 3.1, with their later whole-word masking: a word is hidden with all its pieces or not
-at all. What is drawn is a pure function of the seed, the task, the step and an example's place in the step's global
+Devlin et al. 2019 ("BERT"), section 3.1, with their later whole-word masking: a word is hidden with all its pieces or
+not at all. What is drawn is a pure function of the seed, the task, the step and an example's place in the step's global
 batch, so every process knows what all others hide; in an evaluation it depends on nothing but the example's row.
 """
 
@@ -71,7 +71,9 @@ class Masking:
         draw = uniform(key[_HIDE], places[sentence[hidden]], place[hidden])
         seen, ordinary = ids.copy(), np.flatnonzero(~self.special)
         other = ((draw - MASKED) / REPLACED * len(ordinary)).astype(np.int64).clip(0, len(ordinary) - 1)
-        seen[hidden] = np.where(draw < MASKED, self.mask, np.where(draw < MASKED + REPLACED, ordinary[other], ids[hidden]))
+        seen[hidden] = np.where(
+            draw < MASKED, self.mask, np.where(draw < MASKED + REPLACED, ordinary[other], ids[hidden])
+        )
         return seen, hidden
 
 
@@ -86,8 +88,8 @@ def evaluation_key() -> np.ndarray:
 
 
 def uniform(key: np.uint64, row: np.ndarray, column: np.ndarray) -> np.ndarray:
-    """A number in [0, 1) for each (row, column), a hash of them and the key: the finaliser of SplitMix64 (Steele, Lea and
-    Flood 2014), once for each coordinate."""
+    """A number in [0, 1) for each (row, column), a hash of them and the key: the finaliser of SplitMix64 (Steele, Lea
+    and Flood 2014), once for each coordinate."""
     with np.errstate(over="ignore"):
         mixed = _mix(key + _GOLDEN * row.astype(np.uint64))
         mixed = _mix(mixed + _GOLDEN * (column.astype(np.uint64) + np.uint64(1)))

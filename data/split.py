@@ -50,8 +50,8 @@ class TokenisedSplit:
         return Encoded(sequences, np.zeros_like(sequences.ids), labels, sides=len(self.columns))
 
     def total(self, rows: np.ndarray, draw: Draw) -> int:
-        """The sum of the weights of a global batch, `rows` with the random numbers of all of them: the number of examples,
-        unless the weights are others."""
+        """The sum of the weights of a global batch, `rows` with the random numbers of all of them: the number of
+        examples, unless the weights are others."""
         return len(rows)
 
     def fingerprint(self) -> str:

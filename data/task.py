@@ -106,7 +106,7 @@ class Predictions(Part):
 
 
 class Texts(Part):
-    """The texts of a masked language model: the training texts of other tasks, of each distinct one once, and text files
+    """The texts of a masked language model: the training texts of other tasks, each distinct one once, and text files
     with one sentence or document a line. What scores it are the files `dev`, or else a share `held_out` of all texts
     that is not trained on; equal texts are on the same side.
 

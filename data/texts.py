@@ -1,8 +1,8 @@
 """The texts of a masked language model, tokenised once into memory-mapped arrays.
 
-They may be larger than memory: files are read line by line, tokenised in chunks, and their tokens are written to a folder
-of the cache as they come. Every process maps that folder and reads what a batch needs. Which texts are held out is a
-function of each text alone.
+They may be larger than memory: files are read line by line, tokenised in chunks, and their tokens are written to a
+folder of the cache as they come. Every process maps that folder and reads what a batch needs. Which texts are held out
+is a function of each text alone.
 """
 
 import hashlib
@@ -80,14 +80,14 @@ class TextSplit(TokenisedSplit):
 class RowNumbers(Sequence[str]):
     """The ids of n examples that have none of their own: "0", "1", ..., which take no memory."""
 
-    count: int
+    rows: int
 
     def __len__(self) -> int:
-        return self.count
+        return self.rows
 
     def __getitem__(self, row: Any) -> Any:
-        rows = range(self.count)[row]
-        return str(rows) if isinstance(rows, int) else list(map(str, rows))
+        found = range(self.rows)[row]
+        return str(found) if isinstance(found, int) else list(map(str, found))
 
 
 def load_texts(
@@ -125,7 +125,9 @@ def load_texts(
             "Make room there, or name another folder by --cache"
         ) from None
     if not len(tokens):
-        other = "more texts, or a smaller held_out" if split == "train" else "files to score (`dev`), or a larger held_out"
+        other = (
+            "more texts, or a smaller held_out" if split == "train" else "files to score (`dev`), or a larger held_out"
+        )
         raise DataError(f"task {task.name} has no text for {split}: give it {other}")
     masking = Masking.of(tokenizer, words.share, words.whole)
     rows = len(tokens)
@@ -192,7 +194,7 @@ def read_lines(path: Path) -> Iterator[str]:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
             except UnicodeDecodeError as error:
                 raise DataError(
-                    f"{path}:{number}: byte 0x{line[error.start]:02x} is not UTF-8. Convert the file, for example with: "
+                    f"{path}:{number}: byte 0x{line[error.start]:02x} is not UTF-8. Convert the file, for example by: "
                     f"iconv -f WINDOWS-1252 -t UTF-8 {path.name} > converted{path.suffix}"
                 ) from None
             if text:

@@ -280,6 +280,8 @@ class RunConfig(Section):
             raise ValueError(f"surgery_scope=layer needs gradient surgery, which {self.batch.aggregator} is not")
         if self.batch.task_weights is not None and len(self.batch.task_weights) != len(self.corpus.tasks):
             raise ValueError(f"task_weights needs one number for each of {', '.join(self.corpus.names)}")
+        if not any(task.weight for task in self.corpus.tasks):
+            raise ValueError("tasks: at least one needs a weight, or nothing tells which model is the best")
         if len(set(self.corpus.names)) < len(self.corpus.tasks):
             raise ValueError(f"tasks names a task twice: {', '.join(self.corpus.names)}")
         return self

@@ -29,7 +29,7 @@ from minbert.trainer.processes.world import World
 from minbert.trainer.run.folder import RunFolder
 from minbert.trainer.run.preparation import build_plan, identity, load_split
 from minbert.trainer.run.progress import Progress
-from minbert.trainer.run.saved_model import build_model, save_model
+from minbert.trainer.run.saved_model import build_model, save_best
 from minbert.trainer.run.trackers import Trackers
 from minbert.trainer.step import StepResult, TrainingStep
 from minbert.trainer.surgery.conflicts import gramian_record
@@ -222,7 +222,7 @@ class Training:
         """Write the model to its file; if the disk does not take it, no checkpoint may say that it is there."""
         parameters = self.engine.full_state()
         if self.world.is_main:
-            self.writer.first = partial(save_model, self.folder.best_model, parameters, self.state.step, scores)
+            self.writer.first = partial(save_best, self.folder, self.config, parameters, self.state.step, scores)
             try:
                 self.writer.first()
                 self.writer.first = None
@@ -262,9 +262,10 @@ class Training:
         model = build_model(self.config, self.folder)
         if pretrained:
             encoder = self.config.encoder
-            missing = load_weights(model.bert, find_checkpoint(encoder.model, encoder.revision))
+            folder = find_checkpoint(encoder.model, encoder.revision)
+            missing = load_weights(model.bert, folder, list(model.decoders.values()))
             if missing and self.world.is_main:
-                log.warning("%s has no weights for %s: they start at random", encoder.model, missing)
+                log.warning("%s has no weights for %s: they start at random", encoder.model, ", ".join(missing))
         model.to(self.world.device)
         engine = build_engine(self.accelerator, model, build_optimizer(model, self.config.optimizer))
         seed_everything(stream(self.config.seed, "dropout", self.world.rank))

@@ -30,18 +30,21 @@ epochs=3, eval_limit=2000."""
 
 # Our own options: type, default, help.
 OPTIONS: dict[str, tuple[Any, Any, str]] = {
-    "texts": (tuple[Path, ...], (), "Text files with one sentence or document a line; instead of --tasks, or beside them."),
+    "texts": (
+        tuple[Path, ...],
+        (),
+        "Text files with one sentence or document a line; instead of --tasks, or beside them.",
+    ),
     "dev_texts": (tuple[Path, ...], (), "Text files to score; without them a share of all texts is held out."),
     "held_out": (float, 0.02, "That share."),
     "text_splits": (tuple[Split, ...], ("train",), f"Splits of the tasks to train on, of {', '.join(SPLITS)}."),
     "packed": (bool, False, "Lay texts end to end and cut that to max_length, instead of cutting each text off."),
     "mask_share": (float, 0.15, "Share of a text's tokens to hide."),
-    "whole_words": (bool, True, "Hide a word's pieces all or not at all; --whole-words=false hides single pieces."),
+    "single_pieces": (bool, False, "Hide single pieces, not whole words."),
     "submit": (bool, False, "Train as a job on a SLURM cluster: the options of `minbert submit` are allowed, too."),
 }
 # Where the declaration has them.
 TEXTS = {"dev_texts": "dev", "held_out": "held_out", "text_splits": "splits", "packed": "packed"}
-WORDS = {"mask_share": "share", "whole_words": "whole"}
 
 
 def main(arguments: list[str]) -> int:
@@ -50,7 +53,9 @@ def main(arguments: list[str]) -> int:
     options = _read(arguments)
     command = "submit" if options.get("submit") else "train"
     with TemporaryDirectory() as folder:
-        words = [word for words in _by_option(arguments) for word in words if _name(words[0]) not in {*OPTIONS, "tasks"}]
+        words = [
+            word for words in _by_option(arguments) for word in words if _name(words[0]) not in {*OPTIONS, "tasks"}
+        ]
         if not _goes_on(options) or options.keys() & {*OPTIONS, "tasks"} - {"submit"}:
             file = Path(folder) / f"{TASK}.yaml"
             file.write_text(yaml.safe_dump(declare(options), sort_keys=False))
@@ -68,7 +73,9 @@ def declare(options: Mapping[str, Any]) -> dict[str, Any]:
     tasks = options.get("tasks") or (() if texts["files"] else ("sst", "quora", "sts"))
     texts["tasks"] = [resolve_task(word, options.get("task_folder")).model_dump(mode="json") for word in tasks]
     texts["splits"] = list(texts.get("splits", ("train",)))
-    masking = {theirs: options[ours] for ours, theirs in WORDS.items() if ours in options}
+    masking: dict[str, Any] = {"share": options["mask_share"]} if "mask_share" in options else {}
+    if "single_pieces" in options:
+        masking["whole"] = not options["single_pieces"]
     title = "masked language model"
     return {"name": TASK, "title": title, "kind": "masked_lm", "texts": texts, "masking": masking}
 
@@ -114,7 +121,10 @@ def _defaults(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _help() -> dict[str, Any]:
     return {
-        name: (Annotated[kind, open_option("FILE ...", help=text) if not default else tyro.conf.arg(help=text)], default)
+        name: (
+            Annotated[kind, open_option("FILE ...", help=text) if not default else tyro.conf.arg(help=text)],
+            default,
+        )
         if kind is not bool
         else (Annotated[bool, tyro.conf.arg(help=text)], default)
         for name, (kind, default, text) in OPTIONS.items()

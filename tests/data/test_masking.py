@@ -45,7 +45,9 @@ def words(sentence: list[int], whole: bool = True) -> list[list[int]]:
 @given(batches(), st.integers(0, 2**32 - 1), st.sampled_from([0.05, 0.15, 0.5, 1.0]), st.booleans())
 def test_words_are_hidden_whole_and_about_so_many_tokens_as_asked(sentences, seed, share, whole):
     ids, lengths = flat(sentences)
-    seen, hidden = masking(share=share, whole_words=whole)(ids, lengths, training_key(seed, "t", 3), np.arange(len(lengths)))
+    seen, hidden = masking(share=share, whole_words=whole)(
+        ids, lengths, training_key(seed, "t", 3), np.arange(len(lengths))
+    )
     untouched = np.setdiff1d(np.arange(len(ids)), hidden)
     assert (seen[untouched] == ids[untouched]).all()
     assert (ids[hidden] >= SPECIAL).all()

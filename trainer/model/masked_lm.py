@@ -24,8 +24,8 @@ NAMES = {
 
 
 class MaskedLMHead(nn.Module):
-    """A linear layer, GELU and layer norm, then a score for each token of the vocabulary: its embedding times the state,
-    and a bias (Devlin et al. 2019, section 3.1)."""
+    """A linear layer, GELU and layer norm, then a score for each token of the vocabulary: its embedding times the
+    state, and a bias (Devlin et al. 2019, section 3.1)."""
 
     def __init__(self, shape: BertConfig):
         super().__init__()

@@ -78,6 +78,11 @@ class MultitaskModel(nn.Module):
             self.bert.parts[name].requires_grad_(False)
 
     @property
+    def decoders(self) -> dict[str, MaskedLMHead]:
+        """The heads of masked language models."""
+        return {name: head for name, head in self.heads.items() if isinstance(head, MaskedLMHead)}
+
+    @property
     def parts(self) -> dict[str, nn.Module]:
         """Everything that may be frozen, or learn at a rate, by itself: the encoder's parts, which the tasks share, and
         each task's head, `heads.TASK`."""

@@ -18,8 +18,9 @@ def supervised(forward: Forward) -> dict[str, Tensor]:
 
 
 def example_losses(task: Task, outputs: Tensor, labels: Tensor) -> Tensor:
-    """(B,) losses of the raw outputs (B, outputs): cross entropy (of hidden tokens their mean), binary cross entropy (of several labels their mean),
-    or the error of the sigmoid, stretched over the labels' range (the paper, section on the three tasks)."""
+    """(B,) losses of the raw outputs (B, outputs): cross entropy (of hidden tokens the mean), binary cross entropy (of
+    several labels their mean), or the error of the sigmoid, stretched over the labels' range (the paper, section on the
+    three tasks)."""
     if task.kind == "classification":
         return F.cross_entropy(outputs, labels.long(), reduction="none")
     if task.kind == "binary":
@@ -33,8 +34,8 @@ def example_losses(task: Task, outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def predictions(task: Task, outputs: Tensor) -> Tensor:
-    """(B,) predicted class, 0 or 1, or similarity; of several labels (B, classes) 0 or 1; of hidden tokens (B, 2) what a
-    perplexity is made of."""
+    """(B,) predicted class, 0 or 1, or similarity; of several labels (B, classes) 0 or 1; of hidden tokens what a
+    perplexity is made of (B, 2)."""
     if task.kind == "classification":
         return outputs.argmax(-1).float()
     if task.kind == "binary":

@@ -26,6 +26,7 @@ from minbert.data.plan import BatchPlan
 from minbert.data.sources import load_examples
 from minbert.data.split import TokenisedSplit
 from minbert.data.task import Split
+from minbert.data.texts import load_texts, training_texts
 from minbert.data.tokens import (
     Tokenizer,
     build_vocabulary,
@@ -43,7 +44,7 @@ from minbert.trainer.surgery.own_code import find_source, keep_source, use_sourc
 
 log = logging.getLogger(__name__)
 
-PLACES = {"files", "builtin", "course", "hub", "title"}  # of a task: where its rows are, not what they are
+PLACES = {"files", "texts", "builtin", "course", "hub", "title"}  # of a task: where its rows are, not what they are
 DEEPSPEED = ">=0.19,<0.20"
 VOCABULARY_SIZE = 8192  # of a model with random weights; its words come from the training data
 
@@ -173,6 +174,11 @@ def load_examples_of(config: RunConfig, task: str, split: Split) -> Examples:
 
 
 def load_split(config: RunConfig, task: str, split: Split, tokenizer: Tokenizer) -> TokenisedSplit:
+    corpus = config.corpus
+    if corpus.task(task).kind == "masked_lm":
+        most = {"train": corpus.train_limit, "dev": corpus.eval_limit}.get(split)
+        place = corpus.max_length, corpus.cache or default_cache_dir()
+        return load_texts(corpus.task(task), split, corpus.data, tokenizer, *place, corpus.bad_rows, most)
     return tokenise(load_examples_of(config, task, split), tokenizer, config.corpus.max_length, config.corpus.cache)
 
 
@@ -337,7 +343,7 @@ def _staging(run: RunFolder) -> Path:
 def _encoder(run: RunFolder, config: RunConfig) -> Iterator[Path]:
     """A folder with the encoder's config.json and tokenizer: the run's own where a checkpoint relies on it, and a new
     one, to take its place, where an earlier start may have had other data or another model. Raises UserError."""
-    missing = [task.name for task in config.corpus.tasks if task.builtin is None and task.files is None]
+    missing = [task.name for task in config.corpus.tasks if not (task.builtin or task.files or task.texts)]
     if missing and config.corpus.data == "builtin":
         raise UserError(f"the built-in corpus has no task {', '.join(missing)}; use --data or other --tasks")
     if _has_checkpoints(run):
@@ -348,13 +354,7 @@ def _encoder(run: RunFolder, config: RunConfig) -> Iterator[Path]:
     shutil.rmtree(encoder, ignore_errors=True)
     try:
         if config.encoder.model == "tiny":
-            texts = (
-                text
-                for task in config.corpus.names
-                for column in load_examples_of(config, task, "train").sentences
-                for text in column
-            )
-            vocabulary = build_vocabulary(texts, VOCABULARY_SIZE)
+            vocabulary = build_vocabulary(_texts(config), VOCABULARY_SIZE)
             encoder.mkdir(parents=True)
             write_vocabulary(encoder, vocabulary)
             write_shape(encoder, BertConfig(vocab_size=len(vocabulary), **TINY))
@@ -366,6 +366,15 @@ def _encoder(run: RunFolder, config: RunConfig) -> Iterator[Path]:
         yield encoder
     finally:
         shutil.rmtree(encoder, ignore_errors=True)
+
+
+def _texts(config: RunConfig) -> Iterator[str]:
+    """All that is trained on."""
+    for task in config.corpus.tasks:
+        if task.kind == "masked_lm":
+            yield from training_texts(task, config.corpus.data, config.corpus.bad_rows)
+        else:
+            yield from chain.from_iterable(load_examples_of(config, task.name, "train").sentences)
 
 
 def _require_fitting(encoder: Path, config: RunConfig) -> None:
