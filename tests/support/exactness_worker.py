@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from known_tasks import MLM, TASKS
 from safetensors.torch import save_file
 from toy_objectives import OBJECTIVES
 
@@ -39,8 +40,10 @@ def configured(config: RunConfig, case: dict) -> RunConfig:
         if key in case
     }
     parallel = {"zero_stage": case["zero_stage"]}
+    tasks = tuple((TASKS | {"mlm": MLM})[name] for name in case.get("tasks", config.corpus.names))
     return config.model_copy(
         update={
+            "corpus": config.corpus.model_copy(update={"tasks": tasks}),
             "batch": config.batch.model_copy(update=batch),
             "parallel": config.parallel.model_copy(update=parallel),
         }
