@@ -109,7 +109,15 @@ def _accept_loss(run: RunFolder) -> None:
     aside = next(path for n in count(1) if not (path := run.path / f"earlier-{n}").exists())
     aside.mkdir()
     log.warning("--force starts over, as all checkpoints are gone; what was there is kept in %s", aside)
-    results = run.checkpoints, run.metrics_file, run.gramians_file, run.best_model, run.predictions, run.trackers
+    results = (
+        run.checkpoints,
+        run.metrics_file,
+        run.gramians_file,
+        run.best_model,
+        run.pretrained,
+        run.predictions,
+        run.trackers,
+    )
     for path in (*results, run.path / SAVED):  # which comes last: a kill before leaves the run refused
         if path.exists():
             os.replace(path, aside / path.name)
