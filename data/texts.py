@@ -13,6 +13,7 @@ import sys
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -115,7 +116,7 @@ def load_texts(
     try:
         if not _is_whole(folder):
             cache_dir.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{folder}.lock", timeout=-1 if sources.files else LOCK_SECONDS):
+            with _lock(folder, -1 if sources.files else LOCK_SECONDS):
                 if not _is_whole(folder):
                     _write(folder, sources, tokenizer, max_length, texts.packed)
         tokens, digest = _map(folder, split)
@@ -235,9 +236,26 @@ def _write(folder: Path, sources: _Sources, tokenizer: Tokenizer, max_length: in
         with replacing(unfinished / _ABOUT) as temporary:
             temporary.write_text(json.dumps(about))
         shutil.rmtree(folder, ignore_errors=True)
-        unfinished.rename(folder)
+        try:
+            unfinished.rename(folder)
+        except OSError:  # where there are no locks, another process may have been first
+            if not _is_whole(folder):
+                raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+@contextmanager
+def _lock(folder: Path, timeout: float) -> Iterator[None]:
+    """Let others wait until `folder` is there; on a file system without locks each process makes its own."""
+    lock: AbstractContextManager
+    try:
+        lock = FileLock(f"{folder}.lock").acquire(timeout)
+    except NotImplementedError as error:
+        logger.warning("%s cannot be locked: %s", folder, error)
+        lock = nullcontext()
+    with lock:
+        yield
 
 
 class _Writer:

@@ -13,8 +13,9 @@ from typing import Annotated, Any
 import tyro
 import yaml
 
+from minbert.data.errors import UserError
 from minbert.data.reading import read_yaml
-from minbert.data.task import SPLITS, Split, resolve_task
+from minbert.data.task import SPLITS, Split, Task, resolve_task
 from minbert.launch.options import asks_for_help, open_option, read_options, run_option_types, show_help
 from minbert.slurm.settings import JobSettings
 from minbert.trainer.config import flat_options
@@ -58,26 +59,33 @@ def main(arguments: list[str]) -> int:
         ]
         if not _goes_on(options) or options.keys() & {*OPTIONS, "tasks"} - {"submit"}:
             file = Path(folder) / f"{TASK}.yaml"
-            file.write_text(yaml.safe_dump(declare(options), sort_keys=False))
+            file.write_text(yaml.safe_dump(declare(options).model_dump(mode="json"), sort_keys=False))
             words += ["--tasks", str(file)]
         words += [f"--{name.replace('_', '-')}={value}" for name, value in _defaults(options).items()]
         return import_module(f"minbert.launch.commands.{command}").main(words)
 
 
-def declare(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The declaration of the task that the options describe. Raises UserError for an unknown task."""
+def declare(options: Mapping[str, Any]) -> Task:
+    """The task that the options describe; or a declaration that `tasks` names. Raises UserError."""
     texts: dict[str, Any] = {theirs: options[ours] for ours, theirs in TEXTS.items() if ours in options}
     texts["files"] = options.get("texts", ())
     for key in ("files", "dev"):
         texts[key] = [str(path.expanduser().absolute()) for path in texts.get(key, ())]
     tasks = options.get("tasks") or (() if texts["files"] else ("sst", "quora", "sts"))
-    texts["tasks"] = [resolve_task(word, options.get("task_folder")).model_dump(mode="json") for word in tasks]
+    known = [resolve_task(word, options.get("task_folder")) for word in tasks]
+    if corpora := [task for task in known if task.kind == "masked_lm"]:
+        if len(known) > 1 or options.keys() & OPTIONS.keys() - {"submit"}:
+            raise UserError(
+                f"{corpora[0]} says itself what its texts are: no other task or option of texts goes with it"
+            )
+        return corpora[0]
+    texts["tasks"] = [task.model_dump(mode="json") for task in known]
     texts["splits"] = list(texts.get("splits", ("train",)))
     masking: dict[str, Any] = {"share": options["mask_share"]} if "mask_share" in options else {}
     if "single_pieces" in options:
         masking["whole"] = not options["single_pieces"]
     title = "masked language model"
-    return {"name": TASK, "title": title, "kind": "masked_lm", "texts": texts, "masking": masking}
+    return resolve_task({"name": TASK, "title": title, "kind": "masked_lm", "texts": texts, "masking": masking})
 
 
 def _read(arguments: list[str]) -> dict[str, Any]:

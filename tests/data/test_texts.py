@@ -60,7 +60,7 @@ def test_every_distinct_training_text_of_the_tasks_is_there_once(small, tmp_path
 
 
 def test_files_are_read_line_by_line_and_equal_texts_are_on_one_side(small, tmp_path):
-    lines = [f"the film number {n % 500} is good" for n in range(2000)]
+    lines = builtin_examples(SST, "train").sentences[0][:500] * 4
     (tmp_path / "a.txt").write_text("\n\n".join(lines[:1000]) + "\n  \n")
     (tmp_path / "b.txt").write_text("\ufeff" + "\r\n".join(lines[1000:]))
     train, dev = both(corpus(files=[str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]), small, tmp_path)

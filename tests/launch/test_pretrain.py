@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from known_tasks import SST
+from known_tasks import MLM, QUORA, SST, STS
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer, BertForMaskedLM
 
@@ -150,13 +150,16 @@ def test_beside_supervised_tasks_it_has_a_row_in_surgery_and_no_weight_in_the_sc
 def test_what_the_options_declare(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = pretrain._read(["--texts", "a.txt", "b.txt", "--dev-texts=c.txt", "--single-pieces", "--held-out", "0.1"])
-    declared = pretrain.declare(options)
-    assert declared["texts"]["files"] == [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
-    assert declared["texts"]["dev"] == [str(tmp_path / "c.txt")] and declared["texts"]["held_out"] == 0.1
-    assert declared["texts"]["tasks"] == [] and declared["masking"] == {"whole": False}
+    task = pretrain.declare(options)
+    assert task.texts.files == (tmp_path / "a.txt", tmp_path / "b.txt") and task.texts.dev == (tmp_path / "c.txt",)
+    assert task.texts.held_out == 0.1 and not task.texts.tasks and not task.masking.whole
     both = pretrain.declare(pretrain._read(["--texts", "a.txt", "--tasks", "sts", "--text-splits", "train", "dev"]))
-    assert [task["name"] for task in both["texts"]["tasks"]] == ["sts"] and both["texts"]["splits"] == ["train", "dev"]
-    assert [task["name"] for task in pretrain.declare({})["texts"]["tasks"]] == ["sst", "quora", "sts"]
+    assert both.texts.tasks == (STS,) and both.texts.splits == ("train", "dev") and both.masking.whole
+    assert pretrain.declare({}).texts.tasks == (SST, QUORA, STS)
+    (tmp_path / "aid.yaml").write_text(
+        yaml.safe_dump({"name": "aid", "kind": "masked_lm", "texts": {"tasks": ["sts"]}})
+    )
+    assert pretrain.declare(pretrain._read(["--tasks", "aid.yaml"])).name == "aid"
     # A new run has defaults of its own, unless the command line or its file says otherwise.
     (tmp_path / "own.yaml").write_text("batch:\n  batch_size: 8\nsteps: 5\n")
     assert pretrain._defaults(pretrain._read([])) == pretrain.DEFAULTS
@@ -170,11 +173,13 @@ def test_what_the_options_declare(tmp_path, monkeypatch):
         (["--partition", "gpu"], "there is no option --partition"),  # a job's, without --submit
         (["--tasks", "ssst"], "there is no task 'ssst'; did you mean 'sst'?"),
         (["--texts", "nowhere.txt"], "nowhere.txt, which task mlm has its texts from, is no file"),
-        (["--mask-share", "2"], "masking.share"),
+        (["--mask-share", "2"], "task mlm: masking.share"),
+        (["--tasks", "mlm.yaml", "--packed"], "mlm says itself what its texts are"),
     ],
 )
 def test_mistakes_are_told(arguments, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "mlm.yaml").write_text(yaml.safe_dump(MLM.model_dump(mode="json")))
     assert main(["pretrain", "--run", str(tmp_path / "run"), *arguments]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "run" / "config.yaml").exists()

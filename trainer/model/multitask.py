@@ -166,7 +166,7 @@ class Forward:
         head, part = self.model.heads[name], self.batch.tasks[name]
         if part.rows is None:
             return head(self.pooled[name])
-        losses = head(self.hidden[part.rows], part.labels, self.model.bert.embeddings.word)
+        losses = head(self.hidden.index_select(0, part.rows), part.labels, self.model.bert.embeddings.word)
         example = self.sentences.layout.sequence[part.rows] - part.first
         pair = torch.stack([losses, torch.ones_like(losses)], 1)
         return pair.new_zeros(len(part), 2).index_add(0, example, pair)
