@@ -35,18 +35,18 @@ class Portion:
 
 @dataclass(frozen=True)
 class TaskBatch:
-    """A task's part of a batch: B examples, each with a sequence for each of `sides`.
+    """A task's part of a batch: B examples, each with a sequence for each of `sides` in each of `readings`.
 
     `weights` are 1 for an example, or as its split says, and 0 for a filler, which exists only so that a process
     without examples can take part in collective operations. `global_size` is their sum over all processes: losses are
-    averaged by it. The task's sequences are numbered from `first` on: those of all examples' first sides, then of the
-    second ones.
+    averaged by it. The task's sequences are numbered from `first` on: by side, then by reading, then by example.
     """
 
     labels: Tensor  # (B,) float32, multilabel (B, classes); of tokens (M,) int64
     weights: Tensor  # (B,) float32
     global_size: int
     sides: int
+    readings: int
     first: int
     rows: Tensor | None = None  # (M,) int64, of the tokens that have labels, in the batch's matrix
 
@@ -57,7 +57,7 @@ class TaskBatch:
     @property
     def sequences(self) -> int:
         """How many of the batch's sequences are the task's."""
-        return self.sides * len(self)
+        return self.sides * self.readings * len(self)
 
     def to(self, device: torch.device) -> "TaskBatch":
         rows = None if self.rows is None else self.rows.to(device, non_blocking=True)
@@ -115,4 +115,4 @@ def _task_batch(part: Encoded, portion: Portion, sentences: Sentences, offsets: 
         token = offsets[first] + part.tokens  # counted through all sequences
         sequence = np.searchsorted(offsets, token, side="right") - 1
         rows = sentences.layout.starts[torch.from_numpy(sequence)] + torch.from_numpy(token - offsets[sequence])
-    return TaskBatch(labels, weights, portion.global_size, part.sides, first, rows)
+    return TaskBatch(labels, weights, portion.global_size, part.sides, part.readings, first, rows)

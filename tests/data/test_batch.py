@@ -140,3 +140,17 @@ def test_draws_differ_by_task_and_purpose_and_are_even():
     assert not np.array_equal(one, Draw(0, "sst", 5, places).uniform("mask", 2))
     assert one.shape == (4000, 2) and one.min() >= 0 and one.max() < 1
     assert abs(one.mean() - 0.5) < 0.02 and abs(np.corrcoef(one.T)[0, 1]) < 0.06
+
+
+def test_a_batch_moves_whole():
+    """On anything but a CPU, with what attention needs there; "meta" stands for a GPU."""
+    portions = {"a": Portion.whole(np.arange(2)), "b": Portion.whole(np.arange(1))}
+    batch = make_batch({"a": split([3, 4]), "b": split([5], [6])}, portions)
+    assert batch.sentences.layout.cells is None
+    moved = batch.to(torch.device("meta"))
+    layout = moved.sentences.layout
+    assert layout.mask is not None and layout.mask.shape == (4, 1, 1, 6)
+    tensors = [moved.sentences.input_ids, moved.sentences.token_type_ids]
+    tensors += [value for part in (layout, *moved.tasks.values()) for value in vars(part).values()]
+    assert all(tensor.device.type == "meta" for tensor in tensors if isinstance(tensor, torch.Tensor))
+    assert batch.to(torch.device("cpu")).sentences.layout is batch.sentences.layout

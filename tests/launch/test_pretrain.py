@@ -149,28 +149,34 @@ def test_beside_supervised_tasks_it_has_a_row_in_surgery_and_no_weight_in_the_sc
 
 def test_what_the_options_declare(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    options = pretrain._read(["--texts", "a.txt", "b.txt", "--dev-texts=c.txt", "--single-pieces", "--held-out", "0.1"])
-    task = pretrain.declare(options)
+    files = {"texts": (Path("a.txt"), Path("b.txt")), "dev_texts": (Path("c.txt"),)}
+    task = pretrain.declare(files | {"single_pieces": True, "held_out": 0.1}, {})
     assert task.texts.files == (tmp_path / "a.txt", tmp_path / "b.txt") and task.texts.dev == (tmp_path / "c.txt",)
     assert task.texts.held_out == 0.1 and not task.texts.tasks and not task.masking.whole
-    both = pretrain.declare(pretrain._read(["--texts", "a.txt", "--tasks", "sts", "--text-splits", "train", "dev"]))
+    both = pretrain.declare({"texts": (Path("a.txt"),), "text_splits": ("train", "dev")}, {"tasks": ("sts",)})
     assert both.texts.tasks == (STS,) and both.texts.splits == ("train", "dev") and both.masking.whole
-    assert pretrain.declare({}).texts.tasks == (SST, QUORA, STS)
-    (tmp_path / "aid.yaml").write_text(
-        yaml.safe_dump({"name": "aid", "kind": "masked_lm", "texts": {"tasks": ["sts"]}})
-    )
-    assert pretrain.declare(pretrain._read(["--tasks", "aid.yaml"])).name == "aid"
-    # A new run has defaults of its own, unless the command line or its file says otherwise.
-    (tmp_path / "own.yaml").write_text("batch:\n  batch_size: 8\nsteps: 5\n")
-    assert pretrain._defaults(pretrain._read([])) == pretrain.DEFAULTS
-    assert pretrain._defaults(pretrain._read(["--config", "own.yaml", "--max-length", "50"])) == {"eval_limit": 2000}
+    assert pretrain.declare({}, {}).texts.tasks == (SST, QUORA, STS)
+    (tmp_path / "aid.yaml").write_text("{name: aid, kind: masked_lm, texts: {tasks: [sts]}}")
+    assert pretrain.declare({}, {"tasks": ("aid",), "task_folder": tmp_path}).name == "aid"
+
+
+def test_a_new_run_has_defaults_of_its_own_unless_something_is_said(tmp_path, capsys):
+    (tmp_path / "own.yaml").write_text("batch:\n  batch_size: 8\nsteps: 5\ntasks: [sts]\n")
+    options = ["pretrain", "--run", str(tmp_path / "run"), "--submit", "--dry-run", "--executor", "local"]
+    assert main(options) == 0
+    shown = capsys.readouterr().out
+    assert all(f"{name}: {value}" in shown for name, value in pretrain.DEFAULTS.items()) and "builtin: sst" in shown
+    assert main([*options, "--config", str(tmp_path / "own.yaml"), "--max-length", "50"]) == 0
+    shown = capsys.readouterr().out
+    assert all(line in shown for line in ("batch_size: 8", "max_length: 50", "eval_limit: 2000", "steps: 5"))
+    assert "builtin: sts" in shown and "builtin: sst" not in shown
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--text", "a.txt"], "there is no option --text; did you mean --texts?"),
-        (["--partition", "gpu"], "there is no option --partition"),  # a job's, without --submit
+        (["--partition", "gpu"], "--partition is for a job: add --submit"),
         (["--tasks", "ssst"], "there is no task 'ssst'; did you mean 'sst'?"),
         (["--texts", "nowhere.txt"], "nowhere.txt, which task mlm has its texts from, is no file"),
         (["--mask-share", "2"], "task mlm: masking.share"),

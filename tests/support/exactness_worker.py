@@ -39,12 +39,14 @@ def configured(config: RunConfig, case: dict) -> RunConfig:
         for key in ("aggregator", "batch_size", "accumulation", "surgery_scope", "task_schedule")
         if key in case
     }
+    heads = {key: case[key] for key in ("pair_encoding",) if key in case}
     parallel = {"zero_stage": case["zero_stage"]}
     tasks = tuple((TASKS | {"mlm": MLM})[name] for name in case.get("tasks", config.corpus.names))
     return config.model_copy(
         update={
             "corpus": config.corpus.model_copy(update={"tasks": tasks}),
             "batch": config.batch.model_copy(update=batch),
+            "heads": config.heads.model_copy(update=heads),
             "parallel": config.parallel.model_copy(update=parallel),
         }
     )

@@ -1,7 +1,8 @@
 """The multitask model: one encoder, one head per task, one forward pass for whatever tasks a step trains.
 
 Heads are the paper's: a sentence head classifies the pooled embedding; a pair head sees the embeddings u and v of its
-two sentences, encoded separately. What a step minimises is an objective's to say (`trainer/objectives/`).
+two sentences, encoded separately, or the one embedding of a pair that is encoded jointly. What a step minimises is an
+objective's to say (`trainer/objectives/`).
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ class Head(nn.Module):
     def __init__(self, task: Task, width: int, config: HeadsConfig):
         super().__init__()
         self.siamese = config.features == "siamese"
-        inputs = width * ((3 if self.siamese else 2) if task.is_pair else 1)
+        inputs = width * config.embeddings(task)
         hidden = config.hidden_size or width
         layers: list[nn.Module] = [nn.Dropout(config.head_dropout)]
         for _ in range(config.hidden_layers):
@@ -146,7 +147,7 @@ class Forward:
 
     @cached_property
     def pooled(self) -> dict[str, Tensor]:
-        """Embeddings (sides, B, H) of each task's examples."""
+        """Embeddings (sides, R B, H) of each task's examples in R readings, one reading after the other."""
         layout, tasks = self.sentences.layout, self.batch.tasks
         with self._arithmetic():
             if self.model.pooling == "mean":
@@ -154,13 +155,22 @@ class Forward:
             else:
                 pooled = self.model.bert.pooler(self.hidden[layout.starts])
         parts = pooled.split([part.sequences for part in tasks.values()])
-        return {name: own.view(part.sides, len(part), -1) for (name, part), own in zip(tasks.items(), parts)}
+        return {name: own.unflatten(0, (part.sides, -1)) for (name, part), own in zip(tasks.items(), parts)}
 
     @cached_property
     def outputs(self) -> dict[str, Tensor]:
-        """Raw outputs (B, outputs), fp32."""
+        """Raw outputs (B, outputs), fp32: of several readings their mean.
+
+        It is the raw outputs that are averaged, not probabilities, so that a loss, a confidence and a prediction are
+        the same functions of them in training and at prediction. Of logits it is the (normalised) geometric mean of
+        the readings' probabilities.
+        """
         with self._arithmetic():
-            return {name: self._output(name).float() for name in self.batch.tasks}
+            found = {name: self._output(name).float() for name in self.batch.tasks}
+        for name, part in self.batch.tasks.items():
+            if part.readings > 1:
+                found[name] = found[name].unflatten(0, (part.readings, -1)).mean(0)
+        return found
 
     def _output(self, name: str) -> Tensor:
         head, part = self.model.heads[name], self.batch.tasks[name]

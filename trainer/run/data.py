@@ -32,7 +32,13 @@ def load_split(config: RunConfig, task: str, split: Split, tokenizer: Tokenizer)
         place = corpus.max_length, corpus.cache or default_cache_dir()
         most = _most(config, split)
         return load_texts(corpus.task(task), split, corpus.data, tokenizer, *place, corpus.bad_rows, most)
-    return tokenise(load_examples_of(config, task, split), tokenizer, config.corpus.max_length, config.corpus.cache)
+    return tokenise_as(config, load_examples_of(config, task, split), tokenizer)
+
+
+def tokenise_as(config: RunConfig, examples: Examples, tokenizer: Tokenizer) -> TokenisedSplit:
+    """Examples as the run's model is to see them."""
+    corpus, joint = config.corpus, config.heads.pair_encoding == "joint"
+    return tokenise(examples, tokenizer, corpus.max_length, corpus.cache, joint)
 
 
 def load_splits(config: RunConfig, run: RunFolder, split: Split) -> dict[str, TokenisedSplit]:

@@ -68,13 +68,15 @@ ODD = [
 OBJECTIVE = [
     case(stage, "pcgrad", objective=objective) for stage in (None, 2, 3) for objective in ("adversarial", "masked")
 ]
+# The order of a pair is drawn: by its place in the batch, whoever has it.
+JOINT = [case(stage, "pcgrad", pair_encoding="joint", accumulation=2) for stage in (None, 2, 3)]
 # The tied embeddings have a part in every task's gradient; hidden tokens are few, and not as many on every process.
 MASKED = [
     case(stage, aggregator, tasks=["sst", "mlm"], **more)
-    for stage in STAGES
+    for stage in (None, 2, 3)
     for aggregator, more in [("pcgrad", {}), ("sum", {"accumulation": 2}), ("pcgrad", {"batch_size": 3})]
 ]
-CASES = EVERYWHERE + ODD + OBJECTIVE + MASKED
+CASES = EVERYWHERE + ODD + OBJECTIVE + JOINT + MASKED
 
 
 @pytest.fixture(scope="session")

@@ -11,11 +11,15 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModel, BertModel
+from known_tasks import QUORA
+from transformers import AutoModel, BertModel, BertTokenizer
 
+from minbert.data.batch import Portion, make_batch
 from minbert.data.errors import UserError
+from minbert.data.examples import Examples
 from minbert.data.layout import Layout, Sentences
 from minbert.data.ragged import Ragged, ends
+from minbert.data.tokens import load_tokenizer, tokenise
 from minbert.launch.options import parse_run_config
 from minbert.trainer.model.bert import Bert, BertConfig, attend, mean_pool
 from minbert.trainer.model.linear import _OneDnnLinear
@@ -237,3 +241,26 @@ def test_damaged_weights_are_named(minilm, tmp_path, ours, name):
         os.truncate(tmp_path / name, size)
         with pytest.raises(UserError, match=rf"{name} is damaged"):
             load_weights(Bert(read_config(tmp_path)), tmp_path)
+
+
+def test_joint_pairs_are_encoded_as_by_transformers(ours, reference, minilm):
+    """Texts to hidden states, with sentences cut and not, in both orders."""
+    pairs = [
+        ("A man is playing a guitar.", "Somebody plays an instrument"),
+        ("short", "a much longer sentence that will have to be cut, " * 4),
+        ("the first of two long sentences " * 5, "and the second " * 9),
+    ]
+    columns = tuple(list(column) for column in zip(*pairs))
+    examples = Examples(QUORA, "test", "", ["0", "1", "2"], columns, None)
+    split = tokenise(examples, load_tokenizer(minilm), 24, joint=True)
+    batch = make_batch({"quora": split}, {"quora": Portion.whole(np.arange(3))})
+    tokenizer = BertTokenizer.from_pretrained(minilm)
+    layout = batch.sentences.layout
+    with torch.no_grad():
+        hidden = ours(batch.sentences)
+        for number, (first, second) in enumerate([*pairs, *((b, a) for a, b in pairs)]):
+            inputs = tokenizer(first, second, truncation="longest_first", max_length=24, return_tensors="pt")
+            expected = reference(**inputs)
+            own = hidden[layout.sequence == number]
+            torch.testing.assert_close(own, expected.last_hidden_state[0], atol=1e-5, rtol=0)
+            torch.testing.assert_close(ours.pooler(own[:1]), expected.pooler_output, atol=1e-5, rtol=0)
