@@ -16,8 +16,11 @@ from transformers import AutoModel, AutoTokenizer, BertForMaskedLM
 
 from minbert.data.builtin import builtin_examples
 from minbert.data.layout import Sentences
+from minbert.data.tokens import load_tokenizer
 from minbert.launch.commands import pretrain
 from minbert.launch.main import main
+from minbert.trainer.config import CorpusConfig
+from minbert.trainer.run.data import count_training_examples, load_split
 from minbert.trainer.run.folder import RunFolder
 from minbert.trainer.run.saved_model import load_model
 
@@ -129,6 +132,8 @@ def test_the_same_texts_are_the_same_run_and_others_are_refused(lines, tmp_path,
     assert "predicts nothing" in capsys.readouterr().err
     assert main(["evaluate", str(tmp_path / "run"), "--json"]) == 0
     assert '"mlm"' in capsys.readouterr().out
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert "Perplexity on held-out text" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_beside_supervised_tasks_it_has_a_row_in_surgery_and_no_weight_in_the_score(lines, tmp_path):
@@ -145,6 +150,10 @@ def test_beside_supervised_tasks_it_has_a_row_in_surgery_and_no_weight_in_the_sc
         f"{task}-{split}-output.csv" for task in ("sst", "sts") for split in ("dev", "test")
     }
     assert not run.pretrained.exists()
+    assert count_training_examples(run.read_config(), "mlm") == 400
+    everything = run.read_config().model_copy(update={"corpus": CorpusConfig(tasks=(str(lines.parent / "aid.yaml"),))})
+    tokenised = load_split(everything, "mlm", "train", load_tokenizer(run.encoder))
+    assert count_training_examples(everything, "mlm") == len(tokenised) > 1900
 
 
 def test_what_the_options_declare(tmp_path, monkeypatch):

@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
+from minbert.data.errors import UserError
 from minbert.data.examples import Examples, limit
 from minbert.data.plan import BatchPlan
 from minbert.data.sources import load_examples
 from minbert.data.split import TokenisedSplit
 from minbert.data.task import Split
-from minbert.data.texts import load_texts
+from minbert.data.texts import load_texts, training_texts
 from minbert.data.tokens import Tokenizer, default_cache_dir, load_tokenizer, tokenise
 from minbert.trainer.config import RunConfig
 from minbert.trainer.run.budget import Budget
@@ -20,6 +21,18 @@ def load_examples_of(config: RunConfig, task: str, split: Split) -> Examples:
     corpus = config.corpus
     examples, most = load_examples(corpus.data, corpus.task(task), split, corpus.bad_rows), _most(config, split)
     return examples if most is None else limit(examples, most)
+
+
+def count_training_examples(config: RunConfig, task: str) -> int:
+    """How many a run would train on, without its tokenizer. Raises UserError where only that can tell."""
+    corpus, most = config.corpus, _most(config, "train")
+    declared = corpus.task(task)
+    if declared.texts is None:
+        return len(load_examples_of(config, task, "train"))
+    if declared.texts.packed:
+        raise UserError(f"how many sequences the packed texts of {task} make depends on the model: give --steps")
+    count = sum(1 for _ in training_texts(declared, corpus.data, corpus.bad_rows))
+    return count if most is None else min(most, count)
 
 
 def _most(config: RunConfig, split: Split) -> int | None:
