@@ -19,7 +19,7 @@ from minbert.data.split import Encoded, TokenisedSplit
 
 @dataclass(frozen=True)
 class Portion:
-    """Of a task's global batch, which has `global_size` examples, those at `places` (n,): the `rows` (n,) of its split.
+    """Of a task's global batch, of `global_size`, the examples at `places` (n,): the `rows` (n,) of its split.
 
     Several processes, and the parts of an accumulated step, have a portion each.
     """
@@ -37,12 +37,12 @@ class Portion:
 class TaskBatch:
     """A task's part of a batch: B examples, each with a sequence for each of `sides` in each of `readings`.
 
-    `weights` are 1 for an example and 0 for a filler, which exists only so that a process without examples can take
-    part in collective operations. `global_size` counts the real examples over all processes: losses are averaged by
-    it. The task's sequences are numbered from `first` on: by side, then by reading, then by example.
+    `weights` are 1 for an example, or as its split says, and 0 for a filler, which exists only so that a process
+    without examples can take part in collective operations. `global_size` is their sum over all processes: losses are
+    averaged by it. The task's sequences are numbered from `first` on: by side, then by reading, then by example.
     """
 
-    labels: Tensor  # (B,) float32, multilabel (B, classes); of tokens (M,)
+    labels: Tensor  # (B,) float32, multilabel (B, classes); of tokens (M,) int64
     weights: Tensor  # (B,) float32
     places: Tensor  # (B,) int64, of the examples in the task's global batch
     global_size: int
@@ -125,7 +125,9 @@ def make_batch(
 
 
 def _task_batch(part: Encoded, portion: Portion, sentences: Sentences, offsets: np.ndarray, first: int) -> TaskBatch:
-    weights = torch.ones(len(portion.rows)) if len(portion.rows) else torch.zeros(1)
+    weights = torch.ones(len(portion.rows)) if part.weights is None else torch.from_numpy(part.weights)
+    if not len(portion.rows):
+        weights = torch.zeros(1)
     labels = torch.zeros(len(weights)) if part.labels is None else torch.from_numpy(part.labels)
     rows = None
     if part.tokens is not None:

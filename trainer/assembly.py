@@ -67,9 +67,10 @@ def assemble_step(
 
 
 def _load_pretrained(model: MultitaskModel, config: RunConfig, world: World) -> None:
-    missing = load_weights(model.bert, find_checkpoint(config.encoder.model, config.encoder.revision))
+    folder = find_checkpoint(config.encoder.model, config.encoder.revision)
+    missing = load_weights(model.bert, folder, list(model.decoders.values()))
     if missing and world.is_main:
-        log.warning("%s has no weights for %s: they start at random", config.encoder.model, missing)
+        log.warning("%s has no weights for %s: they start at random", config.encoder.model, ", ".join(missing))
 
 
 @contextlib.contextmanager

@@ -341,6 +341,8 @@ class RunConfig(Section):
             raise ValueError(f"task_weights needs one number for each of {', '.join(self.corpus.names)}")
         if len(self.objective.smart_weight) not in (0, 1, len(self.corpus.tasks)):
             raise ValueError(f"smart_weight needs one number, or one for each of {', '.join(self.corpus.names)}")
+        if not any(task.weight for task in self.corpus.tasks):
+            raise ValueError("tasks: at least one needs a weight, or nothing tells which model is the best")
         if len(set(self.corpus.names)) < len(self.corpus.tasks):
             raise ValueError(f"tasks names a task twice: {', '.join(self.corpus.names)}")
         return self

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from minbert.data.batch import Batch, Portion, make_batch
+from minbert.data.draw import Draw
 from minbert.data.plan import BatchPlan, share
 from minbert.data.split import TokenisedSplit
 from minbert.trainer.engine.base import Engine, gradient_norm
@@ -209,7 +210,8 @@ class TrainingStep:
         for name in names:
             rows = self.plan.rows(name, step)
             places = share(share(np.arange(len(rows)), part, self.accumulation), self.world.rank, self.world.size)
-            portions[name] = Portion(rows[places], places, len(rows))
+            size = self.splits[name].total(rows, Draw(self.plan.seed, name, step, np.arange(len(rows))))
+            portions[name] = Portion(rows[places], places, size)
         return make_batch(self.splits, portions, draw=(self.plan.seed, step)).to(self.world.device)
 
     def _losses(self, batch: Batch, step: int, part: int) -> dict[str, Tensor]:

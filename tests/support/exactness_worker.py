@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from known_tasks import MLM, TASKS
 from safetensors.torch import save_file
 from toy_objectives import OBJECTIVES
 
@@ -48,8 +49,10 @@ def configured(config: RunConfig, case: dict) -> RunConfig:
     parallel = {"zero_stage": case["zero_stage"]}
     optimizer = UNFREEZING if "unfreezing" in case else {}
     encoder = {"freeze": case["freeze"]} if "freeze" in case else {}
+    tasks = tuple((TASKS | {"mlm": MLM})[name] for name in case.get("tasks", config.corpus.names))
     return config.model_copy(
         update={
+            "corpus": config.corpus.model_copy(update={"tasks": tasks}),
             "optimizer": config.optimizer.model_copy(update=optimizer),
             "batch": config.batch.model_copy(update=batch),
             "encoder": config.encoder.model_copy(update=encoder),

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from minbert.data.layout import Layout, Sentences
-from minbert.trainer.model.linear import Linear
+from minbert.trainer.model.linear import Linear, linear
 
 _Size = Annotated[int, Field(ge=1, lt=2**31)]
 _Share = Annotated[float, Field(ge=0, lt=1)]
@@ -57,12 +57,20 @@ def _attention(qkv: Tensor, heads: int, dropout: float, mask: Tensor | None) -> 
     return context.transpose(1, 2).reshape(sequences * length, width // 3)
 
 
+class WordEmbedding(nn.Embedding):
+    """Embeddings of token ids (N,); or, of states (M, H), their products with the embeddings of all tokens, and a bias
+    (V,): (M, V). Both uses are calls of this module, as sharding gathers a weight for a call of its own module."""
+
+    def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
+        return super().forward(input) if bias is None else linear(input, self.weight, bias)
+
+
 class Embeddings(nn.Module):
     """The sum of word, position and token-type embeddings, normalised."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
-        self.word = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.word = WordEmbedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)

@@ -44,6 +44,9 @@ def _parameters(config: RunConfig, shape: BertConfig) -> tuple[int, int]:
     layers = shape.num_hidden_layers * (4 * width * width + 2 * width * inner)
     hidden, heads = config.heads.hidden_size or width, 0
     for task in config.corpus.tasks:
+        if task.kind == "masked_lm":
+            heads += width * width + shape.vocab_size
+            continue
         inputs = width * config.heads.embeddings(task)
         if config.heads.hidden_layers:
             heads += inputs * hidden + (config.heads.hidden_layers - 1) * (hidden + 1) * hidden

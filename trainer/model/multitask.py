@@ -16,6 +16,7 @@ from minbert.data.layout import Sentences
 from minbert.data.task import Task
 from minbert.trainer.config import EncoderConfig, HeadsConfig
 from minbert.trainer.model.bert import Bert, BertConfig, mean_pool
+from minbert.trainer.model.masked_lm import MaskedLMHead
 
 
 class Head(nn.Module):
@@ -40,6 +41,10 @@ class Head(nn.Module):
         return self.layers(torch.cat([u, v, (u - v).abs()] if self.siamese else [u, v], dim=-1))
 
 
+def build_head(task: Task, shape: BertConfig, config: HeadsConfig) -> nn.Module:
+    return MaskedLMHead(shape) if task.kind == "masked_lm" else Head(task, shape.hidden_size, config)
+
+
 def head_part(task: str) -> str:
     return f"heads.{task}"
 
@@ -58,7 +63,7 @@ class MultitaskModel(nn.Module):
         super().__init__()
         self.tasks = {task.name: task for task in tasks}
         self.bert = Bert(bert_config)
-        self.heads = nn.ModuleDict({task.name: Head(task, bert_config.hidden_size, heads) for task in tasks})
+        self.heads = nn.ModuleDict({task.name: build_head(task, bert_config, heads) for task in tasks})
         self.pooling = encoder.pooling
         # Weights stay fp32 and autocast lowers the arithmetic, so that every back end, sharded or not, keeps the
         # gradients, their sums over processes and the optimizer in fp32.
@@ -68,10 +73,15 @@ class MultitaskModel(nn.Module):
     def _freeze(self, freeze: str | int) -> None:
         lowest = {"none": 0, "embeddings": 1, "encoder": None}  # this many parts, from the embeddings up
         names = list(self.bert.parts)[: lowest[freeze] if isinstance(freeze, str) else freeze + 1]
-        if self.pooling == "mean":
+        if self.pooling == "mean" or all(task.kind == "masked_lm" for task in self.tasks.values()):
             names.append("pooler")  # unused then: no gradient
         for name in names:
             self.bert.parts[name].requires_grad_(False)
+
+    @property
+    def decoders(self) -> dict[str, MaskedLMHead]:
+        """The heads of masked language models."""
+        return {name: head for name, head in self.heads.items() if isinstance(head, MaskedLMHead)}
 
     @property
     def parts(self) -> dict[str, nn.Module]:
@@ -171,11 +181,20 @@ class Forward:
         the readings' probabilities.
         """
         with self._arithmetic():
-            found = {name: self.model.heads[name](pooled).float() for name, pooled in self.pooled.items()}
+            found = {name: self._output(name).float() for name in self.batch.tasks}
         for name, part in self.batch.tasks.items():
             if part.readings > 1:
                 found[name] = found[name].unflatten(0, (part.readings, -1)).mean(0)
         return found
+
+    def _output(self, name: str) -> Tensor:
+        head, part = self.model.heads[name], self.batch.tasks[name]
+        if part.rows is None:
+            return head(self.pooled[name])
+        losses = head(self.hidden.index_select(0, part.rows), part.labels, self.model.bert.embeddings.word)
+        example = self.sentences.layout.sequence[part.rows] - part.first
+        pair = torch.stack([losses, torch.ones_like(losses)], 1)
+        return pair.new_zeros(len(part), 2).index_add(0, example, pair)
 
     def _arithmetic(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.model.low_precision)

@@ -21,7 +21,7 @@ from minbert.trainer.config import RunConfig
 from minbert.trainer.engine.copies import AVERAGE
 from minbert.trainer.engine.parts import Part
 from minbert.trainer.model.memory import require_memory
-from minbert.trainer.model.multitask import MultitaskModel
+from minbert.trainer.model.multitask import MultitaskModel, head_part
 from minbert.trainer.model.weights import read_config, save_checkpoint
 from minbert.trainer.run.folder import RunFolder
 
@@ -42,6 +42,18 @@ def save_model(path: Path, state: dict[str, Tensor], step: int, scores: dict[str
     with replacing(path) as temporary:
         # Not save_file: its errors do not say what the system said, such as that the disk is full.
         temporary.write_bytes(content.replace(NO_DIGEST.encode(), digest.encode(), 1))
+
+
+def save_best(run: RunFolder, config: RunConfig, state: dict[str, Tensor], step: int, scores: dict) -> None:
+    """Write the best model to its file; of a run that only pretrains, a folder for `--model`, too. Raises OSError."""
+    save_model(run.best_model, state, step, scores)
+    if all(task.kind == "masked_lm" for task in config.corpus.tasks):
+        head = f"{head_part(config.corpus.names[0])}."
+        bert, decoder = (
+            {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+            for prefix in ("bert.", head)
+        )
+        save_checkpoint(run.pretrained, read_config(run.encoder), bert, run.encoder, decoder)
 
 
 def read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -125,6 +137,8 @@ def _best(run: RunFolder) -> tuple[dict[str, Tensor], dict]:
 
 
 def export_encoder(run: RunFolder, folder: Path) -> None:
-    """Write the best model's encoder and tokenizer as a folder for `transformers.AutoModel.from_pretrained`."""
+    """Write the best model's encoder and tokenizer as a folder for `transformers.AutoModel.from_pretrained`, with the
+    head of a masked language model if it was trained as one."""
     model, _, _ = load_model(run, torch.device("cpu"))
-    save_checkpoint(folder, model.bert.config, model.bert.state_dict(), run.encoder)
+    decoder = next((head.state_dict() for head in model.decoders.values()), None)
+    save_checkpoint(folder, model.bert.config, model.bert.state_dict(), run.encoder, decoder)
