@@ -30,8 +30,8 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
-from minbert.launch.exit_codes import ExitCode
 from minbert.trainer.checkpoint.format import Damaged, damaged, published, read_manifest, verify
+from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.run.folder import RunFolder
 from minbert.trainer.surgery.conflicts import read_gramians
 

@@ -20,9 +20,9 @@ from pathlib import Path
 import psutil
 
 from minbert.data.files import lock
-from minbert.launch.exit_codes import ExitCode
 from minbert.trainer.checkpoint.format import newest_step as newest_in
 from minbert.trainer.checkpoint.format import published
+from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.run.folder import LOCK, RunFolder
 
 IN_OPEN, NAME_MAX, EVENT = 0x20, 256, struct.Struct("iIII")  # inotify(7): an event is followed by a name

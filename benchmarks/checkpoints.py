@@ -140,7 +140,7 @@ def _build(run, config, world):
     from minbert.trainer.engine.optimizer import build_optimizer
     from minbert.trainer.model.weights import find_checkpoint, load_weights
     from minbert.trainer.processes.random_state import seed_everything
-    from minbert.trainer.run.preparation import build_plan, load_split
+    from minbert.trainer.run.data import build_plan, load_split
     from minbert.trainer.run.saved_model import build_model
     from minbert.trainer.step import TrainingStep
 

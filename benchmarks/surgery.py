@@ -135,8 +135,8 @@ def _build(way: str, task: dict, world):
     from minbert.trainer.engine.optimizer import build_optimizer
     from minbert.trainer.model.weights import find_checkpoint, load_weights
     from minbert.trainer.processes.random_state import seed_everything
+    from minbert.trainer.run.data import build_plan, load_split
     from minbert.trainer.run.folder import RunFolder
-    from minbert.trainer.run.preparation import build_plan, load_split
     from minbert.trainer.run.saved_model import build_model
     from minbert.trainer.step import TrainingStep
 

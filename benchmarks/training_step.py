@@ -51,8 +51,8 @@ def ours(options: Options, folder: Path):
     from minbert.trainer.model.weights import find_checkpoint, load_weights
     from minbert.trainer.processes.random_state import seed_everything
     from minbert.trainer.processes.world import World
+    from minbert.trainer.run.data import build_plan, load_split
     from minbert.trainer.run.folder import RunFolder
-    from minbert.trainer.run.preparation import build_plan, load_split
     from minbert.trainer.run.saved_model import build_model
     from minbert.trainer.step import TrainingStep
 
@@ -80,8 +80,8 @@ def peer(options: Options, folder: Path):
     from minbert.trainer.model.multitask import Head
     from minbert.trainer.model.weights import find_checkpoint
     from minbert.trainer.objectives.supervised import example_losses
+    from minbert.trainer.run.data import build_plan, load_split
     from minbert.trainer.run.folder import RunFolder
-    from minbert.trainer.run.preparation import build_plan, load_split
 
     run = RunFolder(folder)
     config = run.read_config()

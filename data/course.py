@@ -11,7 +11,7 @@ from pathlib import Path
 
 from minbert.data.errors import DataError, shown
 from minbert.data.examples import SOURCES, BadRow, BadRows, Examples, Row, collect
-from minbert.data.reading import decode
+from minbert.data.reading import read_text
 from minbert.data.task import SPLITS, Split, Task
 
 MOST_NAMES = 10  # of columns in a message
@@ -79,7 +79,7 @@ def _find_columns(
 def _records(path: Path, delimiter: str) -> Iterator[tuple[int, int, list[str]]]:
     """(first line, last line, fields) of each record that is not blank; lines count from 1."""
     # newline="\n": a lone carriage return in a quoted field is text and must not count as a line.
-    reader = csv.reader(io.StringIO(read_text(path), newline="\n"), delimiter=delimiter, strict=True)
+    reader = csv.reader(io.StringIO(read_text(path, None), newline="\n"), delimiter=delimiter, strict=True)
     while True:
         line = reader.line_num + 1
         try:
@@ -97,10 +97,3 @@ def _records(path: Path, delimiter: str) -> Iterator[tuple[int, int, list[str]]]
             raise DataError(f"{path}:{line}: {error}. {advice}") from None
         if record:
             yield line, reader.line_num, record
-
-
-def read_text(path: Path) -> str:
-    try:
-        return decode(path.read_bytes(), path)
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None

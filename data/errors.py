@@ -4,6 +4,8 @@ import errno
 import os
 import re
 import reprlib
+from collections.abc import Mapping
+from typing import Any
 
 MOST_LINES, LONGEST_LINE = 40, 1000  # of a message
 
@@ -32,6 +34,14 @@ class DataError(UserError):
 def shown(value: object) -> str:
     """A value as a message quotes it, however large it is."""
     return _short.repr(value)
+
+
+def explain(problem: Mapping[str, Any], place: str) -> str:
+    """One line on what pydantic found wrong at `place`: what is allowed, and what stands there."""
+    if problem["type"] == "value_error":  # a validator of ours, which names the place itself
+        return problem["msg"].removeprefix("Value error, ")
+    found = "" if problem["type"] == "missing" else f", not {shown(problem['input'])}"
+    return f"{place}: {problem['msg'][0].lower()}{problem['msg'][1:]}{found}"
 
 
 def _cut(line: str) -> str:

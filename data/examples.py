@@ -87,7 +87,7 @@ def parse_label(task: Task, raw: object) -> float | list[float]:
         raise ValueError(f"label {text} is not finite")
     if not low <= value <= high:
         raise ValueError(f"label {text} is outside {low:g}..{high:g}")
-    if task.kind != "regression" and not value.is_integer():
+    if task.classes and not value.is_integer():
         raise ValueError(f"label {text} is not a whole number")
     return value
 

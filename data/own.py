@@ -5,9 +5,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from minbert.data.course import read_delimited, read_text
+from minbert.data.course import read_delimited
 from minbert.data.errors import DataError
 from minbert.data.examples import BadRow, BadRows, Examples, Row, collect
+from minbert.data.reading import read_text
 from minbert.data.task import Split, Task
 
 
@@ -46,7 +47,7 @@ def _rows(
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    for line, text in enumerate(read_text(path).split("\n"), 1):
+    for line, text in enumerate(read_text(path, None).split("\n"), 1):
         if not text.strip():
             continue
         try:

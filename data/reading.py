@@ -21,7 +21,7 @@ LARGEST_YAML = 1 << 20  # of a configuration; PyYAML reads about 100 kB a second
 MOST_NODES = 100_000  # values that a configuration may stand for, aliases written out
 
 
-def read_small(path: Path, limit: int = LARGEST) -> bytes:
+def read_small(path: Path, limit: int | None = LARGEST) -> bytes:
     """The bytes of a regular file. Raises OSError, also for a pipe, which might never end, and beyond `limit` bytes.
 
     Under /dev a pipe is welcome: `--config <(command)` is one that the shell made.
@@ -38,10 +38,10 @@ def read_small(path: Path, limit: int = LARGEST) -> bytes:
         if not stat.S_ISREG(kind) and not from_shell:
             raise OSError(errno.EINVAL, "it is no regular file", str(path))
         with os.fdopen(descriptor, "rb", closefd=False) as file:
-            content = file.read(limit + 1)
+            content = file.read(-1 if limit is None else limit + 1)
     finally:
         os.close(descriptor)
-    if len(content) > limit:
+    if limit is not None and len(content) > limit:
         raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes", str(path))
     return content
 
@@ -59,14 +59,14 @@ def decode(content: bytes, path: Path) -> str:
         ) from None
 
 
-def read_text(path: Path, limit: int = LARGEST) -> str:
-    """Raises UserError, and FileNotFoundError where there is no file."""
+def read_text(path: Path, limit: int | None = LARGEST) -> str:
+    """Raises DataError, and FileNotFoundError where there is no file."""
     try:
         return decode(read_small(path, limit), path)
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from minbert.data.errors import UserError, shown
+from minbert.data.errors import UserError, explain, shown
 from minbert.data.reading import read_yaml
 
 Split = Literal["train", "dev", "test"]
@@ -50,11 +50,11 @@ FORMATS = (".csv", ".tsv", ".jsonl", ".parquet")
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,39}$")]
 
 
-class Part(BaseModel):
+class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Files(Part):
+class Files(Section):
     """A user's own files, one for each split: csv, tsv, jsonl or parquet by their suffix; `test` may be missing."""
 
     train: Path
@@ -65,7 +65,7 @@ class Files(Part):
         return {"train": self.train, "dev": self.dev, "test": self.test}[split]
 
 
-class CourseFiles(Part):
+class CourseFiles(Section):
     """Where the task lies in the course's folder.
 
     `known_defects` lists rows of the distributed files that are broken for everybody, by id: labelled splits leave
@@ -81,7 +81,7 @@ class CourseFiles(Part):
         return {"train": self.train, "dev": self.dev, "test": self.test}[split]
 
 
-class HubDataset(Part):
+class HubDataset(Section):
     """The same task in a Hugging Face data set: `columns` maps the task's to the data set's, `splits` likewise."""
 
     path: str
@@ -93,7 +93,7 @@ class HubDataset(Part):
         return self.columns.get(own, own)
 
 
-class Predictions(Part):
+class Predictions(Section):
     """How predictions are written: predictions/{stem}-{split}-output.csv, its second column's header, and classes by
     `name`, `index`, or as a `float`."""
 
@@ -102,7 +102,7 @@ class Predictions(Part):
     values: Values | None = None
 
 
-class Task(Part):
+class Task(Section):
     """One task. `sentences` are one or two column names; `classes` name the labels 0, 1, ...; `range` is inclusive.
 
     In a file a label is a class's number or name; of several labels (`multilabel`), names joined by commas, or a list.
@@ -259,8 +259,6 @@ def _parse(raw: dict[str, Any], where: str) -> Task:
 
 
 def _explain(problem: Mapping[str, Any]) -> str:
-    if problem["type"] == "value_error":
-        return problem["msg"].removeprefix("Value error, ")
     place = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         known = _keys_at(problem["loc"][:-1])
@@ -268,12 +266,11 @@ def _explain(problem: Mapping[str, Any]) -> str:
         return f"unknown key {place!r}; " + (f"did you mean {near[0]!r}?" if near else f"there are {', '.join(known)}")
     if problem["type"] == "string_pattern_mismatch":
         return f"{place}: lower-case letters, digits and _, a letter first, not {shown(problem['input'])}"
-    found = "" if problem["type"] == "missing" else f", not {shown(problem['input'])}"
-    return f"{place}: {problem['msg'][0].lower()}{problem['msg'][1:]}{found}"
+    return explain(problem, place)
 
 
 def _keys_at(place: tuple[int | str, ...]) -> list[str]:
-    kinds: dict[str, type[Part]] = {
+    kinds: dict[str, type[Section]] = {
         "files": Files,
         "course": CourseFiles,
         "hub": HubDataset,

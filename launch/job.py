@@ -12,17 +12,18 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from minbert.data.errors import UserError
-from minbert.launch.exit_codes import ExitCode
 from minbert.launch.processes import ERROR_FILE, record_errors
 from minbert.slurm.allocation import Allocation
-from minbert.slurm.records import EXIT_CODES, Ending, Records
+from minbert.slurm.endings import Ending
+from minbert.slurm.records import Records
 from minbert.slurm.supervisor import stand_in
 from minbert.slurm.verdict import Error
+from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.processes.stop import StopRequest
 
 LOCAL_REQUEUE = 144  # submitit's local executor starts the processes again if one ends with it,
 LOCAL_STARTS = 6  # up to this often
-LOCK_PATIENCE = 600.0  # seconds in which the processes of the job's last life may still save and leave
+LOCK_PATIENCE = 600.0  # seconds in which the processes of the job's last attempt may still save and leave
 
 
 class RunJob:
@@ -42,7 +43,7 @@ class RunJob:
                 return self._supervised(allocation, stop)
             code = self._train(allocation, stop)
             if allocation.rank == 0:
-                self._tell(allocation, code, stop)
+                Records(self.run).note_return(allocation.job_id, allocation.restart, code, stop.signal)
                 stand_in(self.run, allocation)
             if code == ExitCode.INTERRUPTED:  # time is short, and the interpreter's farewell takes seconds
                 sys.stdout.flush()
@@ -78,26 +79,19 @@ class RunJob:
             join(records.folder, allocation, records.submission().job_settings().interface, seconds)
             return work(folder, self.force, stop)
 
-    def _tell(self, allocation: Allocation, code: int, stop: StopRequest) -> None:
-        """For the supervisor, which sees the exit codes of all processes only as one."""
-        records = Records(self.run)
-        if life := records.life(allocation.job_id, allocation.restart):
-            life.code, life.signal = code, stop.signal
-            records.write_life(life)
-
     def _supervised(self, allocation: Allocation, stop: StopRequest) -> int:
         """Without a batch script, rank 0 keeps the record itself; a local job goes on after its time limit."""
         records = Records(self.run)
         settings = records.submission().job_settings()
-        before = [life for life in records.lives() if life.job_id == allocation.job_id]
-        life = records.begin(allocation.job_id, len(before), allocation.host)
+        before = [attempt for attempt in records.attempts() if attempt.job_id == allocation.job_id]
+        attempt = records.begin(allocation.job_id, len(before), allocation.host)
         try:
             code = self._train(allocation, stop)
         except SystemExit as left:
             error = Error.read(self.run / "logs" / "rank-0.error")
             if error and error.code != ExitCode.USER_MISTAKE:  # which was printed
                 print(error.text, file=sys.stderr)
-            records.end(life, Ending.FAILED, error.summary if error else "", left.code)
+            records.end(attempt, Ending.FAILED, error.summary if error else "", left.code)
             if _debugging():
                 return left.code
             raise
@@ -108,7 +102,7 @@ class RunJob:
         else:
             ending = Ending.TIME_LIMIT if stop.signal == signal.SIGUSR2 else Ending.STOPPED
         goes_on = ending is Ending.TIME_LIMIT and len(before) < min(settings.max_requeues, LOCAL_STARTS - 1)
-        records.end(life, ending, exit_code=EXIT_CODES[ending], then="requeued" if goes_on else "")
+        records.end(attempt, ending, then=Ending.REQUEUED if goes_on else "")
         if goes_on:
             sys.exit(LOCAL_REQUEUE)
         return code

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from typing import NoReturn
 
 from minbert.data.errors import UserError, disk_trouble
-from minbert.launch.exit_codes import ExitCode, leave
+from minbert.trainer.processes.exit_codes import ExitCode, leave
 
 # command -> (module, what it does). Modules are imported when they are needed: PyTorch takes seconds.
 COMMANDS = {
@@ -26,7 +26,6 @@ COMMANDS = {
     "evaluate": ("minbert.launch.commands.evaluate", "score the best model of a run"),
     "predict": ("minbert.launch.commands.predict", "predict course files, a csv, or free text"),
     "export": ("minbert.launch.commands.export", "write the encoder as a folder for transformers"),
-    "plot": ("minbert.launch.commands.plot", "draw the conflicts between the tasks' gradients"),
     "doctor": ("minbert.launch.commands.doctor", "show what is installed and what is missing"),
 }
 

@@ -14,7 +14,6 @@ from filelock import FileLock, Timeout
 from pydantic import create_model
 
 from minbert.data.errors import UserError
-from minbert.launch.exit_codes import ExitCode
 from minbert.launch.options import (
     asks_for_help,
     open_option,
@@ -26,6 +25,7 @@ from minbert.launch.options import (
 )
 from minbert.slurm.settings import JobSettings
 from minbert.trainer.config import RunConfig
+from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.tuning.ablation import ABLATION_FILE
 from minbert.tuning.search import SEARCH_FILE, Resources
 from minbert.tuning.trial import LOCK, Trial

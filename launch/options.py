@@ -89,9 +89,9 @@ def build_run_config(options: Mapping[str, Any]) -> RunConfig:
         merged |= given
     config = parse_config(merged, where)
     if aggregator is not None and aggregator != "sum":
-        from minbert.trainer.surgery.own_code import look_here  # imports PyTorch
+        from minbert.trainer.surgery.own_code import find_in_working_folder  # imports PyTorch
 
-        look_here(config.batch.aggregator)
+        find_in_working_folder(config.batch.aggregator)
     return config
 
 

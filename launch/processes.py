@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from minbert.data.errors import UserError, disk_trouble
-from minbert.launch.exit_codes import ExitCode
 from minbert.slurm.verdict import Error
+from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.processes.stop import leave_terminal, stop_signals
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from minbert.trainer.evaluation.prediction_files import prediction_file_name, wr
 from minbert.trainer.evaluation.scoring import count_batches, overall, predict, score
 from minbert.trainer.processes.stop import StopRequest
 from minbert.trainer.processes.world import World, pick_device
+from minbert.trainer.run.data import load_split
 from minbert.trainer.run.folder import RunFolder
-from minbert.trainer.run.preparation import load_split
 from minbert.trainer.run.progress import PredictionProgress, score_table
 from minbert.trainer.run.saved_model import load_model
 

@@ -19,16 +19,16 @@ from typing import NoReturn
 
 from minbert.data.errors import UserError
 from minbert.data.files import replacing
-from minbert.launch.exit_codes import ExitCode
 from minbert.launch.processes import ERROR_FILE, record_errors
 from minbert.slurm.allocation import Allocation, address
 from minbert.slurm.records import Records
 from minbert.slurm.supervisor import stand_in
+from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.processes.stop import StopRequest
 
 POLL = 0.5  # seconds
 PATIENCE = 300.0  # seconds for a node to join, or for the head to be there
-LOCK_PATIENCE = 120.0  # seconds in which an earlier life, or the command that has submitted this one, lets go
+LOCK_PATIENCE = 120.0  # seconds in which an earlier attempt, or the command that has submitted this one, lets go
 
 
 class SearchJob:
@@ -49,16 +49,9 @@ class SearchJob:
                 if allocation.rank:
                     return _join(place, allocation, logs / f"ray-{allocation.rank}.log")
                 code = self._lead(place, allocation, stop)
-            self._tell(allocation, code, stop)
+            Records(self.folder).note_return(allocation.job_id, allocation.restart, code, stop.signal)
             stand_in(self.folder, allocation)
             return code
-
-    def _tell(self, allocation: Allocation, code: int, stop: StopRequest) -> None:
-        """For the supervisor, which sees the exit codes of all processes only as one."""
-        records = Records(self.folder)
-        if life := records.life(allocation.job_id, allocation.restart):
-            life.code, life.signal = code, stop.signal
-            records.write_life(life)
 
     def _lead(self, place: Path, allocation: Allocation, stop: StopRequest) -> int:
         from minbert.launch.many_runs import leave_without_ray, only_driver
@@ -66,7 +59,8 @@ class SearchJob:
         from minbert.tuning.search import Search
 
         def lost() -> NoReturn:
-            self._tell(allocation, ExitCode.INTERRUPTED, stop)  # the job is requeued
+            code = ExitCode.INTERRUPTED  # the job is requeued
+            Records(self.folder).note_return(allocation.job_id, allocation.restart, code, stop.signal)
             leave_without_ray(f"minbert tune --slurm --search {self.folder}")
 
         with only_driver(self.folder, LOCK_PATIENCE):
@@ -125,7 +119,7 @@ def _join(place: Path, allocation: Allocation, log: Path) -> int:
         time.sleep(POLL)
     head = json.loads(place.read_text())
     private = Path(head["temporary"])  # Ray uses the same path on all nodes
-    for left in private.parent.glob(f"{private.name.rpartition('-')[0]}-*"):  # by an earlier life that was killed
+    for left in private.parent.glob(f"{private.name.rpartition('-')[0]}-*"):  # by an earlier attempt that was killed
         if left != private:
             shutil.rmtree(left, ignore_errors=True)
     if not private.exists():  # nodes of a test may be one machine

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from minbert.data.errors import UserError
-from minbert.launch.exit_codes import ExitCode
 from minbert.launch.many_runs import retry_failed
 from minbert.trainer.config import parse_config
+from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.processes.stop import StopRequest
 from minbert.tuning.search import SEARCH_FILE, NextTrial, Search, describe_schedule, write_best
 from minbert.tuning.trial import Trial, ranked

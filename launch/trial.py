@@ -16,13 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from minbert.data.errors import UserError
-from minbert.launch.exit_codes import ExitCode, leave
 from minbert.trainer.config import RunConfig
+from minbert.trainer.processes.exit_codes import ExitCode, leave
 from minbert.trainer.processes.stop import StopRequest
 from minbert.trainer.run.folder import RunFolder
 
 POLL = 0.1  # seconds
-LOCK_PATIENCE = 60.0  # seconds in which the processes of an earlier life may still save and leave
+LOCK_PATIENCE = 60.0  # seconds in which the processes of an earlier attempt may still save and leave
 OUTPUT = "trial.log"  # what several processes print, in the run's logs
 
 _sizes: dict[str, dict[str, range]] = {}  # of training splits, which the trials of a search share
@@ -53,7 +53,7 @@ def train_trial(config: RunConfig, stop: StopRequest, begin: Callable[[int], Non
 
 def count_steps(config: RunConfig) -> int:
     """Optimizer steps of a resolved configuration's budget; reads data only where the budget is in epochs, and once."""
-    from minbert.trainer.run.preparation import build_plan, load_examples_of
+    from minbert.trainer.run.data import build_plan, load_examples_of
 
     if config.budget.steps is not None:
         return config.budget.steps

@@ -11,8 +11,8 @@ import threading
 from contextlib import nullcontext
 from pathlib import Path
 
-from minbert.launch.exit_codes import ExitCode, leave
 from minbert.launch.processes import record_errors
+from minbert.trainer.processes.exit_codes import ExitCode, leave
 from minbert.trainer.processes.stop import StopRequest
 from minbert.trainer.run.folder import RunFolder
 

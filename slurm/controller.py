@@ -134,7 +134,7 @@ def _squeue(which: str) -> dict[str, Queued]:
 
 
 def accounts(job_ids: Iterable[str]) -> dict[str, list[Queued]]:
-    """What the accounts tell of every life of the jobs, the oldest first; nothing where there are no accounts."""
+    """What the accounts tell of every attempt of the jobs, the oldest first; nothing where there are no accounts."""
     wanted = ",".join(sorted(set(job_ids)))
     if not wanted or not shutil.which("sacct"):
         return {}

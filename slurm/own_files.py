@@ -8,7 +8,8 @@ from typing import Any
 from minbert.data.errors import UserError
 from minbert.data.files import is_locked
 from minbert.data.reading import read_json_lines
-from minbert.slurm.records import Ending, Life, Records, read_record
+from minbert.slurm.endings import Ending, State
+from minbert.slurm.records import Attempt, Records, read_record
 from minbert.trainer.checkpoint.format import Damaged, Manifest, published, read_manifest
 from minbert.trainer.run.folder import RunFolder
 
@@ -27,8 +28,8 @@ def own_state(run: Path) -> tuple[str, int | None]:
     except (Damaged, UserError, TypeError, KeyError, AttributeError):
         pass  # whoever resumes the run is told
     if is_locked(run / ".lock"):
-        return "running", total
-    return Ending.FINISHED if finished else "interrupted" if newest else "not started", total
+        return State.RUNNING, total
+    return Ending.FINISHED if finished else State.INTERRUPTED if newest else State.NOT_STARTED, total
 
 
 def _is_finished(manifest: Manifest) -> bool:
@@ -40,9 +41,9 @@ def _is_finished(manifest: Manifest) -> bool:
     )
 
 
-def has_advanced(run: Path, life: Life | None) -> bool:
-    """Whether it was trained further since its job's last life."""
-    return life is None or (life.last_step is not None and life.last_step < Records(run).newest_step())
+def has_advanced(run: Path, attempt: Attempt | None) -> bool:
+    """Whether it was trained further since its job's last attempt."""
+    return attempt is None or (attempt.last_step is not None and attempt.last_step < Records(run).newest_step())
 
 
 @dataclass
@@ -62,8 +63,8 @@ def read_trial(run: Path) -> dict[str, Any]:
         return {}
     above = list(run.absolute().parents)[:3]
     submitted = any((folder / "slurm").is_dir() for folder in above)  # its lock may be held on another machine
-    if known["status"] == "running" and not submitted and not any(is_locked(folder / ".lock") for folder in above):
-        known["status"] = "interrupted"
+    if known["status"] == State.RUNNING and not submitted and not any(is_locked(folder / ".lock") for folder in above):
+        known["status"] = State.INTERRUPTED
     return known
 
 

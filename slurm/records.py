@@ -1,7 +1,7 @@
-"""What `RUN/slurm` remembers: how the run was submitted, and one record for each life of its job.
+"""What `RUN/slurm` remembers: how the run was submitted, and one record for each attempt of its job.
 
-A life is the time from a job's start to its end, its requeueing, or its loss. The records say why each of them ended,
-with and without the site's accounts.
+An attempt is the time from a job's start to its end, its requeueing, or its loss. The records say why each of them
+ended, with and without the site's accounts.
 """
 
 import json
@@ -9,7 +9,6 @@ import stat
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from enum import StrEnum
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,46 +16,16 @@ from pydantic import TypeAdapter, ValidationError
 
 from minbert.data.errors import UserError
 from minbert.data.files import replacing, to_json
+from minbert.slurm.endings import Ending
 from minbert.slurm.settings import JobSettings, parse_settings
 from minbert.trainer.checkpoint.format import newest_step
 
 T = TypeVar("T")
 
 
-class Ending(StrEnum):
-    """Why a life ended."""
-
-    FINISHED = "finished"
-    TIME_LIMIT = "time limit"
-    PREEMPTED = "preempted"
-    REQUEUED = "requeued"  # by somebody's `scontrol requeue`, or by SLURM for a reason that it keeps
-    STOPPED = "stopped"  # by a signal that nobody announced
-    NODE_FAILURE = "node failure"
-    KILLED = "process killed"  # one of ours, as by the system when memory runs out
-    LOST = "lost"  # it never said why
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-
-
-# The batch script's exit code, and that of `minbert jobs RUN`. A failure has its own: 1, or 2 for a user's mistake.
-EXIT_CODES = {
-    Ending.FINISHED: 0,
-    Ending.STOPPED: 75,
-    Ending.REQUEUED: 75,
-    Ending.TIME_LIMIT: 81,
-    Ending.PREEMPTED: 82,
-    Ending.NODE_FAILURE: 83,
-    Ending.KILLED: 84,
-    Ending.LOST: 85,
-    Ending.CANCELLED: 86,
-    Ending.FAILED: 1,
-}
-UNANNOUNCED = (Ending.NODE_FAILURE, Ending.KILLED, Ending.LOST)
-
-
 @dataclass
-class Life:
-    """One life of a run's job."""
+class Attempt:
+    """One attempt of a run's job."""
 
     job_id: str
     restart: int
@@ -85,7 +54,7 @@ class Submission:
     host: str  # where `minbert submit` ran
     submitted: float
     total_steps: int | None = None
-    earlier_lives: int = 0  # of jobs that were submitted before by hand
+    earlier_attempts: int = 0  # of jobs that were submitted before by hand
     cancelled: bool = False
     token: str = ""  # in the job's comment, by which it is found if sbatch's answer is lost
     element: int | None = None  # of the job array
@@ -101,7 +70,7 @@ class Records:
         self.run = run
         self.folder = run / "slurm"
         self.file = self.folder / "submission.json"
-        self.lives_folder = self.folder / "lives"
+        self.attempts_folder = self.folder / "attempts"
 
     def submission(self) -> Submission | None:
         """None if the run was never submitted. Raises UserError if the record is damaged."""
@@ -127,50 +96,59 @@ class Records:
         if submission and submission.token == token:
             self.write_submission(replace(submission, **changes))
 
-    def lives(self) -> list[Life]:
+    def attempts(self) -> list[Attempt]:
         """The oldest first, without damaged records."""
-        return self.read_lives()[0]
+        return self.read_attempts()[0]
 
-    def read_lives(self) -> tuple[list[Life], list[str]]:
-        """The lives, the oldest first, and a line for every record that is damaged."""
-        lives, problems = [], []
-        for path in self.lives_folder.glob("*.json"):
+    def read_attempts(self) -> tuple[list[Attempt], list[str]]:
+        """The attempts, the oldest first, and a line for every record that is damaged."""
+        attempts, problems = [], []
+        for path in self.attempts_folder.glob("*.json"):
             if path.name.startswith("."):
                 continue
             try:
-                lives.append(read_record(path, Life))
+                attempts.append(read_record(path, Attempt))
             except (UserError, FileNotFoundError) as error:
                 problems.append(str(error))
-        return sorted(lives, key=lambda life: life.started), problems
+        return sorted(attempts, key=lambda attempt: attempt.started), problems
 
-    def life(self, job_id: str, restart: int) -> Life | None:
+    def attempt(self, job_id: str, restart: int) -> Attempt | None:
         path = self._path(job_id, restart)
-        return read_record(path, Life) if path.exists() else None
+        return read_record(path, Attempt) if path.exists() else None
 
-    def begin(self, job_id: str, restart: int, nodes: str, script: int | None = None) -> Life:
-        """Record that a life begins."""
-        life = Life(job_id, restart, nodes, time.time(), self.newest_step(), script=script)
-        self.write_life(life)
-        return life
+    def begin(self, job_id: str, restart: int, nodes: str, script: int | None = None) -> Attempt:
+        """Record that an attempt begins."""
+        attempt = Attempt(job_id, restart, nodes, time.time(), self.newest_step(), script=script)
+        self.write_attempt(attempt)
+        return attempt
 
-    def end(self, life: Life, ending: Ending, detail: str = "", exit_code: int | None = None, then: str = "") -> None:
+    def end(
+        self, attempt: Attempt, ending: Ending, detail: str = "", exit_code: int | None = None, then: str = ""
+    ) -> None:
         """Record how it ended; `exit_code` is the ending's own unless given."""
-        life.ended, life.ending, life.detail, life.then = time.time(), ending, detail, then
-        life.exit_code = EXIT_CODES[ending] if exit_code is None else exit_code
-        life.last_step = self.newest_step()
-        self.write_life(life)
+        attempt.ended, attempt.ending, attempt.detail, attempt.then = time.time(), ending, detail, then
+        attempt.exit_code = ending.exit_code if exit_code is None else exit_code
+        attempt.last_step = self.newest_step()
+        self.write_attempt(attempt)
 
-    def write_life(self, life: Life) -> None:
-        self.lives_folder.mkdir(parents=True, exist_ok=True)
-        with replacing(self._path(life.job_id, life.restart)) as temporary:
-            temporary.write_text(to_json(asdict(life), indent=2) + "\n")
+    def note_return(self, job_id: str, restart: int, code: int, signal: int | None) -> None:
+        """Record what rank 0 returns, and the signal it got: the supervisor sees the exit codes of all processes only
+        as one. Without a supervisor there is no record, and nobody to tell."""
+        if attempt := self.attempt(job_id, restart):
+            attempt.code, attempt.signal = code, signal
+            self.write_attempt(attempt)
+
+    def write_attempt(self, attempt: Attempt) -> None:
+        self.attempts_folder.mkdir(parents=True, exist_ok=True)
+        with replacing(self._path(attempt.job_id, attempt.restart)) as temporary:
+            temporary.write_text(to_json(asdict(attempt), indent=2) + "\n")
 
     def newest_step(self) -> int:
         """The step of the newest checkpoint; 0 if there is none."""
         return newest_step(self.run / "checkpoints")
 
     def _path(self, job_id: str, restart: int) -> Path:
-        return self.lives_folder / f"{job_id}-{restart}.json"
+        return self.attempts_folder / f"{job_id}-{restart}.json"
 
 
 def read_record(path: Path, kind: type[T]) -> T:

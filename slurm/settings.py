@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from minbert.data.errors import UserError
+from minbert.data.errors import UserError, explain
 from minbert.data.reading import read_yaml
 
 Count = Annotated[int, Field(ge=1)]
@@ -246,11 +246,9 @@ def _refuse_odd_values(parameters: Mapping[Any, Any], names: Iterable[Any]) -> N
 
 
 def _explain(problem: Any) -> str:
-    if problem["type"] == "value_error":
-        return problem["msg"].removeprefix("Value error, ")
-    key = str(problem["loc"][0])
+    key = str(problem["loc"][0]) if problem["loc"] else ""
     if problem["type"] == "extra_forbidden":
         near = difflib.get_close_matches(key, JobSettings.model_fields, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(JobSettings.model_fields)}"
         return f"unknown key {key!r}; {hint}"
-    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, not {problem['input']!r}"
+    return explain(problem, key)

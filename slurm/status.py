@@ -14,16 +14,15 @@ from typing import Any
 from minbert.data.errors import UserError
 from minbert.slurm import controller
 from minbert.slurm.controller import Queued
+from minbert.slurm.endings import Ending, State
 from minbert.slurm.own_files import has_advanced, own_state, progress, read_trial
-from minbert.slurm.records import EXIT_CODES, Ending, Life, Records, Submission
+from minbert.slurm.records import Attempt, Records, Submission
 from minbert.slurm.submission import job_id_of
 from minbert.slurm.supervisor import ACCOUNTED
 from minbert.slurm.verdict import SCRIPT_KILLED
+from minbert.trainer.processes.exit_codes import ExitCode
 
-GOING_ON = 75  # exit code for a run that has not ended
-UNKNOWN, UNKNOWN_CODE = "unknown", 87
-DAMAGED, DAMAGED_CODE = "damaged", 2  # a record that nobody can read
-UNFINISHED = ("running", "interrupted", "not started", "not submitted")  # without a job
+UNFINISHED = (State.RUNNING, State.INTERRUPTED, State.NOT_STARTED, State.NOT_SUBMITTED)  # without a job
 SETTLED = 300.0  # seconds after which a submission that SLURM does not know was none
 WORDS = {"COMPLETING": "ending", "CONFIGURING": "starting"}
 # Why a job waits, where SLURM's word does not say what to do.
@@ -75,7 +74,7 @@ class _Known:
 
     run: Path
     submission: Submission | None = None
-    lives: list[Life] = field(default_factory=list)
+    attempts: list[Attempt] = field(default_factory=list)
     trial: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)  # damaged records
     unreadable: bool = False  # the one that matters most is damaged
@@ -83,13 +82,13 @@ class _Known:
     @classmethod
     def read(cls, run: Path) -> "_Known":
         records = Records(run)
-        lives, problems = records.read_lives()
+        attempts, problems = records.read_attempts()
         try:
             submission = records.submission()
             trial = read_trial(run) if submission is None else {}
         except (UserError, OSError) as error:
-            return cls(run, lives=lives, problems=[str(error)], unreadable=True)
-        return cls(run, submission, lives, trial, problems)
+            return cls(run, attempts=attempts, problems=[str(error)], unreadable=True)
+        return cls(run, submission, attempts, trial, problems)
 
     @property
     def on_cluster(self) -> bool:
@@ -97,10 +96,10 @@ class _Known:
 
     @property
     def open(self) -> bool:
-        """Whether the records leave open how the job ended: it never began, a life has no end or was to be followed."""
-        if not self.submission.job_id or len(self.lives) <= self.submission.earlier_lives:
+        """Whether the records leave open how the job ended: it never began, or its last attempt is open or went on."""
+        if not self.submission.job_id or len(self.attempts) <= self.submission.earlier_attempts:
             return True
-        return self.lives[-1].ending is None or bool(self.lives[-1].then)
+        return self.attempts[-1].ending is None or bool(self.attempts[-1].then)
 
 
 @dataclass(frozen=True)
@@ -169,24 +168,24 @@ def find_runs(folders: Iterable[Path], depth: int = 3) -> list[Path]:
 
 
 def _report(known: _Known, told: _Told) -> Report:
-    run, submission, lives, trial = known.run, known.submission, known.lives, known.trial
-    life = lives[-1] if lives else None
+    run, submission, attempts, trial = known.run, known.submission, known.attempts, known.trial
+    attempt = attempts[-1] if attempts else None
     step, score, when = progress(run)
     total = submission.total_steps if submission else trial.get("steps")
     if known.unreadable:
-        state, detail, nodes, active = DAMAGED, "", "", True
+        state, detail, nodes, active = State.DAMAGED, "", "", True
     elif trial:
         state, detail, nodes, active = trial["status"], trial["error"] or "trial", "", False
     else:
         state, detail, nodes, active = _state(known, told)
         if not active and state != Ending.FINISHED and (run / "config.yaml").exists():
             own, own_total = own_state(run)  # what was trained here, without a job
-            if submission is None or (own == Ending.FINISHED and has_advanced(run, life)):
+            if submission is None or (own == Ending.FINISHED and has_advanced(run, attempt)):
                 state, detail, total = own, "", total or own_total
     detail = "; ".join(filter(None, [detail, *known.problems]))
     left = None
-    if state == "running" and life and step is not None and total and when > life.started and step > life.first_step:
-        left = max(0.0, (total - step) * (when - life.started) / (step - life.first_step) - (time.time() - when))
+    if state == State.RUNNING and attempt and total and step and step > attempt.first_step and when > attempt.started:
+        left = max(0.0, (total - step) * (when - attempt.started) / (step - attempt.first_step) - (time.time() - when))
     return Report(
         run=run,
         state=state,
@@ -197,48 +196,48 @@ def _report(known: _Known, told: _Told) -> Report:
         total=total,
         score=score,
         seconds_left=left,
-        requeues=max(0, len(lives) - (submission.earlier_lives if submission else 0) - (state != "pending")),
+        requeues=max(0, len(attempts) - (submission.earlier_attempts if submission else 0) - (state != State.PENDING)),
         active=active,
-        exit_code=_exit_code(state, active, life, bool(trial)),
+        exit_code=_exit_code(state, active, attempt, bool(trial)),
     )
 
 
-def _exit_code(state: str, active: bool, life: Life | None, trial: bool) -> int:
-    if state in (UNKNOWN, DAMAGED):
-        return UNKNOWN_CODE if state == UNKNOWN else DAMAGED_CODE
-    if active or state in UNFINISHED or (trial and state == "pending"):
-        return GOING_ON
-    told = life is not None and life.ending == state and life.exit_code is not None
-    return life.exit_code if told else EXIT_CODES.get(state, 1)
+def _exit_code(state: str, active: bool, attempt: Attempt | None, trial: bool) -> int:
+    if state in (State.UNKNOWN, State.DAMAGED):
+        return ExitCode.UNKNOWN if state == State.UNKNOWN else ExitCode.USER_MISTAKE
+    if active or state in UNFINISHED or (trial and state == State.PENDING):
+        return ExitCode.INTERRUPTED
+    told = attempt is not None and attempt.ending == state and attempt.exit_code is not None
+    return attempt.exit_code if told else Ending(state).exit_code if state in set(Ending) else ExitCode.FAILED
 
 
 def _state(known: _Known, told: _Told) -> tuple[str, str, str, bool]:
     """State, detail, nodes, and whether there is a job that waits or runs."""
-    submission, life = known.submission, known.lives[-1] if known.lives else None
+    submission, attempt = known.submission, known.attempts[-1] if known.attempts else None
     if submission is None:
-        return "not submitted", "", "", False
+        return State.NOT_SUBMITTED, "", "", False
     if submission.job_settings().executor != "slurm":
-        return _state_here(submission, life)
+        return _state_here(submission, attempt)
     if not known.open and not _is_active(told.queued, submission.job_id):
-        return life.ending, life.detail, life.nodes, False
+        return attempt.ending, attempt.detail, attempt.nodes, False
     if told.silence:
-        return UNKNOWN, f"the controller does not answer: {told.silence}", life.nodes if life else "", True
+        return State.UNKNOWN, f"the controller does not answer: {told.silence}", attempt.nodes if attempt else "", True
     if not submission.job_id:
         if time.time() - submission.submitted < SETTLED:
-            return UNKNOWN, "being submitted, or sbatch has not said whether it was", "", True
-        if life and life.ending:
-            return life.ending, life.detail, life.nodes, False
-        return "not submitted", "SLURM did not take the job", "", False
+            return State.UNKNOWN, "being submitted, or sbatch has not said whether it was", "", True
+        if attempt and attempt.ending:
+            return attempt.ending, attempt.detail, attempt.nodes, False
+        return State.NOT_SUBMITTED, "SLURM did not take the job", "", False
     job = told.queued.get(submission.job_id)
     if job and job.active:
         if job.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD"):
-            after = f"{life.ending}, " if life and life.ending and life.then else ""
-            return "pending", f"{after}{REASONS.get(job.reason.partition(',')[0], job.reason)}", "", True
-        if not (job.state == "COMPLETING" and life and life.ending and not life.then):
+            after = f"{attempt.ending}, " if attempt and attempt.ending and attempt.then else ""
+            return State.PENDING, f"{after}{REASONS.get(job.reason.partition(',')[0], job.reason)}", "", True
+        if not (job.state == "COMPLETING" and attempt and attempt.ending and not attempt.then):
             return WORDS.get(job.state, job.state.lower()), "", job.nodes, True
-    if life and life.ending and not known.open:
-        return life.ending, life.detail, life.nodes, False
-    return *_ended_in_silence(known, job, told), life.nodes if life else "", False
+    if attempt and attempt.ending and not known.open:
+        return attempt.ending, attempt.detail, attempt.nodes, False
+    return *_ended_in_silence(known, job, told), attempt.nodes if attempt else "", False
 
 
 def _ended_in_silence(known: _Known, job: Queued | None, told: _Told) -> tuple[str, str]:
@@ -248,21 +247,22 @@ def _ended_in_silence(known: _Known, job: Queued | None, told: _Told) -> tuple[s
     ending = ACCOUNTED.get(accounted[0].state) if accounted else None
     if ending is None:
         return Ending.CANCELLED if submission.cancelled else Ending.LOST, ""
-    if ending is Ending.FAILED and len(known.lives) > submission.earlier_lives:
+    if ending is Ending.FAILED and len(known.attempts) > submission.earlier_attempts:
         return Ending.KILLED, f"{SCRIPT_KILLED}, and could not let the job go on: submit the run again"
     if ending is Ending.FAILED:
         return ending, f"before anything was recorded; minbert logs {known.run} may tell why"
     return ending, ""
 
 
-def _state_here(submission: Submission, life: Life | None) -> tuple[str, str, str, bool]:
+def _state_here(submission: Submission, attempt: Attempt | None) -> tuple[str, str, str, bool]:
     """Of a job of the local or the debug executor."""
     if submission.host != socket.gethostname():
-        return (life.ending if life and life.ending else "running"), f"on {submission.host}", submission.host, False
+        state = attempt.ending if attempt and attempt.ending else State.RUNNING
+        return state, f"on {submission.host}", submission.host, False
     if _controller_lives(submission):
-        return "running", "", submission.host, True
-    if life and life.ending:
-        return life.ending, life.detail, life.nodes, False
+        return State.RUNNING, "", submission.host, True
+    if attempt and attempt.ending:
+        return attempt.ending, attempt.detail, attempt.nodes, False
     return Ending.CANCELLED if submission.cancelled else Ending.LOST, "", submission.host, False
 
 

@@ -1,8 +1,8 @@
 """Handing runs to an executor: the batch script's parts, arrays, and the record in each run folder.
 
 The batch script is submitit's: our lines before and after `srun` call the supervisor, which checks the allocation,
-records each life, and lets the job go on. What is pickled holds the run folder's path only; where the run stands, its
-folder says.
+records each attempt, and lets the job go on. What is pickled holds the run folder's path only; where the run stands,
+its folder says.
 
 sbatch's answer may be lost although the job is queued. So a token is recorded first and travels in the job's comment:
 by that the job is found, and the job itself finds its task and leaves its id in the record.
@@ -87,7 +87,7 @@ def _submit_part(
             host=socket.gethostname(),
             submitted=time.time(),
             total_steps=steps,
-            earlier_lives=before.earlier_lives if again and before else len(Records(run).lives()),
+            earlier_attempts=before.earlier_attempts if again and before else len(Records(run).attempts()),
             token=token,
             element=None if len(runs) == 1 else index,
         )

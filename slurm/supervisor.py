@@ -1,7 +1,7 @@
 """What the batch script runs before and after the processes: `python -m minbert.slurm.supervisor begin RUNS` and
 `... end RUNS STATUS`, or `... setup RUNS STATUS COMMAND` if a line of the user's setup has failed.
 
-`begin` checks the allocation and opens the record of this life; `end` finds out why the processes ended, closes the
+`begin` checks the allocation and opens the record of this attempt; `end` finds out why the processes ended, closes the
 record, and lets the job go on where it should. RUNS is a file with a run folder per line, one for each array element;
 its name holds the token of the submission. A job that is not the run's latest submission does nothing.
 """
@@ -19,9 +19,11 @@ from minbert.slurm import controller
 from minbert.slurm.allocation import Allocation
 from minbert.slurm.batch_script import token_of
 from minbert.slurm.check import check_allocation
-from minbert.slurm.records import EXIT_CODES, UNANNOUNCED, Ending, Life, Records, Submission
+from minbert.slurm.endings import UNANNOUNCED, Ending
+from minbert.slurm.records import Attempt, Records, Submission
 from minbert.slurm.submission import kept_task, submit_anew
-from minbert.slurm.verdict import BEFORE_TRAINING, SCRIPT_KILLED, USER_MISTAKE, Error, Evidence, Next, Verdict, judge
+from minbert.slurm.verdict import BEFORE_TRAINING, SCRIPT_KILLED, Error, Evidence, Next, Verdict, judge
+from minbert.trainer.processes.exit_codes import ExitCode
 
 # srun about a task that ended by a signal: "srun: error: n2: task 3: Killed"
 KILLED = re.compile(r"^srun: error: (\S+): tasks? (\S+): (?!Exited)(.*)$", re.MULTILINE)
@@ -54,13 +56,13 @@ def main(arguments: list[str]) -> int:
         if moment == "end":
             return end(run, allocation, int(rest[0]))
         if not accept(run, allocation, token_of(Path(runs_file))):
-            return EXIT_CODES[Ending.CANCELLED]
+            return Ending.CANCELLED.exit_code
         if moment == "setup":
             return setup_failed(run, allocation, int(rest[0]), rest[1])
         return begin(run, allocation)
     except UserError as error:
         say(str(error))
-        return USER_MISTAKE
+        return ExitCode.USER_MISTAKE
 
 
 def accept(run: Path, allocation: Allocation, token: str) -> bool:
@@ -74,8 +76,8 @@ def accept(run: Path, allocation: Allocation, token: str) -> bool:
         records.change(token, job_id=allocation.job_id)
     provide_task(submission, allocation.job_id)
     if submission.cancelled:
-        life = records.begin(allocation.job_id, allocation.restart, os.environ.get("SLURM_JOB_NODELIST", ""))
-        records.end(life, Ending.CANCELLED)
+        attempt = records.begin(allocation.job_id, allocation.restart, os.environ.get("SLURM_JOB_NODELIST", ""))
+        records.end(attempt, Ending.CANCELLED)
         say("cancelled before it started")
         return False
     return True
@@ -95,40 +97,40 @@ def setup_failed(run: Path, allocation: Allocation, status: int, line: str) -> i
     """A line of the user's setup failed with `status`, or a signal that the job got ended it."""
     records = Records(run)
     nodes = os.environ.get("SLURM_JOB_NODELIST", "")
-    life = records.begin(allocation.job_id, allocation.restart, nodes)
+    attempt = records.begin(allocation.job_id, allocation.restart, nodes)
     if status in BEFORE_TRAINING:
         return end(run, allocation, status)
     detail = f"setup: `{line}` failed with exit code {status}"
     say(f"{detail}. A line that may fail ends with `|| true`.")
-    records.end(life, Ending.FAILED, detail, USER_MISTAKE)
-    return USER_MISTAKE
+    records.end(attempt, Ending.FAILED, detail, ExitCode.USER_MISTAKE)
+    return ExitCode.USER_MISTAKE
 
 
 def begin(run: Path, allocation: Allocation) -> int:
     """Returns: 0 if the processes may start."""
     records = Records(run)
     submission = records.submission()
-    for life in records.lives():
-        if life.ended is None:
-            close_lost(records, life)
+    for attempt in records.attempts():
+        if attempt.ended is None:
+            close_lost(records, attempt)
     for error in (run / "logs").glob("rank-*.error"):
         error.unlink()
     nodes = os.environ.get("SLURM_JOB_NODELIST", "")
-    life = records.begin(allocation.job_id, allocation.restart, nodes, script=os.getppid())
-    say(f"job {allocation.job_id} on {life.nodes}, start {allocation.restart + 1}, from step {life.first_step}")
+    attempt = records.begin(allocation.job_id, allocation.restart, nodes, script=os.getppid())
+    say(f"job {allocation.job_id} on {attempt.nodes}, start {allocation.restart + 1}, from step {attempt.first_step}")
     try:
         check_allocation(run, Path(submission.code), allocation, submission.job_settings())
     except UserError as error:
         say(str(error))
-        records.end(life, Ending.FAILED, str(error), USER_MISTAKE)
-        return USER_MISTAKE
-    return 0
+        records.end(attempt, Ending.FAILED, str(error), ExitCode.USER_MISTAKE)
+        return ExitCode.USER_MISTAKE
+    return ExitCode.FINISHED
 
 
 def end(run: Path, allocation: Allocation, status: int, script_killed: bool = False) -> int:
     """Returns: the batch script's exit code. Rank 0 calls it if the batch script was killed."""
     records = Records(run)
-    life = records.life(allocation.job_id, allocation.restart)
+    attempt = records.attempt(allocation.job_id, allocation.restart)
     submission = records.submission()
     settings = submission.job_settings()
     try:
@@ -136,72 +138,74 @@ def end(run: Path, allocation: Allocation, status: int, script_killed: bool = Fa
     except UserError:
         job = None
     errors = read_errors(run)
-    said = output(Path(submission.folder), life)
+    said = output(Path(submission.folder), attempt)
     verdict = judge(
         Evidence(
             status=status,
             job=job,
             restart=allocation.restart,
-            code=life.code,
-            signal=life.signal,
+            code=attempt.code,
+            signal=attempt.signal,
             cancelled=submission.cancelled,
             errors=errors,
             killed=killed_task(said),
             complaint=complaint(said),
             preempted=PREEMPTED.search(said) is not None,
             script_killed=script_killed,
-            down=controller.down_nodes(life.nodes),
+            down=controller.down_nodes(attempt.nodes),
             signal_before=settings.signal_before,
         )
     )
     report(verdict, errors, allocation)
-    return go_on(run, records, life, bounded(verdict, records, life, settings.max_requeues))
+    return go_on(run, records, attempt, bounded(verdict, records, attempt, settings.max_requeues))
 
 
 def stand_in(run: Path, allocation: Allocation) -> None:
     """To be called by rank 0 at its end: does what the batch script would do, if that was killed meanwhile."""
-    life = Records(run).life(allocation.job_id, allocation.restart)
-    if life and life.ended is None and life.script and not Path(f"/proc/{life.script}").exists():
+    attempt = Records(run).attempt(allocation.job_id, allocation.restart)
+    if attempt and attempt.ended is None and attempt.script and not Path(f"/proc/{attempt.script}").exists():
         end(run, allocation, 128 + signal.SIGKILL, script_killed=True)
 
 
-def bounded(verdict: Verdict, records: Records, life: Life, most: int) -> Verdict:
+def bounded(verdict: Verdict, records: Records, attempt: Attempt, most: int) -> Verdict:
     """The verdict, unless the job has gone on often enough, or is lost again and again before it saves anything."""
     if verdict.next not in (Next.GO_ON, Next.SUBMIT_ANEW):
         return verdict
-    lives = [other for other in records.lives()[records.submission().earlier_lives :] if other.ended is not None]
-    if len(lives) >= most:
+    attempts = [
+        other for other in records.attempts()[records.submission().earlier_attempts :] if other.ended is not None
+    ]
+    if len(attempts) >= most:
         detail = f"{verdict.detail + '; ' if verdict.detail else ''}max_requeues={most} are used up"
         return Verdict(verdict.ending, Next.NOTHING, detail)
-    barren = bool(lives) and lives[-1].ending in UNANNOUNCED and lives[-1].last_step == lives[-1].first_step
-    if verdict.ending in UNANNOUNCED and barren and records.newest_step() == life.first_step:
+    barren = bool(attempts) and attempts[-1].ending in UNANNOUNCED and attempts[-1].last_step == attempts[-1].first_step
+    if verdict.ending in UNANNOUNCED and barren and records.newest_step() == attempt.first_step:
         return Verdict(verdict.ending, Next.NOTHING, f"{verdict.detail}; for the second time before any checkpoint")
     return verdict
 
 
-def go_on(run: Path, records: Records, life: Life, verdict: Verdict) -> int:
+def go_on(run: Path, records: Records, attempt: Attempt, verdict: Verdict) -> int:
     """Close the record and do what the verdict says; in this order, as requeueing ends this script too."""
-    exit_code = EXIT_CODES[verdict.ending] if verdict.exit_code is None else verdict.exit_code
-    then = {Next.LEFT_TO_SLURM: "requeued", Next.GO_ON: "requeued"}.get(verdict.next, "")
+    exit_code = verdict.ending.exit_code if verdict.exit_code is None else verdict.exit_code
+    then = Ending.REQUEUED if verdict.next in (Next.LEFT_TO_SLURM, Next.GO_ON) else ""
     if verdict.next is not Next.LEFT_TO_SLURM and records.submission().cancelled:  # since the verdict
-        records.end(life, Ending.CANCELLED)
-        return EXIT_CODES[Ending.CANCELLED]
-    records.end(life, verdict.ending, verdict.detail, exit_code, then)
+        records.end(attempt, Ending.CANCELLED)
+        return Ending.CANCELLED.exit_code
+    records.end(attempt, verdict.ending, verdict.detail, exit_code, then)
     if verdict.next is Next.GO_ON:
         try:
             say("requeueing the job")
-            controller.requeue(life.job_id)
+            controller.requeue(attempt.job_id)
             return exit_code
         except UserError as error:
             say(f"cannot be requeued: {error}")
     if verdict.next in (Next.GO_ON, Next.SUBMIT_ANEW):
         try:
-            new = submit_anew(run, life.job_id)
+            new = submit_anew(run, attempt.job_id)
             say(f"submitted anew as job {new}")
-            records.end(life, verdict.ending, verdict.detail, exit_code, f"job {new}")
+            records.end(attempt, verdict.ending, verdict.detail, exit_code, f"job {new}")
         except UserError as error:
             say(f"cannot be submitted from here: {error}\nTo go on, on the login node: minbert submit --run {run}")
-            records.end(life, verdict.ending, verdict.detail, exit_code)
+            records.end(attempt, verdict.ending, verdict.detail, exit_code)
     return exit_code
 
 
@@ -210,7 +214,7 @@ def report(verdict: Verdict, errors: list[Error], allocation: Allocation) -> Non
     if verdict.ending is Ending.FAILED and errors:
         first = next((error for error in errors if not error.lost_peer), errors[0])
         where = f"rank {first.rank} of {allocation.tasks} on {allocation.host_of(first.rank)}"
-        say(f"{where} failed first:\n{first.text.rstrip()}" if first.code != USER_MISTAKE else first.text.rstrip())
+        say(("" if first.code == ExitCode.USER_MISTAKE else f"{where} failed first:\n") + first.text.rstrip())
     else:
         say(f"{verdict.ending}{f' ({verdict.detail})' if verdict.detail else ''}")
 
@@ -221,29 +225,29 @@ def read_errors(run: Path) -> list[Error]:
     return [error for path in paths if (error := Error.read(path))]
 
 
-def close_lost(records: Records, life: Life) -> None:
-    """End the record of a life that could not do so itself."""
-    told = controller.accounts([life.job_id]).get(life.job_id, [])
-    ending = ACCOUNTED.get(told[life.restart].state) if life.restart < len(told) else None
-    down = controller.down_nodes(life.nodes)
+def close_lost(records: Records, attempt: Attempt) -> None:
+    """End the record of an attempt that could not do so itself."""
+    told = controller.accounts([attempt.job_id]).get(attempt.job_id, [])
+    ending = ACCOUNTED.get(told[attempt.restart].state) if attempt.restart < len(told) else None
+    down = controller.down_nodes(attempt.nodes)
     submission = records.submission()
-    if ending is Ending.REQUEUED and PREEMPTED.search(output(Path(submission.folder), life)):
+    if ending is Ending.REQUEUED and PREEMPTED.search(output(Path(submission.folder), attempt)):
         ending = Ending.PREEMPTED
     if ending is Ending.FAILED:  # the record would be closed if it were for another reason
-        records.end(life, Ending.KILLED, SCRIPT_KILLED, then="requeued")
+        records.end(attempt, Ending.KILLED, SCRIPT_KILLED, then=Ending.REQUEUED)
         return
     if ending is None or (ending is Ending.REQUEUED and down):
         ending = Ending.NODE_FAILURE if down else Ending.LOST
-    records.end(life, ending, ", ".join(down), then="requeued")
+    records.end(attempt, ending, ", ".join(down), then=Ending.REQUEUED)
 
 
-def output(folder: Path, life: Life) -> str:
-    """The end of what the batch script and rank 0 have printed in this life."""
-    path = folder / f"{life.job_id}_0_log.out"
+def output(folder: Path, attempt: Attempt) -> str:
+    """The end of what the batch script and rank 0 have printed in this attempt."""
+    path = folder / f"{attempt.job_id}_0_log.out"
     if not path.is_file():
         return ""
     text = path.read_bytes()[-65536:].decode(errors="replace")
-    return text.rpartition(f"start {life.restart + 1}, from step")[2]
+    return text.rpartition(f"start {attempt.restart + 1}, from step")[2]
 
 
 def killed_task(said: str) -> str:

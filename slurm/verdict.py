@@ -17,9 +17,9 @@ from enum import Enum
 from pathlib import Path
 
 from minbert.slurm.controller import Job
-from minbert.slurm.records import Ending
+from minbert.slurm.endings import Ending
+from minbert.trainer.processes.exit_codes import ExitCode
 
-FINISHED, INTERRUPTED, USER_MISTAKE = 0, 75, 2
 BEFORE_TRAINING = {128 + number for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
 SCRIPT_KILLED = "the batch script was killed"
 
@@ -61,11 +61,11 @@ class Error:
     def summary(self) -> str:
         """The line that says most: of a message the first, of a traceback the last."""
         lines = self.text.strip().splitlines() or [f"exit code {self.code}"]
-        return lines[0] if self.code == USER_MISTAKE else f"rank {self.rank}: {lines[-1]}"
+        return lines[0] if self.code == ExitCode.USER_MISTAKE else f"rank {self.rank}: {lines[-1]}"
 
     @property
     def lost_peer(self) -> bool:
-        return self.code != USER_MISTAKE and LOST_PEER.search(self.text) is not None
+        return self.code != ExitCode.USER_MISTAKE and LOST_PEER.search(self.text) is not None
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Evidence:
     status: int  # srun's exit code
     job: Job | None  # None if SLURM does not answer
     restart: int
-    code: int | None = None  # what rank 0 returned: FINISHED, INTERRUPTED, or nothing
+    code: int | None = None  # what rank 0 returned, if it did: FINISHED or INTERRUPTED
     signal: int | None = None  # the first that rank 0 received
     cancelled: bool = False  # by `minbert cancel`
     errors: list[Error] = field(default_factory=list)  # the earliest first
@@ -98,7 +98,7 @@ class Verdict:
 
 def judge(evidence: Evidence) -> Verdict:
     """The one place that decides whether a job goes on."""
-    if evidence.code == FINISHED:
+    if evidence.code == ExitCode.FINISHED:
         return Verdict(Ending.FINISHED, Next.NOTHING)
     if evidence.job is not None and evidence.job.state != "RUNNING":
         return _ended_by_slurm(evidence, evidence.job)
@@ -106,7 +106,7 @@ def judge(evidence: Evidence) -> Verdict:
         return Verdict(Ending.CANCELLED, Next.NOTHING)
     if evidence.script_killed:
         return Verdict(Ending.KILLED, Next.GO_ON, SCRIPT_KILLED)
-    if evidence.code == INTERRUPTED or (not evidence.errors and evidence.status in BEFORE_TRAINING):
+    if evidence.code == ExitCode.INTERRUPTED or (not evidence.errors and evidence.status in BEFORE_TRAINING):
         return Verdict(_announced(evidence), Next.GO_ON)
     return _failed(evidence)
 
@@ -153,5 +153,5 @@ def _failed(evidence: Evidence) -> Verdict:
     if 128 < evidence.status <= 128 + signal.SIGRTMAX:
         return Verdict(Ending.KILLED, Next.GO_ON, f"signal {evidence.status - 128}")
     if evidence.complaint:
-        return Verdict(Ending.FAILED, Next.NOTHING, f"srun: {evidence.complaint}", USER_MISTAKE)
-    return Verdict(Ending.FAILED, Next.NOTHING, f"exit code {evidence.status}", evidence.status or 1)
+        return Verdict(Ending.FAILED, Next.NOTHING, f"srun: {evidence.complaint}", ExitCode.USER_MISTAKE)
+    return Verdict(Ending.FAILED, Next.NOTHING, f"exit code {evidence.status}", evidence.status or ExitCode.FAILED)

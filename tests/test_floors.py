@@ -23,6 +23,7 @@ FLOORS = (
     "trainer.run",
     "trainer.step",
     "trainer.metrics",
+    "trainer.assembly",
     "trainer.train",
     "slurm",
     "tuning",

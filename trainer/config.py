@@ -22,7 +22,7 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
-from minbert.data.errors import UserError, shown
+from minbert.data.errors import UserError, explain, shown
 from minbert.data.examples import BadRows
 from minbert.data.plan import Schedule
 from minbert.data.task import Task, resolve_task
@@ -390,12 +390,11 @@ def _explain(problem: ErrorDetails) -> str:
     """One line on a wrong key (with the nearest valid one) or a wrong value (with what is allowed)."""
     place = [str(part) for part in problem["loc"]]
     key = ".".join(part for part in place if part in OPTIONS or part in SECTIONS)
-    if problem["type"] == "value_error":
-        own = place and place[-1] in OPTIONS  # what a section says names its options itself
-        return (f"{key}: " if own else "") + problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
         return _unknown(place[-1])
-    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, not {shown(problem['input'])}"
+    # What a section says names its options itself.
+    says_where = problem["type"] != "value_error" or not (place and place[-1] in OPTIONS)
+    return explain(problem, key) if says_where else f"{key}: {explain(problem, key)}"
 
 
 def _unknown(name: Any, section: str | None = None) -> str:

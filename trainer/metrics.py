@@ -1,7 +1,10 @@
 """The numbers between two lines of the log: means over the steps, rates over all processes."""
 
 from collections import defaultdict
+from collections.abc import Mapping
+from math import nan
 from statistics import fmean
+from typing import Any
 
 import torch
 
@@ -10,11 +13,21 @@ from minbert.trainer.step import StepResult
 
 
 class MetricsWindow:
-    """Collects step results until `close` turns them into one record."""
+    """Collects step results until `close` turns them into one record. It goes on from `content`, what a window of an
+    earlier start held."""
 
-    def __init__(self, world: World):
+    def __init__(self, world: World, content: Mapping[str, Any] | None = None):
         self.world = world
         self._reset()
+        content = content or {}
+        for name, losses in content.get("losses", {}).items():
+            self.losses[name] = [nan if loss is None else loss for loss in losses]  # JSON has no other word
+        self.norms += content.get("norms", [])
+        self.skipped = content.get("skipped", 0)
+
+    def content(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it; tokens and seconds are those of one start."""
+        return {"losses": dict(self.losses), "norms": self.norms, "skipped": self.skipped}
 
     def add(self, result: StepResult) -> None:
         for name, loss in result.losses.items():

@@ -17,6 +17,7 @@ from typing import Literal
 import yaml
 from pydantic import BaseModel, ConfigDict
 
+from minbert.data.differences import differences, refuse
 from minbert.data.errors import UserError
 from minbert.data.files import replacing
 from minbert.trainer.config import parse_config
@@ -162,17 +163,11 @@ def _combine(members: Sequence[str], extensions: Mapping[str, Parameters]) -> Pa
     return change
 
 
-def refuse_other(folder: Path, saved: Ablation, wanted: Ablation) -> None:
+def refuse_other_ablation(folder: Path, saved: Ablation, wanted: Ablation) -> None:
     """Raises UserError naming what `wanted` changes of the runs in `folder`; variants and seeds may be added."""
-    lines = []
-    for name in sorted(saved.baseline.keys() | wanted.baseline.keys()):
-        old, new = saved.baseline.get(name), wanted.baseline.get(name)
-        lines += [f"  {name}: {old} in the folder, {new} asked for"] if old != new else []
-    for name, change in wanted.variants.items():
-        if saved.variants.get(name, change) != change:
-            lines.append(f"  {name}: {saved.variants[name]} in the folder, {change} asked for")
-    if lines:
-        raise UserError(
-            f"{folder} holds another ablation:\n" + "\n".join(lines) + "\n"
-            "Leave these options out to go on with it, or give another --ablation."
-        )
+    common = saved.variants.keys() & wanted.variants.keys()
+    different = differences(saved.baseline, wanted.baseline)
+    different += differences(*({name: side.variants[name] for name in sorted(common)} for side in (saved, wanted)))
+    if different:
+        way = "Leave these options out to go on with it, or give another --ablation."
+        refuse(f"{folder} holds another ablation", different, way)

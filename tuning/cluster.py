@@ -27,8 +27,8 @@ from typing import Any, NoReturn
 import psutil
 
 from minbert.data.errors import UserError
+from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.processes.stop import stop_signals
-from minbert.tuning.attempt import INTERRUPTED
 
 # Ray replaces 127.0.0.1 by an address that other machines reach; another one of the loopback interface it leaves.
 LOOPBACK = "127.0.0.2"
@@ -259,7 +259,7 @@ def _init(**options: Any) -> None:
     try:
         ray.init(logging_level=logging.CRITICAL, **options)
     except SystemExit:  # Ray's own answer to SIGTERM
-        raise SystemExit(INTERRUPTED) from None
+        raise SystemExit(ExitCode.INTERRUPTED) from None
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

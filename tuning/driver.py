@@ -22,7 +22,7 @@ from minbert.data.errors import UserError, disk_trouble
 from minbert.trainer.config import ParallelConfig
 from minbert.trainer.processes.stop import StopRequest
 from minbert.trainer.run.folder import RunFolder
-from minbert.tuning.attempt import Train, tells_of_disk
+from minbert.tuning.background import Train, tells_of_disk
 from minbert.tuning.population import Population, record_take_over
 from minbert.tuning.proposals import Proposals
 from minbert.tuning.search import Resources

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from minbert.data.differences import differences, refuse
 from minbert.data.errors import UserError
 from minbert.data.files import replacing
 from minbert.data.reading import read_yaml
@@ -190,23 +191,19 @@ def _plain(config: RunConfig) -> Parameters:
     return flat
 
 
-def refuse_other(folder: Path, saved: Search, wanted: Search) -> None:
+def refuse_other_search(folder: Path, saved: Search, wanted: Search) -> None:
     """Raises UserError naming what makes `wanted` another search than the one in `folder`."""
-    may_change = {"samples", "resources", "base"}
-    before, now = saved.model_dump(mode="json"), wanted.model_dump(mode="json")
-    different = [name for name in before if name not in may_change and before[name] != now[name]]
-    lines = [f"  {name}: {before[name]} in the folder, {now[name]} asked for" for name in different]
-    for name in sorted(saved.base.keys() | wanted.base.keys()):
-        if name not in MAY_CHANGE - {"epochs", "steps", "eval_limit", "extend_to"}:
-            old, new = saved.base.get(name), wanted.base.get(name)
-            lines += [f"  {name}: {old} in the folder, {new} asked for"] if old != new else []
+    may_change = MAY_CHANGE - {"epochs", "steps", "eval_limit", "extend_to"}
+    before, now = (
+        search.model_dump(mode="json", exclude={"samples", "resources", "base"})
+        | {name: value for name, value in search.base.items() if name not in may_change}
+        for search in (saved, wanted)
+    )
     if wanted.samples < saved.samples and saved.algorithm != "grid":
-        lines.append(f"  samples: {saved.samples} in the folder, {wanted.samples} asked for")
-    if lines:
-        raise UserError(
-            f"{folder} holds another search:\n" + "\n".join(lines) + "\n"
-            "Leave these options out to go on with it, or give another --search."
-        )
+        before["samples"], now["samples"] = saved.samples, wanted.samples
+    if different := differences(before, now):
+        way = "Leave these options out to go on with it, or give another --search."
+        refuse(f"{folder} holds another search", different, way)
 
 
 def write_best(folder: Path, trials: Sequence[Trial]) -> Trial | None:

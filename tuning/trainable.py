@@ -7,8 +7,9 @@ from typing import Any
 from filelock import FileLock
 from ray import tune
 
+from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.run.folder import RunFolder
-from minbert.tuning.attempt import FINISHED, USER_MISTAKE, Attempt, Train, free_memory, tells_of_disk
+from minbert.tuning.background import BackgroundTraining, Train, free_memory, tells_of_disk
 from minbert.tuning.scheduler import REACHED, WORST
 from minbert.tuning.take_over import take_over
 from minbert.tuning.trial import METRIC, Trial, better, score_of
@@ -47,10 +48,10 @@ class TrialWorker(tune.Trainable):
             since = take_over(RunFolder(folder), donor, config["options"], self.taken_over)
             if self.best is None:  # what the donor has evaluated is not its own
                 known = since
-        self.attempt = Attempt(self.train_run, folder, config["options"], known)
+        self.training = BackgroundTraining(self.train_run, folder, config["options"], known)
 
     def _end(self) -> None:
-        self.attempt.end()
+        self.training.end()
         if not self.taken_over and Trial.read(self.trial.folder).done:
             self.trial.forget_checkpoints()
         self.lock.release()
@@ -65,21 +66,21 @@ class TrialWorker(tune.Trainable):
 
     def step(self) -> dict[str, Any]:
         """An evaluation, nothing new, or the end. Raises RuntimeError for a failure that may not repeat itself."""
-        attempt = self.attempt
-        evaluation = attempt.next(HEARTBEAT)
-        result: dict[str, Any] = {"steps": attempt.steps, "taken_over": self.taken_over, "process": os.getpid()}
+        training = self.training
+        evaluation = training.next(HEARTBEAT)
+        result: dict[str, Any] = {"steps": training.steps, "taken_over": self.taken_over, "process": os.getpid()}
         if evaluation is not None:
             score, step = score_of(evaluation), evaluation["step"]
             self.best = better(self.best, score)
             result |= {METRIC: score, "best": self.best, REACHED: WORST if self.best is None else self.best}
-            return result | {"at": step, "progress": step / attempt.steps}
-        if not attempt.over:
+            return result | {"at": step, "progress": step / training.steps}
+        if not training.over:
             return result
-        code, error = attempt.ending
-        if code == FINISHED:
+        code, error = training.ending
+        if code == ExitCode.FINISHED:
             return result | {"done": True, "ending": "finished"}
         if tells_of_disk(error):
             return result | {"done": True, "ending": "no room", "error": error}
-        if code == USER_MISTAKE:
+        if code == ExitCode.USER_MISTAKE:
             return result | {"done": True, "ending": "failed", "error": error}
         raise RuntimeError(f"the trial ended with exit code {code}\n{error}")

@@ -17,7 +17,6 @@ from rich.table import Table
 from minbert.data.errors import UserError
 from minbert.data.files import replacing, to_json
 from minbert.data.reading import read_yaml
-from minbert.launch.exit_codes import ExitCode
 from minbert.launch.many_runs import (
     Own,
     check_data_and_model,
@@ -31,6 +30,7 @@ from minbert.launch.trial import train_trial
 from minbert.slurm.settings import parse_parameters, resolve_settings
 from minbert.slurm.status import is_active
 from minbert.trainer.config import Seed, flat_options, flatten, parse_config
+from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.processes.stop import StopRequest
 from minbert.tuning.ablation import (
     ABLATION_FILE,
@@ -42,7 +42,7 @@ from minbert.tuning.ablation import (
     combination,
     extension,
     plan,
-    refuse_other,
+    refuse_other_ablation,
 )
 from minbert.tuning.comparison import Row, compare
 from minbert.tuning.search import Resources, base_options
@@ -160,7 +160,7 @@ def _resolve(folder: Path, own: Mapping[str, Any], run: dict[str, Any]) -> Ablat
     )
     ablation.check()
     if saved is not None:
-        refuse_other(folder, saved, ablation)
+        refuse_other_ablation(folder, saved, ablation)
     return ablation
 
 
@@ -176,7 +176,7 @@ def _baseline(run: dict[str, Any], saved: Ablation | None) -> Parameters:
 
 def _run_here(ablation: Ablation, trials: Sequence[Trial]) -> int:
     """One run after another, in this process."""
-    from minbert.tuning.attempt import USER_MISTAKE, Attempt, free_memory, tells_of_disk
+    from minbert.tuning.background import BackgroundTraining, free_memory, tells_of_disk
 
     with StopRequest() as stop:
         for number, trial in enumerate(trials, 1):
@@ -185,16 +185,16 @@ def _run_here(ablation: Ablation, trials: Sequence[Trial]) -> int:
             print(f"[{number}/{len(trials)}] {trial.name}", flush=True)
             trial.status, trial.started, trial.error = "running", trial.started or time.time(), None
             trial.write()
-            attempt = Attempt(train_trial, trial.folder.absolute(), ablation.options(trial), trial.step)
-            while not attempt.over:
+            training = BackgroundTraining(train_trial, trial.folder.absolute(), ablation.options(trial), trial.step)
+            while not training.over:
                 if stop.signal is not None:
-                    attempt.end()
-                if evaluation := attempt.next(1.0):
-                    trial.step, trial.steps = evaluation["step"], attempt.steps
+                    training.end()
+                if evaluation := training.next(1.0):
+                    trial.step, trial.steps = evaluation["step"], training.steps
                     trial.score = better(trial.score, score_of(evaluation))
                     trial.write()
             free_memory()
-            code, error = attempt.ending
+            code, error = training.ending
             if code != ExitCode.FINISHED and tells_of_disk(error):
                 trial.status = "pending"
                 trial.write()
@@ -209,7 +209,7 @@ def _run_here(ablation: Ablation, trials: Sequence[Trial]) -> int:
             trial.status, trial.ended = "finished" if code == ExitCode.FINISHED else "failed", time.time()
             trial.error = error.strip().splitlines()[-1] if error else None
             trial.write()
-            if code == USER_MISTAKE and not any(other.score is not None for other in trials):
+            if code == ExitCode.USER_MISTAKE and not any(other.score is not None for other in trials):
                 raise UserError(error)  # the others would fail alike
             if trial.error:
                 print(f"{trial.name} failed: {trial.error}", flush=True)

@@ -10,12 +10,12 @@ from typing import Annotated
 import tyro
 
 from minbert.data.errors import UserError
-from minbert.launch.exit_codes import ExitCode
 from minbert.launch.options import parse
 from minbert.slurm import controller
 from minbert.slurm.records import Records
 from minbert.slurm.status import Report, find_runs, look
 from minbert.slurm.submission import mark_cancelled
+from minbert.trainer.processes.exit_codes import ExitCode
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from minbert.data.errors import UserError
-from minbert.launch.exit_codes import ExitCode
 from minbert.launch.options import parse, parse_run_config
 from minbert.launch.outputs import require_place
 from minbert.launch.ownership import own
 from minbert.trainer.checkpoint.format import MANIFEST, Damaged, damaged, published, read_manifest, verify
+from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.run.folder import RunFolder
 
 USAGE = """usage: minbert checkpoint ACTION ...

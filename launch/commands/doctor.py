@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 
 from minbert.data.machine import cgroup_limit
-from minbert.launch.exit_codes import ExitCode
+from minbert.trainer.processes.exit_codes import ExitCode
 
 TRAINING, SLURM, SEARCH, TRANSLATION = SECTIONS = ("training", "SLURM", "search (Ray)", "translation")
 

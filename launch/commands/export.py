@@ -7,9 +7,9 @@ from typing import Annotated
 import tyro
 
 from minbert.data.errors import UserError
-from minbert.launch.exit_codes import ExitCode
 from minbert.launch.options import parse
 from minbert.launch.outputs import whole_or_gone
+from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.run.folder import RunFolder
 
 

@@ -13,14 +13,22 @@ from rich.table import Table
 
 from minbert.data.errors import UserError
 from minbert.data.files import to_json
-from minbert.launch.exit_codes import ExitCode
 from minbert.launch.options import parse
 from minbert.launch.ownership import own
+from minbert.slurm.endings import Ending, State
 from minbert.slurm.records import Records
 from minbert.slurm.status import Report, find_runs, look
+from minbert.trainer.processes.exit_codes import ExitCode
 
-STYLES = {"finished": "green", "running": "cyan", "pending": "yellow", "failed": "bold red", "process killed": "red"}
-STYLES |= {"unknown": "bold yellow", "damaged": "bold red"}
+STYLES = {
+    Ending.FINISHED: "green",
+    Ending.FAILED: "bold red",
+    Ending.KILLED: "red",
+    State.RUNNING: "cyan",
+    State.PENDING: "yellow",
+    State.UNKNOWN: "bold yellow",
+    State.DAMAGED: "bold red",
+}
 
 
 @dataclass(frozen=True)

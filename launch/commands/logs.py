@@ -9,10 +9,10 @@ from typing import Annotated
 import tyro
 
 from minbert.data.errors import UserError
-from minbert.launch.exit_codes import ExitCode
 from minbert.launch.options import parse
 from minbert.slurm.records import Records
 from minbert.slurm.status import is_active
+from minbert.trainer.processes.exit_codes import ExitCode
 
 POLL = 0.5  # seconds between two looks at the files
 PATIENCE = 5.0  # seconds between two looks at the job
@@ -77,6 +77,6 @@ def files(run: Path, rank: int) -> list[Path]:
     submission = records.submission()
     if submission is None:
         return [path for path in [run / "logs" / "rank-0.log"] if path.exists()]
-    jobs = dict.fromkeys([*(life.job_id for life in records.lives()), submission.job_id])
+    jobs = dict.fromkeys([*(attempt.job_id for attempt in records.attempts()), submission.job_id])
     paths = [Path(submission.folder) / f"{job}_0_log.out" for job in jobs if job]
     return [path for path in paths if path.exists()]

@@ -13,10 +13,10 @@ from rich.console import Console
 from minbert.data.batch import TokenisedSplit
 from minbert.data.errors import UserError
 from minbert.data.task import Split, Task
-from minbert.launch.exit_codes import ExitCode
 from minbert.launch.options import open_option, parse
 from minbert.launch.outputs import require_place, whole_or_gone, writing
 from minbert.trainer.evaluation.prediction_files import written
+from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.run.folder import RunFolder
 
 COLUMN = "prediction"

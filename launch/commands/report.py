@@ -9,9 +9,9 @@ from pydantic import Field
 
 from minbert.data.errors import UserError, disk_trouble
 from minbert.data.task import Split
-from minbert.launch.exit_codes import ExitCode
 from minbert.launch.options import open_option, parse
 from minbert.launch.outputs import require_place
+from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.run.folder import RunFolder
 from minbert.tuning.ablation import ABLATION_FILE
 from minbert.tuning.search import SEARCH_FILE

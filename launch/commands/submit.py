@@ -13,7 +13,6 @@ import yaml
 from pydantic import create_model
 
 from minbert.data.errors import UserError
-from minbert.launch.exit_codes import ExitCode
 from minbert.launch.options import (
     asks_for_help,
     build_run_config,
@@ -32,6 +31,7 @@ from minbert.slurm.settings import JobSettings, parse_parameters, resolve_settin
 from minbert.slurm.status import look
 from minbert.slurm.submission import refuse_hopeless, submit
 from minbert.trainer.config import RunConfig
+from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.run.preparation import new_run_path, prepare, resolve, total_steps
 
 DESCRIPTION = (

@@ -3,12 +3,12 @@
 import shlex
 import sys
 
-from minbert.launch.exit_codes import ExitCode
 from minbert.launch.options import parse_run_config
 from minbert.launch.ownership import own
 from minbert.launch.processes import launch
 from minbert.trainer.config import RunConfig
 from minbert.trainer.model.memory import require_memory
+from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.processes.world import require_devices
 from minbert.trainer.run.preparation import known_shape, new_run_path, prepare
 

@@ -11,7 +11,6 @@ from pydantic import Field, ValidationError
 
 from minbert.data.errors import UserError
 from minbert.data.reading import read_yaml
-from minbert.launch.exit_codes import ExitCode
 from minbert.launch.many_runs import (
     Own,
     check_data_and_model,
@@ -25,6 +24,7 @@ from minbert.launch.options import build_run_config
 from minbert.launch.searching import run_search
 from minbert.slurm.settings import parse_parameters, resolve_settings
 from minbert.trainer.config import RunConfig, parse_config
+from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.processes.stop import StopRequest
 from minbert.tuning.search import (
     SEARCH_FILE,
@@ -32,7 +32,7 @@ from minbert.tuning.search import (
     Search,
     base_options,
     explain,
-    refuse_other,
+    refuse_other_search,
 )
 from minbert.tuning.space import Space, check_space, paper_space, parse_space, read_space
 from minbert.tuning.trial import LOCK, best
@@ -130,7 +130,7 @@ def _resolve(folder: Path, own: Mapping[str, Any], run: Mapping[str, Any]) -> Se
     if search.samples < asked and search.algorithm == "random":
         print(f"The space has only {search.samples} combinations: so many trials.")
     if saved is not None:
-        refuse_other(folder, saved, search)
+        refuse_other_search(folder, saved, search)
     search.check()
     return search
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from minbert.data.errors import UserError
 from minbert.slurm.devcluster.cluster import DevCluster
+from minbert.trainer.processes.exit_codes import ExitCode
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -16,9 +17,9 @@ def main(arguments: list[str] | None = None) -> int:
         return options.pop("function")(**options) or 0
     except UserError as error:
         print(f"devcluster: {error}", file=sys.stderr)
-        return 2
+        return ExitCode.USER_MISTAKE
     except KeyboardInterrupt:
-        return 130
+        return ExitCode.LEFT_AT_ONCE
 
 
 def start(folder: Path | None, **options: int | bool) -> None:

@@ -286,9 +286,8 @@ MISTAKES = [
     (f"{SST} --csv {{tmp}}/fine.csv --out {{tmp}}", "it is a folder"),
     ("resume", "usage: minbert resume RUN"),
     ("resume --steps 3", "usage: minbert resume RUN"),
-    ("plot {run} --out {tmp}/no/x.png", "there is no folder {tmp}/no"),
-    ("plot {run} --out {tmp}/list.yaml/x.png", "there is no folder {tmp}/list.yaml"),
     ("report {run} --out {tmp}/no/x.html", "there is no folder {tmp}/no"),
+    ("report {run} --out {tmp}/list.yaml/x.html", "there is no folder {tmp}/list.yaml"),
     ("report {run} --mistakes 1e30", "--mistakes must be a valid integer"),
     ("checkpoint convert {run} {tmp}/no/x.safetensors", "there is no folder {tmp}/no"),
     ("checkpoint convert {tmp} {tmp}/new/er --steps 3", "{tmp}"),
@@ -349,7 +348,6 @@ WRITERS = [
     ("export {run} {there}/new", "new/model.safetensors"),
     ("report {run} --out {there}/x.html", "x.html"),
     ("checkpoint convert {run} {there}/x.safetensors", "x.safetensors"),
-    ("plot {run} --out {there}/x.png", "x.png"),
 ]
 
 

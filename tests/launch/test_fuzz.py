@@ -16,10 +16,9 @@ import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from minbert.launch.exit_codes import ExitCode
 from minbert.launch.main import main
-from minbert.slurm.records import EXIT_CODES
 from minbert.trainer.config import OPTIONS, SECTIONS
+from minbert.trainer.processes.exit_codes import ExitCode
 
 FIXED = dict(
     derandomize=True,
@@ -28,7 +27,7 @@ FIXED = dict(
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
-CODES = {*ExitCode, *EXIT_CODES.values()} - {ExitCode.LEFT_AT_ONCE}
+CODES = {*ExitCode} - {ExitCode.LEFT_AT_ONCE}
 LONGEST = 45_000  # characters of a message
 
 scalars = st.sampled_from(
@@ -179,7 +178,6 @@ COMMANDS = (
     "jobs",
     "checkpoint verify",
     "checkpoint list",
-    "plot",
     "logs",
     "resume",
     "resume",

@@ -18,12 +18,12 @@ from known_tasks import TASKS
 
 from minbert.data.errors import UserError
 from minbert.data.files import to_json
-from minbert.launch.exit_codes import ExitCode
 from minbert.launch.main import main
 from minbert.launch.worker import work
 from minbert.slurm.records import Records, Submission
 from minbert.trainer.checkpoint.format import Damaged, Manifest, TrainingState, published, read_manifest
 from minbert.trainer.evaluation.scoring import overall, score
+from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.processes.stop import StopRequest
 from minbert.trainer.run.folder import RunFolder
 from minbert.trainer.run.saved_model import read_model, save_model
@@ -137,7 +137,7 @@ def test_of_two_starts_in_a_new_folder_one_wins(tmp_path):
     assert path.is_dir()  # it was there before
 
 
-def test_a_job_waits_for_its_last_life(tmp_path, caplog):
+def test_a_job_waits_for_its_last_attempt(tmp_path, caplog):
     """And says so once; a request to stop ends the waiting."""
     run, waited, stop = RunFolder(tmp_path / "run"), [], StopRequest()
 

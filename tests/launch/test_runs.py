@@ -137,11 +137,6 @@ def test_predict_text_and_csv_agree(trained, tmp_path, capsys):
     assert 0 <= float(capsys.readouterr().out) <= 5
 
 
-def test_plot_is_a_picture(trained, tmp_path, capsys):
-    assert main(["plot", str(trained.path), "--out", str(tmp_path / "p.png")]) == 0
-    assert (tmp_path / "p.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-
-
 # --- going on ----------------------------------------------------------------------------------------------------
 
 

@@ -22,7 +22,8 @@ import torch
 from safetensors.torch import load_file
 
 from minbert.launch.main import main
-from minbert.slurm.records import Ending, Life, Records
+from minbert.slurm.endings import Ending
+from minbert.slurm.records import Attempt, Records
 from minbert.slurm.status import Report, look
 from minbert.trainer.run.folder import RunFolder
 
@@ -138,8 +139,8 @@ def job_id(run: Path) -> str:
     return Records(run).submission().job_id
 
 
-def lives(run: Path) -> list[Life]:
-    return Records(run).lives()
+def attempts(run: Path) -> list[Attempt]:
+    return Records(run).attempts()
 
 
 def logged(run: Path) -> list[dict]:
@@ -159,9 +160,9 @@ def assert_finished_like(run: Path, whole: Path) -> None:
 
 
 def assert_nothing_lost(run: Path) -> None:
-    """Every life goes on where the one before it stopped."""
-    past = lives(run)
-    assert [life.first_step for life in past[1:]] == [life.last_step for life in past[:-1]]
+    """Every attempt goes on where the one before it stopped."""
+    past = attempts(run)
+    assert [attempt.first_step for attempt in past[1:]] == [attempt.last_step for attempt in past[:-1]]
 
 
 def processes(run: Path) -> list[psutil.Process]:
@@ -192,8 +193,8 @@ def test_two_nodes_train_as_one_machine_does(runs):
     assert main(["train", "--run", str(local), "--processes", "4", *map(str, arguments)]) == 0
     assert_finished_like(run, local)
     assert RunFolder(run).read_config().parallel.processes == 4
-    (life,) = lives(run)
-    assert life.nodes == "n[1-2]" and life.ending is Ending.FINISHED
+    (attempt,) = attempts(run)
+    assert attempt.nodes == "n[1-2]" and attempt.ending is Ending.FINISHED
 
 
 @pytest.fixture(scope="module")
@@ -207,42 +208,42 @@ def disturbed(cluster, runs, whole, alone) -> dict[str, Path]:
     with held(20, *found.values()):
         job = job_id(found["time"])
         # Limits are in minutes. The last half minute is for SLURM to notice the limit before it is over.
-        limit = (time.time() - lives(found["time"])[0].started + 30) // 60 + 1
+        limit = (time.time() - attempts(found["time"])[0].started + 30) // 60 + 1
         cluster.run("scontrol", "update", f"jobid={job}", f"timelimit={limit:.0f}")
         cluster.run("scontrol", "requeue", job_id(found["requeue"]))
         cluster.run("scancel", "--signal=TERM", job_id(found["signal"]))
         processes(found["killed"])[-1].kill()
         for name in ("signal", "killed"):
             wake(found[name])
-        eventually(lambda: lives(found["time"])[0].ended, "the warning", found["time"])
+        eventually(lambda: attempts(found["time"])[0].ended, "the warning", found["time"])
     cluster.run("scontrol", "update", f"jobid={job}", "timelimit=30")
     return found
 
 
 def test_a_signal_is_a_request_to_save_and_go_on(disturbed, whole):
     assert_finished_like(disturbed["signal"], whole)
-    assert [life.ending for life in lives(disturbed["signal"])] == [Ending.STOPPED, Ending.FINISHED]
+    assert [attempt.ending for attempt in attempts(disturbed["signal"])] == [Ending.STOPPED, Ending.FINISHED]
     assert_nothing_lost(disturbed["signal"])
-    assert lives(disturbed["signal"])[0].last_step >= 20 and report(disturbed["signal"]).requeues == 1
+    assert attempts(disturbed["signal"])[0].last_step >= 20 and report(disturbed["signal"]).requeues == 1
 
 
 def test_an_operators_requeue_loses_nothing(disturbed, alone):
     assert_finished_like(disturbed["requeue"], alone)
-    assert [life.ending for life in lives(disturbed["requeue"])] == [Ending.REQUEUED, Ending.FINISHED]
+    assert [attempt.ending for attempt in attempts(disturbed["requeue"])] == [Ending.REQUEUED, Ending.FINISHED]
     assert_nothing_lost(disturbed["requeue"])
 
 
 def test_the_time_limit_is_no_end(disturbed, alone):
     """SLURM warns, perhaps up to a minute early."""
     assert_finished_like(disturbed["time"], alone)
-    assert [life.ending for life in lives(disturbed["time"])] == [Ending.TIME_LIMIT, Ending.FINISHED]
-    assert lives(disturbed["time"])[0].signal == signal.SIGUSR2
+    assert [attempt.ending for attempt in attempts(disturbed["time"])] == [Ending.TIME_LIMIT, Ending.FINISHED]
+    assert attempts(disturbed["time"])[0].signal == signal.SIGUSR2
     assert_nothing_lost(disturbed["time"])
 
 
 def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(disturbed, whole):
     assert_finished_like(disturbed["killed"], whole)
-    first, last = lives(disturbed["killed"])
+    first, last = attempts(disturbed["killed"])
     assert first.ending is Ending.KILLED and "task" in first.detail and last.ending is Ending.FINISHED
     assert last.first_step >= 10
 
@@ -256,13 +257,13 @@ def test_preempted_runs_go_on_where_the_site_requeues_and_where_it_cancels(clust
     with held(20, first, second):
         old = job_id(second)
         cluster.run("sbatch", "-p", "urgent", "-N2", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 3")
-        eventually(lambda: all(lives(run)[0].ended for run in (first, second)), "their preemption", first)
+        eventually(lambda: all(attempts(run)[0].ended for run in (first, second)), "their preemption", first)
     for run in (first, second):
         assert_finished_like(run, whole)
-        assert [life.ending for life in lives(run)] == [Ending.PREEMPTED, Ending.FINISHED]
+        assert [attempt.ending for attempt in attempts(run)] == [Ending.PREEMPTED, Ending.FINISHED]
         assert_nothing_lost(run)
-    assert job_id(first) == lives(first)[0].job_id and lives(first)[0].then == "requeued"
-    assert job_id(second) != old and lives(second)[0].then == f"job {job_id(second)}"
+    assert job_id(first) == attempts(first)[0].job_id and attempts(first)[0].then == "requeued"
+    assert job_id(second) != old and attempts(second)[0].then == f"job {job_id(second)}"
 
 
 def test_a_lost_node_costs_the_steps_since_the_last_checkpoint(cluster, runs, whole):
@@ -270,12 +271,12 @@ def test_a_lost_node_costs_the_steps_since_the_last_checkpoint(cluster, runs, wh
     with held(25, run):
         cluster.kill_node("n2")
     try:
-        eventually(lambda: lives(run)[0].ended or report(run).state == "pending", "the loss to be noticed", run)
+        eventually(lambda: attempts(run)[0].ended or report(run).state == "pending", "the loss to be noticed", run)
     finally:
         cluster.start_node("n2")
     assert_finished_like(run, whole)
-    assert [life.ending for life in lives(run)] == [Ending.NODE_FAILURE, Ending.FINISHED]
-    assert lives(run)[-1].first_step >= 20
+    assert [attempt.ending for attempt in attempts(run)] == [Ending.NODE_FAILURE, Ending.FINISHED]
+    assert attempts(run)[-1].first_step >= 20
 
 
 @contextmanager
@@ -311,11 +312,11 @@ def troubled(cluster, runs) -> dict[str, Path]:
             for name in ("setup", "srun"):
                 ended(found[name])
             cluster.run("scancel", "--signal=KILL", "--batch", job_id(found["script"]))
-            eventually(lambda: lives(found["script"])[0].ended, "the script's end", found["script"])
+            eventually(lambda: attempts(found["script"])[0].ended, "the script's end", found["script"])
             cluster.run("scontrol", "update", "partitionname=main", "gracetime=0")
             try:
                 cluster.run("sbatch", "-p", "urgent", "-w", "n2", "--exclusive", "-o", "/dev/null", "--wrap", "true")
-                eventually(lambda: lives(found["grace"])[0].ended, "the preemption", found["grace"])
+                eventually(lambda: attempts(found["grace"])[0].ended, "the preemption", found["grace"])
             finally:
                 cluster.run("scontrol", "update", "partitionname=main", f"gracetime={cluster.config.grace}")
     return found
@@ -336,7 +337,7 @@ def test_arguments_that_srun_does_not_know_fail_the_job_in_its_words(troubled):
 def test_a_killed_batch_script_costs_nothing(troubled, alone):
     """Rank 0, which SLURM asks to end, does what the script would do."""
     assert_finished_like(troubled["script"], alone)
-    first, last = lives(troubled["script"])
+    first, last = attempts(troubled["script"])
     assert (first.ending, first.detail) == (Ending.KILLED, "the batch script was killed")
     assert last.ending is Ending.FINISHED and last.job_id == first.job_id
     assert_nothing_lost(troubled["script"])
@@ -344,7 +345,7 @@ def test_a_killed_batch_script_costs_nothing(troubled, alone):
 
 def test_a_preemption_without_grace_is_one(troubled, alone):
     assert_finished_like(troubled["grace"], alone)
-    assert [life.ending for life in lives(troubled["grace"])] == [Ending.PREEMPTED, Ending.FINISHED]
+    assert [attempt.ending for attempt in attempts(troubled["grace"])] == [Ending.PREEMPTED, Ending.FINISHED]
 
 
 def test_sbatchs_answer_is_lost_and_the_job_is_found(cluster, runs, tmp_path, monkeypatch, capsys):
@@ -368,7 +369,7 @@ def test_sbatchs_answer_is_lost_and_the_job_is_found(cluster, runs, tmp_path, mo
             controller.resume()
     eventually(lambda: report(run).state not in ("unknown", "not submitted"), "the job to be found", run)
     assert ended(run).state == "finished", output(run)
-    assert job_id(run) == lives(run)[0].job_id and len(lives(run)) == 1
+    assert job_id(run) == attempts(run)[0].job_id and len(attempts(run)) == 1
     named = cluster.run("squeue", "-h", "-t", "all", "-o", "%i", "--name", run.name).split()
     assert named == [job_id(run)]
 
@@ -396,7 +397,7 @@ def test_neither_filters_nor_another_name_hide_a_job(cluster, runs, monkeypatch,
     assert ended(run).state == "cancelled" and RunFolder(run).read_metrics() == []
     done = "squeue", "-h", "-t", "all", "-o", "%T", "-j", old
     eventually(lambda: cluster.run(*done) == "FAILED", "the end of the job that was replaced", other)
-    assert "was submitted anew" in output(other) and not lives(other)
+    assert "was submitted anew" in output(other) and not attempts(other)
 
 
 def test_more_nodes_than_there_are_is_refused(runs, capsys):
@@ -455,8 +456,8 @@ def test_a_cancelled_job_saves_and_stays_cancelled(cluster, runs):
     cluster.run("scancel", job_id(bare))
     for run in (ours, bare):
         assert ended(run).state == "cancelled"
-        (life,) = lives(run)
-        assert life.code == 75 and Records(run).newest_step() >= 10 and report(run).exit_code == 86
+        (attempt,) = attempts(run)
+        assert attempt.code == 75 and Records(run).newest_step() >= 10 and report(run).exit_code == 86
     assert ended(ours).requeues == 0
 
 

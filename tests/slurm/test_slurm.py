@@ -23,7 +23,8 @@ from minbert.slurm.allocation import Allocation, expand_counts
 from minbert.slurm.batch_script import watched
 from minbert.slurm.check import Node, mismatches
 from minbert.slurm.controller import Job, Queued, without_job
-from minbert.slurm.records import EXIT_CODES, Ending, Records, Submission
+from minbert.slurm.endings import Ending
+from minbert.slurm.records import Records, Submission
 from minbert.slurm.settings import JobSettings, parse_time, resolve_settings
 from minbert.slurm.snapshot import take_snapshot
 from minbert.slurm.status import is_active, look
@@ -303,8 +304,7 @@ def test_verdicts(what, evidence, ending, following):
 
 
 def test_every_ending_has_a_code_of_its_own():
-    assert EXIT_CODES.keys() == set(Ending)
-    assert [code for code, n in Counter(EXIT_CODES.values()).items() if n > 1] == [75]
+    assert [code for code, n in Counter(ending.exit_code for ending in Ending).items() if n > 1] == [75]
 
 
 def test_the_cause_is_told_in_a_line():
@@ -344,9 +344,9 @@ def records_of(run: Path, *endings: Ending, step: int = 0) -> Records:
 
 def test_requeues_are_bounded(tmp_path):
     records = records_of(tmp_path, *[Ending.TIME_LIMIT] * 3)
-    life, go_on = records.begin("7", 3, "n1"), Verdict(Ending.TIME_LIMIT, Next.GO_ON)
-    assert bounded(go_on, records, life, 4) == go_on
-    stopped = bounded(go_on, records, life, 3)
+    attempt, go_on = records.begin("7", 3, "n1"), Verdict(Ending.TIME_LIMIT, Next.GO_ON)
+    assert bounded(go_on, records, attempt, 4) == go_on
+    stopped = bounded(go_on, records, attempt, 3)
     assert stopped.next is Next.NOTHING and stopped.detail == "max_requeues=3 are used up"
 
 
@@ -355,10 +355,10 @@ def test_a_job_that_dies_twice_before_it_saves_does_not_go_on(tmp_path):
     records = records_of(tmp_path)
     assert bounded(killed, records, records.begin("7", 0, "n1"), 50) == killed
     records = records_of(tmp_path, Ending.KILLED)
-    life = records.begin("7", 1, "n1")
-    assert bounded(killed, records, life, 50).detail.endswith("for the second time before any checkpoint")
+    attempt = records.begin("7", 1, "n1")
+    assert bounded(killed, records, attempt, 50).detail.endswith("for the second time before any checkpoint")
     (tmp_path / "checkpoints" / "step-00000010").mkdir(parents=True)
-    assert bounded(killed, records, life, 50) == killed
+    assert bounded(killed, records, attempt, 50) == killed
 
 
 # Allocation
@@ -489,9 +489,9 @@ def test_how_a_run_stands(tmp_path, monkeypatch):
     assert stand(run, records, "PENDING", monkeypatch).summary == "pending (Resources), job 7"
     assert stand(run, records, None, monkeypatch).state == "lost"
     assert stand(run, records, None, monkeypatch, "CANCELLED").exit_code == 86
-    life = records.begin("7", 0, "n1")
-    life.started -= 100
-    records.write_life(life)
+    attempt = records.begin("7", 0, "n1")
+    attempt.started -= 100
+    records.write_attempt(attempt)
     lines = [{"step": step} for step in range(1, 26)] + [{"step": 25, "dev/overall": 0.5}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 2')
     records.write_submission(replace(records.submission(), total_steps=100))
@@ -499,10 +499,10 @@ def test_how_a_run_stands(tmp_path, monkeypatch):
     assert (report.state, report.step, report.total, report.score) == ("running", 25, 100, 0.5)
     assert 290 < report.seconds_left < 310 and report.exit_code == 75
     assert stand(run, records, None, monkeypatch, "NODE_FAIL").state == "node failure"
-    records.end(life, Ending.TIME_LIMIT, then="requeued")
+    records.end(attempt, Ending.TIME_LIMIT, then="requeued")
     report = stand(run, records, "PENDING", monkeypatch)
     assert report.detail == "time limit, Resources" and report.requeues == 1
-    records.end(life, Ending.FAILED, "boom", 1)
+    records.end(attempt, Ending.FAILED, "boom", 1)
     report = stand(run, records, None, monkeypatch)
     assert (report.state, report.detail, report.exit_code, report.active) == ("failed", "boom", 1, False)
 
@@ -526,11 +526,11 @@ def test_without_an_answer_a_run_is_unknown_and_nothing_is_submitted(tmp_path, m
     assert records.submission() == Submission("7", str(run / "slurm"), "", {}, "here", 0.0)
     assert main(["cancel", str(run)]) == 2 and records.submission().cancelled
     assert "may still wait or run" in capsys.readouterr().err
-    life = records.begin("7", 0, "n1")
+    attempt = records.begin("7", 0, "n1")
     assert look([run])[0].state == "unknown"
-    records.end(life, Ending.TIME_LIMIT, then="requeued")
+    records.end(attempt, Ending.TIME_LIMIT, then="requeued")
     assert look([run])[0].state == "unknown"
-    records.end(life, Ending.FAILED, "boom", 2)
+    records.end(attempt, Ending.FAILED, "boom", 2)
     assert look([run])[0].state == "failed"
 
 
@@ -556,12 +556,12 @@ def test_a_job_that_is_not_the_latest_submission_does_nothing(tmp_path, capsys):
     records.write_submission(submission)
     kept_task(submission).write_bytes(b"task")
     assert not accept(tmp_path, ALLOCATION, "old") and "was submitted anew" in capsys.readouterr().out
-    assert records.submission() == submission and not records.lives()
+    assert records.submission() == submission and not records.attempts()
     assert accept(tmp_path, ALLOCATION, "new")
     assert records.submission().job_id == "7" and (tmp_path / "slurm" / "7_submitted.pkl").read_bytes() == b"task"
     mark_cancelled(tmp_path)
     assert not accept(tmp_path, ALLOCATION, "new")
-    assert [life.ending for life in records.lives()] == [Ending.CANCELLED]
+    assert [attempt.ending for attempt in records.attempts()] == [Ending.CANCELLED]
 
 
 def test_a_killed_batch_script_is_told_in_words(tmp_path, monkeypatch):
@@ -582,13 +582,13 @@ def test_why_a_job_waits_is_told_in_words(tmp_path, monkeypatch):
 GARBAGE = [b"", b"{", b"[]", b"5", b"null", b"\xff\xfe", b"[" * 100_000, b'{"job_id": 5}', b'{"status": [1]}']
 
 
-@pytest.mark.parametrize("name", ["slurm/submission.json", "slurm/lives/7-0.json", "trial.json"])
+@pytest.mark.parametrize("name", ["slurm/submission.json", "slurm/attempts/7-0.json", "trial.json"])
 def test_one_damaged_folder_is_one_line(name, tmp_path, monkeypatch, capsys):
     """It is told what is wrong, nothing is submitted from it, and the others are shown as they are."""
     monkeypatch.setattr("minbert.slurm.controller.jobs", lambda ids: {"7": Queued("PENDING", "Resources")})
     good, bad = tmp_path / "good", tmp_path / "bad"
     records_of(good)
-    if "lives" in name:
+    if "attempts" in name:
         records_of(bad)
     (bad / "config.yaml").parent.mkdir(exist_ok=True)
     (bad / "config.yaml").write_text("")
@@ -603,7 +603,7 @@ def test_one_damaged_folder_is_one_line(name, tmp_path, monkeypatch, capsys):
         assert second["state"] == "pending" and second["detail"] == "Resources"
         assert Path(name).name in first["detail"], content
         assert first["active"], content
-        if "lives" not in name:
+        if "attempts" not in name:
             assert first["state"] == "damaged" and first["exit_code"] == 2
             assert main(["jobs", str(bad)]) == 2 and main(["jobs", str(bad), "--resubmit"]) == 2
             capsys.readouterr()
@@ -647,11 +647,11 @@ def test_a_run_without_a_job_stands_as_its_own_files_say(tmp_path, capsys):
     assert look([run])[0].state == "finished"
     folder.write_config(config)
     records = records_of(run)
-    life = records.begin("7", 0, "n1")
-    records.end(life, Ending.CANCELLED)
+    attempt = records.begin("7", 0, "n1")
+    records.end(attempt, Ending.CANCELLED)
     assert look([run])[0].state == "cancelled"
-    life.last_step = 2  # and it was finished here afterwards
-    records.write_life(life)
+    attempt.last_step = 2  # and it was finished here afterwards
+    records.write_attempt(attempt)
     assert look([run])[0].state == "finished"
     records.write_submission(None)
     shutil.rmtree(folder.checkpoints)

@@ -19,8 +19,8 @@ from minbert.trainer.engine.optimizer import build_optimizer
 from minbert.trainer.processes import world as distributed
 from minbert.trainer.processes.random_state import seed_everything
 from minbert.trainer.processes.world import World
+from minbert.trainer.run.data import build_plan, load_split
 from minbert.trainer.run.folder import RunFolder
-from minbert.trainer.run.preparation import build_plan, load_split
 from minbert.trainer.run.saved_model import build_model
 from minbert.trainer.step import TrainingStep
 

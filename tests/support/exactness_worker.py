@@ -22,8 +22,8 @@ from minbert.trainer.engine.optimizer import parameter_groups
 from minbert.trainer.processes import world as distributed
 from minbert.trainer.processes.random_state import seed_everything
 from minbert.trainer.processes.world import World
+from minbert.trainer.run.data import build_plan, load_split
 from minbert.trainer.run.folder import RunFolder
-from minbert.trainer.run.preparation import build_plan, load_split
 from minbert.trainer.run.saved_model import build_model
 from minbert.trainer.step import TrainingStep
 

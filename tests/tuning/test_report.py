@@ -41,6 +41,8 @@ class Browser:
         if os.geteuid() == 0:
             options.add_argument("--no-sandbox")  # Chromium has none for root
         options.add_argument(f"--user-data-dir={profile}")
+        self.downloads = profile / "downloads"
+        options.add_experimental_option("prefs", {"download.default_directory": str(self.downloads)})
         options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
         self.driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
 
@@ -73,6 +75,16 @@ class Browser:
         )
         assert found
         return found
+
+    def saved(self, title: str) -> Path:
+        """What the camera above a chart saves."""
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        chart = f"[...document.querySelectorAll('.chart')].find(c => c.querySelector('h3').textContent == '{title}')"
+        self.driver.execute_script(f"{chart}.querySelector('.modebar-btn').click()")
+        file = self.downloads / f"{title}.svg"
+        WebDriverWait(self.driver, 30).until(lambda _: file.exists())
+        return file
 
     def headings(self) -> list[str]:
         return self.ask("[...document.querySelectorAll('h2')].map(h => h.textContent)")
@@ -117,6 +129,8 @@ def test_the_page_of_a_run(run, browser, capsys):
     tasks = ["Sentiment (SST-5)", "Paraphrase (Quora)", "Similarity (STS)"]
     assert browser.headings() == ["The run", "Curves", *tasks, "Gradient conflicts"]
     assert browser.warnings() == ""
+    picture = browser.saved("Mean cosine by layer").read_text()
+    assert picture.startswith("<svg") and "sst · quora" in picture and "layer 0" in picture
 
     assert main(["evaluate", str(run), "--json"]) == 0
     scores = json.loads(capsys.readouterr().out)

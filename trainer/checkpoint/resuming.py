@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from minbert.data.differences import differences, refuse
 from minbert.data.errors import UserError
 from minbert.trainer.checkpoint.format import (
     AGGREGATOR,
@@ -104,20 +105,11 @@ def refuse_another(checkpoint: Path, manifest: Manifest, identity: dict[str, Any
     the weights do not fit.
     """
     saved, here = _leaves(manifest.identity), _leaves(identity)
-    different = [
-        f"{name}: {saved.get(name)} in the checkpoint, {here.get(name)} here"
-        for name in sorted(saved.keys() | here.keys())
-        if saved.get(name) != here.get(name)
-    ]
-    if not different:
-        return []
-    model = [line for line in different if line.startswith("model.")]
-    if model or not force:
-        raise UserError(
-            f"{checkpoint} is of another run:\n"
-            + "\n".join(f"  {line}" for line in different)
-            + ("\nIts weights do not fit this model." if model else "\n--force resumes all the same.")
-        )
+    different = differences(saved, here, "in the checkpoint", "here")
+    model = any(line.startswith("model.") for line in different)
+    if different and (model or not force):
+        way = "Its weights do not fit this model." if model else "--force resumes all the same."
+        refuse(f"{checkpoint} is of another run", different, way)
     return different
 
 

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from minbert.trainer.processes.exit_codes import ExitCode
+
 if TYPE_CHECKING:  # PyTorch takes seconds, in which a signal would find no handler
     from minbert.trainer.processes.world import World
-
-LEFT_AT_ONCE = 130
 
 
 def stop_signals() -> list[signal.Signals]:
@@ -46,7 +46,7 @@ class StopRequest:
 
     def __init__(self, patient: bool = False) -> None:
         self.signal: int | None = None
-        self.exit_code: int = LEFT_AT_ONCE
+        self.exit_code: int = ExitCode.LEFT_AT_ONCE
         self.patient = patient
         self._raises = False
 
@@ -86,7 +86,7 @@ class StopRequest:
         if self.signal is not None:
             raise Stopped
 
-    def agreed(self, world: "World") -> bool:
+    def reached_any(self, world: "World") -> bool:
         """Whether any process was asked to stop; the same answer on all. Collective.
 
         The flag travels through memory of the CPU, so that asking never waits for a GPU.

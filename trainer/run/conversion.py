@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 
 from minbert.data.errors import UserError
-from minbert.data.tokens import load_tokenizer
 from minbert.trainer.checkpoint.deepspeed import read
 from minbert.trainer.checkpoint.format import (
     UNFINISHED,
@@ -24,8 +23,9 @@ from minbert.trainer.checkpoint.shards import Snapshot
 from minbert.trainer.engine.optimizer import parameter_groups
 from minbert.trainer.engine.parts import Part
 from minbert.trainer.processes.random_state import seed_everything, stream
+from minbert.trainer.run.data import build_plan, load_splits
 from minbert.trainer.run.folder import RunFolder
-from minbert.trainer.run.preparation import build_plan, identity, load_split
+from minbert.trainer.run.preparation import identity
 from minbert.trainer.run.saved_model import build_model, read_weights, save_model
 
 
@@ -59,8 +59,7 @@ def from_deepspeed(source: Path, run: RunFolder) -> tuple[Path, list[str]]:
             tensors |= {kind: found.tensors[kind][name] for kind in ("exp_avg", "exp_avg_sq")}
         flat = {kind: tensor.detach().float().flatten() for kind, tensor in tensors.items()}
         parts.append(Part(name, 0, flat, replicated=True))
-    tokenizer = load_tokenizer(run.encoder)
-    splits = {name: load_split(config, name, "train", tokenizer) for name in config.corpus.names}
+    splits = load_splits(config, run, "train")
     plan = build_plan(config, splits)
     manifest = Manifest(
         step=found.step,

@@ -21,23 +21,15 @@ from packaging.specifiers import SpecifierSet
 from torch import nn
 
 from minbert.data.batch import TokenisedSplit
+from minbert.data.differences import differences, indented, refuse
 from minbert.data.errors import UserError
-from minbert.data.examples import Examples, limit
-from minbert.data.plan import BatchPlan
-from minbert.data.sources import load_examples
-from minbert.data.task import Split
-from minbert.data.tokens import (
-    Tokenizer,
-    build_vocabulary,
-    default_cache_dir,
-    load_tokenizer,
-    tokenise,
-    write_vocabulary,
-)
+from minbert.data.tokens import build_vocabulary, default_cache_dir, load_tokenizer, write_vocabulary
 from minbert.trainer.checkpoint.format import SAVED, damaged, folder_name, lost, published, remember, step_of
 from minbert.trainer.config import MAY_CHANGE, OPTIONS, RunConfig, flatten
 from minbert.trainer.model.bert import BertConfig
 from minbert.trainer.model.weights import TINY, find_checkpoint, is_hub_name, read_config, write_shape
+from minbert.trainer.run.budget import Budget
+from minbert.trainer.run.data import build_plan, load_examples_of, load_split, load_splits
 from minbert.trainer.run.folder import LOCK, RunFolder
 from minbert.trainer.surgery.own_code import find_source, keep_source, use_source
 
@@ -164,26 +156,6 @@ def _absolute(folder: str) -> str:
     return str(Path(folder).expanduser().absolute())
 
 
-def load_examples_of(config: RunConfig, task: str, split: Split) -> Examples:
-    """A split's examples as the configuration wants them."""
-    corpus = config.corpus
-    examples = load_examples(corpus.data, corpus.task(task), split, corpus.bad_rows)
-    most = {"train": corpus.train_limit, "dev": corpus.eval_limit}.get(split)
-    return examples if most is None else limit(examples, most)
-
-
-def load_split(config: RunConfig, task: str, split: Split, tokenizer: Tokenizer) -> TokenisedSplit:
-    return tokenise(load_examples_of(config, task, split), tokenizer, config.corpus.max_length, config.corpus.cache)
-
-
-def build_plan(config: RunConfig, splits: dict[str, TokenisedSplit]) -> BatchPlan:
-    """The batch plan over the training splits; `annealed` anneals over the configured budget."""
-    sizes = {name: len(split) for name, split in splits.items()}
-    plan = BatchPlan(sizes, config.batch.batch_size, config.batch.task_schedule, config.seed)
-    steps = config.budget.steps or round(config.budget.passes * plan.steps_per_epoch)
-    return BatchPlan(sizes, config.batch.batch_size, config.batch.task_schedule, config.seed, steps)
-
-
 def identity(config: RunConfig, run: RunFolder, splits: Mapping[str, TokenisedSplit]) -> dict[str, Any]:
     """What a checkpoint must agree on to be of this run: its model, vocabulary, training data and settings."""
     shape = {name: value for name, value in asdict(read_config(run.encoder)).items() if not name.endswith("_prob")}
@@ -232,9 +204,8 @@ def total_steps(config: RunConfig) -> int:
     config = resolve(config)
     if config.budget.steps is not None:
         return config.budget.steps
-    tokenizer = load_tokenizer(RunFolder(config.folder).encoder)
-    splits = {name: load_split(config, name, "train", tokenizer) for name in config.corpus.names}
-    return max(1, round(config.budget.passes * build_plan(config, splits).steps_per_epoch))
+    plan = build_plan(config, load_splits(config, RunFolder(config.folder), "train"))
+    return Budget(config.budget, plan.steps_per_epoch).planned_steps
 
 
 def _require_deepspeed(stage: int | None) -> None:
@@ -294,26 +265,18 @@ def _has_checkpoints(run: RunFolder) -> bool:
 def _refuse_other_settings(run: RunFolder, config: RunConfig, force: bool) -> None:
     before = run.read_config()
     saved, wanted = flatten(before), flatten(config)
-    different = [
-        f"  {name}: {saved[name]} in the folder, {wanted[name]} asked for"
-        for name, _ in _fixed(config)
-        if saved[name] != wanted[name]
-    ]
+    fixed = [name for name, _ in _fixed(config)]
+    tasks: list[str] = []
     if before.corpus.names == config.corpus.names:  # then one is declared in another way
-        different = [line for line in different if not line.startswith("  tasks: ")]
+        fixed.remove("tasks")
         for old, new in zip(before.corpus.tasks, config.corpus.tasks):
-            keys = [key for key in type(new).model_fields if getattr(old, key) != getattr(new, key)]
-            different += [
-                f"  task {new.name}: {key}: {getattr(old, key)} in the folder, {getattr(new, key)} asked for"
-                for key in keys
-            ]
+            tasks += [f"task {new.name}: {line}" for line in differences(dict(old), dict(new))]
+    different = differences({name: saved[name] for name in fixed}, {name: wanted[name] for name in fixed}) + tasks
     if different and force:
-        log.warning("--force overrides settings of %s:\n%s", run.path, "\n".join(different))
+        log.warning("--force overrides settings of %s:\n%s", run.path, indented(different))
     elif different:
-        raise UserError(
-            f"{run.path} holds a run with other settings:\n" + "\n".join(different) + "\n"
-            "Leave these options out to resume it, give another --run to start anew, or go on with them by --force."
-        )
+        way = "Leave these options out to resume it, give another --run to start anew, or go on with them by --force."
+        refuse(f"{run.path} holds a run with other settings", different, way)
 
 
 def _require_aggregator(run: RunFolder, config: RunConfig) -> None:

@@ -36,7 +36,7 @@ def summary(names: Sequence[str], gramians: Gramians) -> dict[str, float]:
 
 
 def gramian_record(step: int, names: Sequence[str], gramians: Gramians) -> dict[str, Any]:
-    """A step's Gramian of every layer, as `minbert plot` reads it."""
+    """A step's Gramian of every layer, as `minbert report` reads it."""
     return {
         "step": step,
         "tasks": list(names),

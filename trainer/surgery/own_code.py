@@ -63,7 +63,7 @@ def use_source(folder: Path) -> None:
         sys.path.insert(0, str(folder.absolute()))
 
 
-def look_here(aggregator: str) -> None:
+def find_in_working_folder(aggregator: str) -> None:
     """Let an aggregator that the user names be found in the folder where they stand."""
     if is_own(aggregator) and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))

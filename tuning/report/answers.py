@@ -16,8 +16,8 @@ from minbert.trainer.config import RunConfig
 from minbert.trainer.evaluation.scoring import outputs, score
 from minbert.trainer.objectives.supervised import example_losses, predictions
 from minbert.trainer.processes.world import World, pick_device
+from minbert.trainer.run.data import load_examples_of
 from minbert.trainer.run.folder import RunFolder
-from minbert.trainer.run.preparation import load_examples_of
 from minbert.trainer.run.saved_model import load_model
 
 BINS = 15

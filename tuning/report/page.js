@@ -23,15 +23,16 @@
     };
   };
 
-  const config = {
+  const config = (title) => ({
     responsive: true, displaylogo: false, modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
-  };
+    toImageButtonOptions: { format: "svg", filename: title },
+  });
   const drawings = [...document.querySelectorAll(".chart")].map((chart) => {
     const { data, layout } = JSON.parse(chart.querySelector("script").textContent);
-    return { element: chart.querySelector(".drawing"), data, layout };
+    return { element: chart.querySelector(".drawing"), data, layout, title: chart.querySelector("h3").textContent };
   });
-  const draw = ({ element, data, layout }) =>
-    Plotly.react(element, data, { ...layout, template: template() }, config);
+  const draw = ({ element, data, layout, title }) =>
+    Plotly.react(element, data, { ...layout, template: template() }, config(title));
   Promise.all(drawings.map(draw)).then(() => (document.documentElement.dataset.drawn = drawings.length));
   dark.addEventListener("change", () => drawings.forEach(draw));
 })();

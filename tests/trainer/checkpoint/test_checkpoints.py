@@ -22,7 +22,6 @@ from torch.distributed import HashStore, TCPStore
 
 from minbert.data.errors import UserError
 from minbert.data.files import LineFile
-from minbert.launch.exit_codes import ExitCode
 from minbert.launch.main import main
 from minbert.trainer import train as training
 from minbert.trainer.checkpoint.format import (
@@ -42,6 +41,7 @@ from minbert.trainer.checkpoint.format import (
 from minbert.trainer.checkpoint.resuming import newest_intact, refuse_another
 from minbert.trainer.checkpoint.shards import Snapshot, open_shards, owned
 from minbert.trainer.engine.parts import Part
+from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.processes.messages import LostProcess, Messages
 from minbert.trainer.processes.random_state import random_state, seed_everything, set_random_state
 from minbert.trainer.processes.world import World

@@ -15,12 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minbert.launch.exit_codes import ExitCode
 from minbert.launch.main import main
 from minbert.launch.options import parse_run_config
 from minbert.launch.processes import launch
 from minbert.trainer import train as training
 from minbert.trainer.checkpoint.format import published, read_manifest, remember, verify
+from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.processes.stop import StopRequest
 from minbert.trainer.run.folder import RunFolder
 from minbert.trainer.run.preparation import prepare

@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from minbert.launch.exit_codes import ExitCode
 from minbert.launch.main import main
+from minbert.trainer import assembly
 from minbert.trainer import train as training
 from minbert.trainer.checkpoint.format import published, read_manifest
+from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.run.folder import RunFolder
 from minbert.trainer.run.progress import Progress
 
@@ -261,14 +262,14 @@ def test_the_budget_grows_while_the_last_score_is_the_best(tmp_path, monkeypatch
 )
 def test_a_frozen_part_keeps_its_first_weights(tmp_path, monkeypatch, freeze, fixed):
     first = {}
-    original = training.build_model
+    original = assembly.build_model
 
     def build_model(*arguments):
         model = original(*arguments)
         first.update({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
         return model
 
-    monkeypatch.setattr(training, "build_model", build_model)
+    monkeypatch.setattr(assembly, "build_model", build_model)
     arguments = ["--steps", 3, "--freeze", freeze, "--pooling", "cls", "--weight-decay", 0.5]
     assert train(tmp_path / "run", *SMALL, *arguments) == 0
     last = load_file(tmp_path / "run" / "best.safetensors")

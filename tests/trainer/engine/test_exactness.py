@@ -23,8 +23,9 @@ from minbert.launch.options import parse_run_config
 from minbert.launch.processes import launch
 from minbert.trainer.engine.optimizer import parameter_groups
 from minbert.trainer.processes.random_state import seed_everything, stream
+from minbert.trainer.run.data import build_plan, load_split
 from minbert.trainer.run.folder import RunFolder
-from minbert.trainer.run.preparation import build_plan, load_split, prepare
+from minbert.trainer.run.preparation import prepare
 from minbert.trainer.run.saved_model import build_model
 
 WORKER = Path(__file__).parents[2] / "support" / "exactness_worker.py"

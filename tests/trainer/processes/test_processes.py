@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from minbert.data.errors import UserError
-from minbert.launch.exit_codes import ExitCode
 from minbert.launch.processes import GRACE, _environment, launch
 from minbert.slurm.verdict import Error
 from minbert.trainer.config import ParallelConfig
+from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.processes.world import pick_device
 
 LAUNCHER = """

@@ -18,8 +18,10 @@ from minbert.trainer.engine.parts import Shard
 from minbert.trainer.metrics import MetricsWindow
 from minbert.trainer.processes.random_state import seed_everything
 from minbert.trainer.processes.world import World
+from minbert.trainer.run import data
+from minbert.trainer.run.data import build_plan, load_split
 from minbert.trainer.run.folder import RunFolder
-from minbert.trainer.run.preparation import build_plan, load_split, prepare
+from minbert.trainer.run.preparation import prepare
 from minbert.trainer.run.saved_model import build_model
 from minbert.trainer.step import TrainingStep
 from minbert.trainer.surgery.combination import combine, drop_signs, gramians, uniform
@@ -225,7 +227,7 @@ def test_a_gradient_that_is_not_finite_skips_the_whole_step(folder, aggregator, 
 def test_a_run_that_keeps_skipping_stops_with_an_explanation(folder, monkeypatch):
     arguments = "--train-limit 40 --eval-limit 10 --batch-size 6 --steps 9 --max-skipped 3 --trackers"
     run = prepare(parse_run_config([*arguments.split(), "--run", str(folder / "skipping")]))
-    load = training.load_split
+    load = data.load_split
 
     def broken(config, task, split, tokenizer):
         loaded = load(config, task, split, tokenizer)
@@ -233,7 +235,7 @@ def test_a_run_that_keeps_skipping_stops_with_an_explanation(folder, monkeypatch
             loaded.labels = np.full_like(loaded.labels, np.nan)
         return loaded
 
-    monkeypatch.setattr(training, "load_split", broken)
+    monkeypatch.setattr(data, "load_split", broken)
     with pytest.raises(UserError, match=r"last 3 steps, up to step 3, were skipped: .* sts"):
         training.train(run)
 

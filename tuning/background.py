@@ -1,4 +1,4 @@
-"""One attempt at a trial: the training in a thread of its own, and what its run folder says meanwhile.
+"""Training a trial in a thread of its own, and what its run folder says meanwhile.
 
 The evaluations are read from the run's metrics, whoever writes them, so a trial of one process and one of many look
 the same from here.
@@ -18,11 +18,11 @@ from typing import Any
 
 from minbert.data.errors import UserError
 from minbert.trainer.config import RunConfig, parse_config
+from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.processes.stop import StopRequest
 from minbert.trainer.run.folder import RunFolder
 from minbert.tuning.trial import METRIC
 
-FINISHED, USER_MISTAKE, INTERRUPTED = 0, 2, 75
 POLL = 0.03  # seconds between two looks at the metrics
 
 # (configuration, request to stop, what is told the steps of the budget) -> (exit code, error)
@@ -44,7 +44,7 @@ def tells_of_disk(text: str) -> bool:
     return any(os.strerror(number) in text for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS))
 
 
-class Attempt:
+class BackgroundTraining:
     """Training under way. `options` without the run folder; evaluations up to step `known` are not told again."""
 
     def __init__(self, train: Train, folder: Path, options: Mapping[str, Any], known: int = 0):
@@ -64,9 +64,9 @@ class Attempt:
             config = parse_config(options | {"run": self.run.path}, str(self.run.path))
             self.ending = train(config, self._stop, self._begin)
         except UserError as error:  # from the configuration
-            self.ending = (USER_MISTAKE, str(error))
+            self.ending = (ExitCode.USER_MISTAKE, str(error))
         except BaseException as error:  # what `train` lets through
-            self.ending = (1, f"{type(error).__name__}: {error}")
+            self.ending = (ExitCode.FAILED, f"{type(error).__name__}: {error}")
         finally:
             self._over.set()
 
@@ -100,7 +100,7 @@ class Attempt:
     def _look(self) -> None:
         file = self.run.metrics_file
         size = file.stat().st_size if file.exists() else -1
-        if size == self._size or self.steps is None:  # before it begins, the file is of an earlier life
+        if size == self._size or self.steps is None:  # before it begins, the file is of an earlier attempt
             return
         self._size = size
         last = self._waiting[-1]["step"] if self._waiting else self.known
