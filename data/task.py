@@ -106,13 +106,15 @@ class Task(Section):
     """One task. `sentences` are one or two column names; `classes` name the labels 0, 1, ...; `range` is inclusive.
 
     In a file a label is a class's number or name; of several labels (`multilabel`), names joined by commas, or a list.
-    `weight` is the task's in the mean over tasks that is the overall score.
+    A `symmetric` pair means the same in either order. `weight` is the task's in the mean over tasks that is the overall
+    score.
     """
 
     name: Name
     title: str = ""
     kind: Kind
     sentences: Annotated[tuple[str, ...], Field(min_length=1, max_length=2)]
+    symmetric: bool = False
     label: str
     id: str = "id"
     classes: tuple[str, ...] = ()
@@ -135,6 +137,8 @@ class Task(Section):
         kind, name = raw["kind"], raw.get("name")
         filled = {key: value for key, value in raw.items() if value is not None}
         filled = {"title": name, "loss": LOSSES[kind][0], "metric": METRICS[kind][0]} | filled
+        columns = filled.get("sentences")
+        filled.setdefault("symmetric", isinstance(columns, list | tuple) and len(columns) == 2)
         if kind == "binary":
             filled.setdefault("classes", ("no", "yes"))
         written = filled.get("predictions", {})
@@ -164,6 +168,8 @@ class Task(Section):
             raise ValueError(
                 f"sentences and label must be different columns, not {', '.join((*self.sentences, self.label))}"
             )
+        if self.symmetric and not self.is_pair:
+            raise ValueError("symmetric: only a pair of sentences has an order")
         for key, value, allowed in (
             ("loss", self.loss, LOSSES[self.kind]),
             ("metric", self.metric, METRICS[self.kind]),

@@ -114,8 +114,10 @@ class EncoderConfig(Section):
 
 
 class HeadsConfig(Section):
-    """The tasks' heads."""
+    """The tasks' heads, and what they see of an example."""
 
+    pair_encoding: Literal["siamese", "joint"] = "siamese"
+    """How the encoder sees a pair: `siamese` (sentence by sentence) or `joint` (both in one sequence)."""
     features: Literal["baseline", "siamese"] = "siamese"
     """What a pair head sees of sentence embeddings u and v: `baseline` (u, v) or `siamese` (u, v, |u - v|)."""
     hidden_layers: Annotated[int, Field(ge=0, lt=2**31)] = 1
@@ -124,6 +126,16 @@ class HeadsConfig(Section):
     """Their width; the default is the encoder's."""
     head_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Dropout before every linear layer of a head."""
+
+    def joins(self, task: Task) -> bool:
+        """Whether the task's examples are joint pairs."""
+        return task.is_pair and self.pair_encoding == "joint"
+
+    def embeddings(self, task: Task) -> int:
+        """How many embeddings the task's head sees side by side."""
+        if not task.is_pair or self.joins(task):
+            return 1
+        return 3 if self.features == "siamese" else 2
 
 
 class OptimizerConfig(Section):

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from minbert.data.batch import Batch, TokenisedSplit, make_batch
+from minbert.data.batch import Batch, Portion, make_batch
 from minbert.data.plan import BatchPlan, share
+from minbert.data.split import TokenisedSplit
 from minbert.trainer.engine.base import Engine, gradient_norm
 from minbert.trainer.engine.parts import Gradient
 from minbert.trainer.model.multitask import Objective, head_part
@@ -98,12 +100,12 @@ class TrainingStep:
 
         def loss(part: int) -> Tensor:
             nonlocal weights, totals, tokens
-            batches = self.batches(names, step, part)
-            losses = self._losses(batches, step)
+            batch = self.batch(names, step, part)
+            losses = self._losses(batch, step)
             if weights is None and self.aggregator.name != "sum":  # one part: its losses are the step's
                 weights = self._agree(self.aggregator.from_losses(self._global(losses), step))
             totals = {name: totals[name] + losses[name].detach() for name in names}
-            tokens += _tokens(batches)
+            tokens += batch.tokens
             return sum((losses[name] * self._weight(weights, name) for name in names), _NOTHING)
 
         (gradient,) = self._gradients(step, [loss])
@@ -118,10 +120,10 @@ class TrainingStep:
 
         def loss(name: str, part: int) -> Tensor:
             nonlocal tokens
-            batches = self.batches((name,), step, part)
-            own = self._losses(batches, step)[name]
+            batch = self.batch((name,), step, part)
+            own = self._losses(batch, step)[name]
             totals[name] = totals[name] + own.detach()
-            tokens += _tokens(batches)
+            tokens += batch.tokens
             return own * self.task_weights.get(name, 1.0)
 
         gradients = self._gradients(step, [partial(loss, name) for name in names])
@@ -178,19 +180,19 @@ class TrainingStep:
             torch._foreach_mul_([part for part in gradient if part is not None], scale)
         self.engine.update(gradient, self._rates(step))
 
-    def batches(self, names: tuple[str, ...], step: int, part: int) -> dict[str, Batch]:
-        """This process's slice of part `part` of the step's batches."""
-        batches = {}
+    def batch(self, names: tuple[str, ...], step: int, part: int) -> Batch:
+        """This process's slice of part `part` of the tasks' batches of the step."""
+        portions = {}
         for name in names:
             rows = self.plan.rows(name, step)
-            mine = share(share(rows, part, self.accumulation), self.world.rank, self.world.size)
-            batches[name] = make_batch(self.splits[name], mine, len(rows)).to(self.world.device)
-        return batches
+            places = share(share(np.arange(len(rows)), part, self.accumulation), self.world.rank, self.world.size)
+            portions[name] = Portion(rows[places], places, len(rows))
+        return make_batch(self.splits, portions, draw=(self.plan.seed, step)).to(self.world.device)
 
-    def _losses(self, batches: Mapping[str, Batch], step: int) -> dict[str, Tensor]:
+    def _losses(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """This process's part of each task's mean loss over the global batch."""
-        losses = self.engine(batches, self.objective, step)
-        return {name: torch.dot(losses[name], batch.weights) / batch.global_size for name, batch in batches.items()}
+        losses = self.engine(batch, self.objective, step)
+        return {name: torch.dot(losses[name], part.weights) / part.global_size for name, part in batch.tasks.items()}
 
     def _weigh_losses(self, step: int) -> Tensor | None:
         """The weights of an accumulated step, whose losses must be known before the first part's backward pass."""
@@ -203,7 +205,7 @@ class TrainingStep:
         names = self.plan.tasks(step)
         totals = dict.fromkeys(names, _NOTHING)
         for part in range(self.accumulation):
-            losses = self._losses(self.batches(names, step, part), step)
+            losses = self._losses(self.batch(names, step, part), step)
             totals = {name: totals[name] + losses[name] for name in names}
         return self._global(totals)
 
@@ -221,10 +223,6 @@ class TrainingStep:
             weights = weights.to(self.world.device)
             torch.distributed.broadcast(weights, src=0)
         return weights.cpu()
-
-
-def _tokens(batches: Mapping[str, Batch]) -> int:
-    return sum(len(batch.sentences.input_ids) for batch in batches.values())
 
 
 def _named(names: tuple[str, ...], values: Tensor) -> dict[str, float]:

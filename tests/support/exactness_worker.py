@@ -41,10 +41,12 @@ def configured(config: RunConfig, case: dict) -> RunConfig:
         for key in ("aggregator", "batch_size", "accumulation", "surgery_scope", "task_schedule")
         if key in case
     }
+    heads = {key: case[key] for key in ("pair_encoding",) if key in case}
     parallel = {"zero_stage": case["zero_stage"]}
     return config.model_copy(
         update={
             "batch": config.batch.model_copy(update=batch),
+            "heads": config.heads.model_copy(update=heads),
             "parallel": config.parallel.model_copy(update=parallel),
         }
     )

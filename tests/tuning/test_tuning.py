@@ -27,7 +27,7 @@ from ray.tune.schedulers import TrialScheduler
 
 from minbert.data.errors import UserError
 from minbert.launch.main import main
-from minbert.slurm.status import look
+from minbert.slurm.status import inspect_runs
 from minbert.trainer.checkpoint.format import published
 from minbert.trainer.config import ParallelConfig, RunConfig, parse_config
 from minbert.trainer.processes.stop import StopRequest
@@ -35,8 +35,8 @@ from minbert.trainer.run.folder import RunFolder, read_config_file
 from minbert.tuning.ablation import DEFAULT, PAPER_BASELINE, extension, plan
 from minbert.tuning.cluster import _base, _family
 from minbert.tuning.comparison import paired
-from minbert.tuning.driver import limits_of
 from minbert.tuning.proposals import TpeProposals
+from minbert.tuning.room import limits_of
 from minbert.tuning.scheduler import REACHED, WORST, RememberingASHA
 from minbert.tuning.search import NextTrial, Resources, Search
 from minbert.tuning.space import (
@@ -438,7 +438,7 @@ def test_a_search_that_is_killed_ends_as_if_it_had_not_been(tmp_path, undisturbe
         assert process.returncode == 0, output
         assert "goes on from step" in output
     else:
-        assert [report.state for report in look([folder / "trials" / "trial-0001"])] == ["interrupted"]
+        assert [report.state for report in inspect_runs([folder / "trials" / "trial-0001"])] == ["interrupted"]
         assert process.returncode == {"driver": -signal.SIGKILL, "head": 75}[what], output
         assert "of 2 trials are over; 1 go on from their checkpoints" in finish(words)
     after = read_trials(folder / "trials")
@@ -682,12 +682,12 @@ def test_a_search_on_two_nodes_is_requeued_and_goes_on(slurm, tmp_path, capsys):
     words += ["--slurm", "--nodes", "2", "--cpus-per-task", "1", "--cpus", "1", "--time", "30"]
     finish(words)
     eventually(folder, lambda: any(trial.step and not trial.over for trial in _read(folder)), 240)
-    report = look([folder])[0]
+    report = inspect_runs([folder])[0]
     assert report.nodes == "n[1-2]"
     slurm.run("scontrol", "requeue", report.job_id)
-    eventually(folder, lambda: look([folder])[0].state == "pending", 240)
+    eventually(folder, lambda: inspect_runs([folder])[0].state == "pending", 240)
     slurm.run("scontrol", "update", f"jobid={report.job_id}", "starttime=now")
-    eventually(folder, lambda: look([folder])[0].finished, 240)
+    eventually(folder, lambda: inspect_runs([folder])[0].finished, 240)
     assert "Ray runs on n1, n2: 2 cores" in _output(folder)
     capsys.readouterr()
     assert main(["jobs", str(folder)]) == 0
@@ -710,7 +710,7 @@ def test_a_search_is_cancelled_and_goes_on_here(slurm, tmp_path, capsys):
     assert main(["tune", "--search", str(folder), "--slurm"]) == 2
     assert "has a job already" in capsys.readouterr().err
     assert main(["cancel", str(folder)]) == 0
-    eventually(folder, lambda: look([folder])[0].state == "cancelled", 120)  # after "ending"
+    eventually(folder, lambda: inspect_runs([folder])[0].state == "cancelled", 120)  # after "ending"
     assert main(["jobs", str(folder)]) and "cancelled" in capsys.readouterr().out
     eventually(folder, lambda: not _is_locked(folder), 120)  # for SLURM the job is over before its processes are
     assert "go on from their checkpoints" in finish(command(folder))

@@ -113,9 +113,9 @@ class Engine:
         wrapper: Any = self.model
         return wrapper if isinstance(wrapper, MultitaskModel) else wrapper.module
 
-    def __call__(self, batches: Mapping[str, Batch], *arguments: Any) -> dict[str, Tensor]:
+    def __call__(self, batch: Batch, *arguments: Any) -> dict[str, Tensor]:
         """As `MultitaskModel.forward`."""
-        return self.model(batches, *arguments)
+        return self.model(batch, *arguments)
 
     def gradients(self, losses: Sequence[Callable[[int], Tensor]], parts: int) -> list[Gradient]:
         """One gradient for each of several losses, reduced over the processes, in the order of `shards`.

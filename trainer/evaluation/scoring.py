@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minbert.data.batch import TokenisedSplit, make_batch
+from minbert.data.batch import Portion, make_batch
+from minbert.data.split import TokenisedSplit
 from minbert.data.task import CORRELATIONS, Task
 from minbert.trainer.objectives.supervised import predictions
 from minbert.trainer.processes.world import World
@@ -43,8 +44,8 @@ def outputs(
             return None
         index = turn * world.size + world.rank
         rows = chunks[index] if index < len(chunks) else np.zeros(0, dtype=np.int64)
-        batch = make_batch(split, rows, max(1, len(rows))).to(world.device)
-        result[torch.from_numpy(rows).to(world.device)] = model({task.name: batch})[task.name][: len(rows)]
+        batch = make_batch({task.name: split}, {task.name: Portion.whole(rows)}).to(world.device)
+        result[torch.from_numpy(rows).to(world.device)] = model(batch)[task.name][: len(rows)]
     return world.sum(result).cpu()
 
 
@@ -113,7 +114,7 @@ def count_batches(split: TokenisedSplit) -> int:
 
 def _chunks(split: TokenisedSplit) -> list[np.ndarray]:
     """Rows by descending length, cut where a batch reaches the token budget: the largest batch comes first."""
-    lengths = np.sum([column.lengths for column in split.columns], axis=0)
+    lengths = split.lengths
     order = np.argsort(-lengths, kind="stable")
     group = np.cumsum(lengths[order]) // TOKENS_PER_BATCH
     return np.split(order, np.flatnonzero(np.diff(group)) + 1)

@@ -1,19 +1,21 @@
 """The multitask model: one encoder, one head per task, one forward pass for whatever tasks a step trains.
 
 Heads are the paper's: a sentence head classifies the pooled embedding; a pair head sees the embeddings u and v of its
-two sentences, encoded separately. What a step minimises is an objective's to say (`trainer/objectives/`).
+two sentences, encoded separately, or the one embedding of a pair that is encoded jointly. What a step minimises is an
+objective's to say (`trainer/objectives/`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from minbert.data.batch import Batch, Sentences
+from minbert.data.batch import Batch
+from minbert.data.layout import Sentences
 from minbert.data.task import Task
 from minbert.trainer.config import EncoderConfig, HeadsConfig
-from minbert.trainer.model.bert import Bert, BertConfig, SentenceLayout, mean_pool
+from minbert.trainer.model.bert import Bert, BertConfig, mean_pool
 
 
 class Head(nn.Module):
@@ -22,7 +24,7 @@ class Head(nn.Module):
     def __init__(self, task: Task, width: int, config: HeadsConfig):
         super().__init__()
         self.siamese = config.features == "siamese"
-        inputs = width * ((3 if self.siamese else 2) if task.is_pair else 1)
+        inputs = width * config.embeddings(task)
         hidden = config.hidden_size or width
         layers: list[nn.Module] = [nn.Dropout(config.head_dropout)]
         for _ in range(config.hidden_layers):
@@ -83,14 +85,12 @@ class MultitaskModel(nn.Module):
         parts = {id(p): name for name, module in self.parts.items() for p in module.parameters()}
         return {name: parts[id(parameter)] for name, parameter in self.named_parameters()}
 
-    def forward(
-        self, batches: Mapping[str, Batch], objective: "Objective | None" = None, step: int = 0
-    ) -> dict[str, Tensor]:
-        """Raw outputs (B, outputs) in fp32 for each task's batch; with an objective, its losses (B,) instead.
+    def forward(self, batch: Batch, objective: "Objective | None" = None, step: int = 0) -> dict[str, Tensor]:
+        """Raw outputs (B, outputs) in fp32 for each task of the batch; with an objective, its losses (B,) instead.
 
         Objectives are evaluated in here, so that a wrapper (DDP, DeepSpeed) sees one forward pass whatever they do.
         """
-        forward = Forward(self, batches, step)
+        forward = Forward(self, batch, step)
         return forward.outputs if objective is None else objective(forward)
 
 
@@ -98,29 +98,28 @@ Objective = Callable[["Forward"], dict[str, Tensor]]
 
 
 class Forward:
-    """One pass of the model over the batches of step `step`, in stages that are computed when they are asked for.
+    """One pass of the model over the batch of step `step`, in stages that are computed when they are asked for.
 
-    `embeddings` takes the place of the encoder's own, (N, H) in the same order; `sentences` that of the batches' own,
-    which are to be as many.
+    `embeddings` takes the place of the encoder's own, (N, H) in the same order; `sentences` that of the batch's own,
+    which are laid out alike.
     """
 
     def __init__(
         self,
         model: MultitaskModel,
-        batches: Mapping[str, Batch],
+        batch: Batch,
         step: int = 0,
         embeddings: Tensor | None = None,
         sentences: Sentences | None = None,
     ):
-        self.model, self.batches, self.step = model, batches, step
-        self.sentences = sentences or Sentences.concatenate([batch.sentences for batch in batches.values()])
+        self.model, self.batch, self.step = model, batch, step
+        self.sentences = sentences or batch.sentences
         self.device = self.sentences.input_ids.device
-        self.layout = SentenceLayout(self.sentences.lengths, self.device)
         self._given = embeddings
 
     def again(self, embeddings: Tensor | None = None, sentences: Sentences | None = None) -> "Forward":
-        """Another pass over the same batches: with dropout of its own, and with other embeddings or tokens."""
-        return Forward(self.model, self.batches, self.step, embeddings, sentences or self.sentences)
+        """Another pass over the same batch: with dropout of its own, and with other embeddings or tokens."""
+        return Forward(self.model, self.batch, self.step, embeddings, sentences or self.sentences)
 
     @cached_property
     def embeddings(self) -> Tensor:
@@ -128,31 +127,40 @@ class Forward:
         if self._given is not None:
             return self._given
         with self._arithmetic():
-            return self.model.bert.embed(self.sentences, self.layout)
+            return self.model.bert.embed(self.sentences)
 
     @cached_property
     def hidden(self) -> Tensor:
         """States of the last layer, (N, H)."""
         with self._arithmetic():
-            return self.model.bert.encode(self.embeddings, self.layout)
+            return self.model.bert.encode(self.embeddings, self.sentences.layout)
 
     @cached_property
     def pooled(self) -> dict[str, Tensor]:
-        """Embeddings (sides, B, H) of each task's batch."""
+        """Embeddings (sides, R B, H) of each task's examples in R readings, one reading after the other."""
+        layout, tasks = self.sentences.layout, self.batch.tasks
         with self._arithmetic():
             if self.model.pooling == "mean":
-                pooled = mean_pool(self.hidden, self.layout)
+                pooled = mean_pool(self.hidden, layout)
             else:
-                pooled = self.model.bert.pooler(self.hidden[self.layout.starts])
-        counts = [len(batch.sentences.lengths) for batch in self.batches.values()]
-        parts = zip(self.batches.items(), pooled.split(counts))
-        return {name: part.view(batch.sides, len(batch), -1) for (name, batch), part in parts}
+                pooled = self.model.bert.pooler(self.hidden[layout.starts])
+        parts = pooled.split([part.sequences for part in tasks.values()])
+        return {name: own.unflatten(0, (part.sides, -1)) for (name, part), own in zip(tasks.items(), parts)}
 
     @cached_property
     def outputs(self) -> dict[str, Tensor]:
-        """Raw outputs (B, outputs), fp32."""
+        """Raw outputs (B, outputs), fp32: of several readings their mean.
+
+        It is the raw outputs that are averaged, not probabilities, so that a loss, a confidence and a prediction are
+        the same functions of them in training and at prediction. Of logits it is the (normalised) geometric mean of
+        the readings' probabilities.
+        """
         with self._arithmetic():
-            return {name: self.model.heads[name](pooled).float() for name, pooled in self.pooled.items()}
+            found = {name: self.model.heads[name](pooled).float() for name, pooled in self.pooled.items()}
+        for name, part in self.batch.tasks.items():
+            if part.readings > 1:
+                found[name] = found[name].unflatten(0, (part.readings, -1)).mean(0)
+        return found
 
     def _arithmetic(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.model.low_precision)

@@ -12,8 +12,8 @@ def supervised(forward: Forward) -> dict[str, Tensor]:
     """The losses (B,) of each task's examples."""
     tasks = forward.model.tasks
     return {
-        name: example_losses(tasks[name], forward.outputs[name], batch.labels)
-        for name, batch in forward.batches.items()
+        name: example_losses(tasks[name], forward.outputs[name], part.labels)
+        for name, part in forward.batch.tasks.items()
     }
 
 

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
-from minbert.data.batch import TokenisedSplit
 from minbert.data.examples import Examples, limit
 from minbert.data.plan import BatchPlan
 from minbert.data.sources import load_examples
+from minbert.data.split import TokenisedSplit
 from minbert.data.task import Split
 from minbert.data.tokens import Tokenizer, load_tokenizer, tokenise
 from minbert.trainer.config import RunConfig
@@ -23,7 +23,13 @@ def load_examples_of(config: RunConfig, task: str, split: Split) -> Examples:
 
 
 def load_split(config: RunConfig, task: str, split: Split, tokenizer: Tokenizer) -> TokenisedSplit:
-    return tokenise(load_examples_of(config, task, split), tokenizer, config.corpus.max_length, config.corpus.cache)
+    return tokenise_as(config, load_examples_of(config, task, split), tokenizer)
+
+
+def tokenise_as(config: RunConfig, examples: Examples, tokenizer: Tokenizer) -> TokenisedSplit:
+    """Examples as the run's model is to see them."""
+    corpus, joint = config.corpus, config.heads.pair_encoding == "joint"
+    return tokenise(examples, tokenizer, corpus.max_length, corpus.cache, joint)
 
 
 def load_splits(config: RunConfig, run: RunFolder, split: Split) -> dict[str, TokenisedSplit]:

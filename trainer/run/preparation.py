@@ -20,9 +20,9 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 from torch import nn
 
-from minbert.data.batch import TokenisedSplit
 from minbert.data.differences import differences, indented, refuse
 from minbert.data.errors import UserError
+from minbert.data.split import TokenisedSplit
 from minbert.data.tokens import build_vocabulary, default_cache_dir, load_tokenizer, write_vocabulary
 from minbert.trainer.checkpoint.format import SAVED, damaged, folder_name, lost, published, remember, step_of
 from minbert.trainer.config import MAY_CHANGE, OPTIONS, RunConfig, flatten
@@ -159,7 +159,8 @@ def _absolute(folder: str) -> str:
 def identity(config: RunConfig, run: RunFolder, splits: Mapping[str, TokenisedSplit]) -> dict[str, Any]:
     """What a checkpoint must agree on to be of this run: its model, vocabulary, training data and settings."""
     shape = {name: value for name, value in asdict(read_config(run.encoder)).items() if not name.endswith("_prob")}
-    heads: dict[str, Any] = {"features": config.heads.features, "head_layers": config.heads.hidden_layers}
+    heads: dict[str, Any] = {"features": config.heads.features, "pair_encoding": config.heads.pair_encoding}
+    heads["head_layers"] = config.heads.hidden_layers
     heads |= {"head_size": config.heads.hidden_size, "pooling": config.encoder.pooling}
     words = [path for path in sorted(run.encoder.iterdir()) if path.name in ("vocab.txt", "tokenizer.json")]
     return {
@@ -336,6 +337,12 @@ def _require_fitting(encoder: Path, config: RunConfig) -> None:
     if config.corpus.max_length > shape.max_position_embeddings:
         raise UserError(
             f"max_length={config.corpus.max_length}, but the encoder has {shape.max_position_embeddings} positions"
+        )
+    pairs = [task.name for task in config.corpus.tasks if config.heads.joins(task)]
+    if pairs and shape.type_vocab_size < 2:
+        raise UserError(
+            f"pair_encoding=joint tells the sentences of {' and '.join(pairs)} apart by token types, and the encoder "
+            "has only one; use pair_encoding=siamese"
         )
     if isinstance(freeze, int) and freeze > shape.num_hidden_layers:
         raise UserError(f"freeze={freeze}, but the encoder has {shape.num_hidden_layers} layers")

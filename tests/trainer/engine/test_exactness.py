@@ -10,6 +10,7 @@ from functools import cache
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from exactness_worker import OPTIMIZERS
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from torchjd.aggregation import PCGrad, UPGrad
 from toy_objectives import OBJECTIVES
 
-from minbert.data.batch import make_batch
+from minbert.data.batch import Portion, make_batch
 from minbert.data.tokens import load_tokenizer
 from minbert.launch.options import parse_run_config
 from minbert.launch.processes import launch
@@ -67,7 +68,9 @@ ODD = [
 OBJECTIVE = [
     case(stage, "pcgrad", objective=objective) for stage in (None, 2, 3) for objective in ("adversarial", "masked")
 ]
-CASES = EVERYWHERE + ODD + OBJECTIVE
+# The order of a pair is drawn: by its place in the batch, whoever has it.
+JOINT = [case(stage, "pcgrad", pair_encoding="joint", accumulation=2) for stage in (None, 2, 3)]
+CASES = EVERYWHERE + ODD + OBJECTIVE + JOINT
 
 
 @pytest.fixture(scope="session")
@@ -99,7 +102,8 @@ class Dense:
         batch = config.batch.model_copy(
             update={key: case[key] for key in ("batch_size", "task_schedule") if key in case}
         )
-        self.config = config.model_copy(update={"batch": batch})
+        heads = config.heads.model_copy(update={key: case[key] for key in ("pair_encoding",) if key in case})
+        self.config = config.model_copy(update={"batch": batch, "heads": heads})
         tokenizer = load_tokenizer(prepared.encoder)
         self.objective = OBJECTIVES[case.get("objective", "supervised")]
         self.splits = {name: load_split(self.config, name, "train", tokenizer) for name in config.corpus.names}
@@ -109,12 +113,13 @@ class Dense:
         self.optimizer = OPTIMIZERS[case["optimizer"]](parameter_groups(self.model, self.config.optimizer))
         self.trunk = [p for p in self.model.bert.parameters() if p.requires_grad]
 
-    def losses(self, step: int, rows=lambda rows: rows) -> list[torch.Tensor]:
+    def losses(self, step: int, some=slice(None)) -> list[torch.Tensor]:
         found = []
         for name in self.plan.tasks(step):
-            chosen = rows(self.plan.rows(name, step))
-            batch = make_batch(self.splits[name], chosen, len(chosen))
-            found.append(self.model({name: batch}, self.objective, step)[name].mean())
+            rows = self.plan.rows(name, step)
+            portion = Portion(rows[some], np.arange(len(rows))[some], len(rows[some]))
+            batch = make_batch(self.splits, {name: portion}, draw=(self.plan.seed, step))
+            found.append(self.model(batch, self.objective, step)[name].mean())
         return found
 
     def jacobian(self, losses: list[torch.Tensor]) -> torch.Tensor:
@@ -238,7 +243,7 @@ def test_projecting_local_gradients_differs(prepared):
     )
     dense = Dense(prepared, wanted)
     for step in range(STEPS):
-        halves = [dense.jacobian(dense.losses(step, rows)) for rows in (lambda r: r[::2], lambda r: r[1::2])]
+        halves = [dense.jacobian(dense.losses(step, slice(first, None, 2))) for first in (0, 1)]
         local = torch.stack([dense_pcgrad(half, step) for half in halves]).mean(0)
         dense.step(step, lambda jacobian, step, local=local: local)
     difference = max(float((dense.model.state_dict()[name] - expected[name]).abs().max()) for name in expected)
