@@ -30,13 +30,30 @@ def build_accelerator(config: RunConfig, world: World, **kwargs: Any) -> Acceler
         # Such as one for a single task, which leaves the other tasks' heads without a gradient.
         unused = DistributedDataParallelKwargs(find_unused_parameters=config.leaves_out_parts)
         return Accelerator(cpu=world.device.type == "cpu", kwargs_handlers=[unused], **kwargs)
-    plugin = DeepSpeedPlugin(hf_ds_config=deepspeed_config(config.parallel.zero_stage))
+    plugin = _Plugin(hf_ds_config=deepspeed_config(config.parallel.zero_stage))
+    _leave_out_muon()
     if world.device.type == "cpu":
         # On a CPU, Accelerate either sees the other processes (cpu=True) or DeepSpeed. The state of the processes is
         # its own object, so it can be set up with the one before the accelerator is with the other.
         PartialState(cpu=True)
         _do_not_compile()
     return Accelerator(deepspeed_plugin=plugin, **kwargs)
+
+
+class _Plugin(DeepSpeedPlugin):
+    """Accelerate's view of DeepSpeed's configuration. It is not told to transformers, which would shard its own models
+    as it loads them: none is loaded here, and importing it takes a second of every process."""
+
+    def set_deepspeed_weakref(self) -> None:
+        pass
+
+
+def _leave_out_muon() -> None:
+    """Keep DeepSpeed from preparing to compile its optimizer Muon, which it imports and nobody uses: torch's compiler
+    takes another second to import."""
+    from deepspeed.runtime import compiler
+
+    compiler.compile = lambda: compiler.dummy_decorator
 
 
 def _do_not_compile() -> None:
