@@ -91,6 +91,10 @@ class Work:
         tasks = tuple(resolve_task(word, self.task_folder) for word in self.tasks)
         if len({task.name for task in tasks}) < len(tasks):
             raise UserError(f"a task is named twice: {', '.join(task.name for task in tasks)}")
+        if corpora := [task.name for task in tasks if task.kind == "masked_lm"]:
+            raise UserError(f"{corpora[0]} has no rows of its own: augment the tasks whose texts it has")
+        if not tasks:
+            raise UserError("name the tasks to augment, such as `minbert augment sts`")
         return tasks
 
     @cached_property
@@ -131,6 +135,7 @@ class Work:
         """What no new row may repeat: the dev and test sentences of any task that the source has."""
         folders = (DECLARATIONS, self.task_folder)
         others = [resolve_task(str(path)) for folder in folders if folder for path in sorted(folder.glob("*.yaml"))]
+        others = [task for task in others if task.kind != "masked_lm"]
         if self.data == "hub":
             others = []  # a look at every data set of the hub would fetch them all
         return held_out(self.data, self.resolved_tasks, others, self.bad_rows)
