@@ -40,10 +40,11 @@ def write_models(folder: Path, directions: tuple[str, ...] = ("en-xx", "xx-en"))
             *(str(place / name) for name in ("source.spm", "target.spm", "vocab.json")),
             source_lang=source,
             target_lang=target,
+            model_max_length=300,
         ).save_pretrained(place)
         torch.manual_seed(index)
         shape = dict(d_model=16, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32, decoder_ffn_dim=32)
-        shape |= dict(encoder_attention_heads=2, decoder_attention_heads=2, max_position_embeddings=64)
+        shape |= dict(encoder_attention_heads=2, decoder_attention_heads=2, max_position_embeddings=320)
         pad = len(words) - 1
         special = dict(pad_token_id=pad, eos_token_id=0, decoder_start_token_id=pad, forced_eos_token_id=0)
         model = MarianMTModel(MarianConfig(vocab_size=len(words), init_std=1.0, **shape, **special)).eval()

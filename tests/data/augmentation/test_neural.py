@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,10 +65,10 @@ def test_empty_texts_stay_empty(models):
 
 
 def test_revisions_follow_the_contents(models, tmp_path):
-    other = write_models(tmp_path / "copy")
+    other = shutil.copytree(models, tmp_path / "copy")
     same = NeuralModels(str(models)).revision("en", "xx")
     assert NeuralModels(str(other)).revision("en", "xx") == same != NeuralModels(str(other)).revision("xx", "en")
-    changed = write_models(tmp_path / "changed")
+    changed = shutil.copytree(models, tmp_path / "changed")
     (changed / "en-xx" / "generation_config.json").write_text("{}")
     assert NeuralModels(str(changed)).revision("en", "xx") != same
 
@@ -131,8 +132,6 @@ def test_ctranslate2_draws(converted):
 
 
 def test_ctranslate2_without_its_tokenizer(converted, tmp_path):
-    import shutil
-
     for direction in ("en-xx", "xx-en"):
         shutil.copytree(converted / direction, tmp_path / direction)
         (tmp_path / direction / "tokenizer_config.json").unlink()
