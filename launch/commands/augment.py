@@ -2,19 +2,24 @@
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import tyro
+from pydantic import AfterValidator
 from rich.console import Console
 from rich.table import Table
 
 from minbert.data.augmentation.filters import FILTERS, SIMILARITY
 from minbert.data.augmentation.selection import REPEATED
 from minbert.data.augmentation.work import local_devices, missing, translate
-from minbert.launch.options import parse
+from minbert.data.errors import UserError
+from minbert.launch.options import asks_for_help, parse
 from minbert.launch.translation import REPORT, TranslationProgress, Work, finish, require_output
+from minbert.launch.words import read_options
+from minbert.slurm.settings import JobSettings, parse_parameters
+from minbert.trainer.config import Count
 from minbert.trainer.processes.exit_codes import ExitCode
 
 
@@ -27,11 +32,26 @@ class AugmentOptions(Work):
     """Tasks to augment: names, or YAML files with the declaration of one's own."""
     output: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
     """Folder for the translations, the new rows (TASK.tsv) and the report."""
+    slurm: bool = False
+    """Translate in a job array on a SLURM cluster, each job on all GPUs of its node, and write the files when all is
+    translated. Takes a job's options, too, which `minbert submit --help` lists: --gpus-per-node, --time, ..."""
+    elements: Count = 4
+    """Jobs of that array."""
+
+    @property
+    def work(self) -> Work:
+        """What is done, wherever."""
+        return Work(**{field.name: getattr(self, field.name) for field in fields(Work)})
 
 
 def main(arguments: list[str]) -> int:
-    work = parse(AugmentOptions, arguments, "augment")
-    console = Console(stderr=True)
+    options, job = _read(arguments)
+    if options.slurm:
+        from minbert.launch.augment_job import submit_array
+
+        submit_array(options.work, options.elements, job)
+        return ExitCode.FINISHED
+    work, console = options.work, Console(stderr=True)
     work.examples, work.recipes  # noqa: B018  what is wrong with them shows before anything is written
     require_output(work.output, work.tasks)
     while left := missing(work.store, work.units):  # once more, if a shard was damaged meanwhile
@@ -46,6 +66,24 @@ def main(arguments: list[str]) -> int:
     if files:
         print(f"Use: minbert train --augmented {shlex.join(files)}")
     return ExitCode.FINISHED
+
+
+def _read(arguments: list[str]) -> tuple[AugmentOptions, dict[str, Any]]:
+    """The command's options, and those of a job. Raises UserError."""
+    job_types = {name: field.rebuild_annotation() for name, field in JobSettings.model_fields.items()}
+    job_types["slurm_parameters"] = Annotated[tuple[str, ...], AfterValidator(parse_parameters)]
+    own = [field.name for field in fields(AugmentOptions) if field.name != "tasks"]
+    if asks_for_help(arguments):
+        parse(AugmentOptions, arguments, "augment")
+    types = get_type_hints(AugmentOptions, include_extras=True)
+    given, words = read_options({name: types[name] for name in own} | job_types, arguments, "augment")
+    job = {name: value for name, value in given.items() if name in job_types}
+    if "output" not in given or not words:
+        raise UserError("usage: minbert augment TASK|FILE ... --output FOLDER [options]; --help tells more")
+    options = AugmentOptions(tuple(words), **{name: value for name, value in given.items() if name not in job})
+    if job and not options.slurm:
+        raise UserError(f"--{next(iter(job)).replace('_', '-')} is about a job; add --slurm")
+    return options, job
 
 
 def show(report: Mapping[str, Any], console: Console) -> None:
