@@ -100,7 +100,7 @@ class AugmentedSplit(TokenisedSplit):
         new = TokenisedSplit([new.ids[row] for row in order], columns, new.labels[order], split.joint)
         both = tuple(Ragged.concatenate([old, more]) for old, more in zip(split.columns, columns, strict=True))
         labels = np.concatenate([split.labels, new.labels])
-        joined = TokenisedSplit(split.ids + new.ids, both, labels, split.joint)
+        joined = TokenisedSplit([*split.ids, *new.ids], both, labels, split.joint)
         first = np.concatenate([[0], np.cumsum(np.bincount(sources, minlength=len(split)))])
         return AugmentedSplit(
             split.ids, split.columns, split.labels, split.joint, new=new, first=first, joined=joined, share=share

@@ -7,6 +7,7 @@ no network. Whether transformers or CTranslate2 runs a model, its files say.
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -161,7 +162,9 @@ class _AutoModel:
         arguments = read_json(about).get("model_args", {}) if about.exists() else {}
         kept = {name: arguments[name] for name in ("lang_map", "tokenizer_args") if name in arguments}
         try:
-            self.model = AutoModel(str(folder), **kept)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="Recommended: pip install sacremoses")  # for raw corpora
+                self.model = AutoModel(str(folder), **kept)
         except (OSError, ValueError, ImportError) as error:
             raise UserError(f"{folder} is no model that translates: {str(error).splitlines()[0]}") from None
 
