@@ -16,7 +16,7 @@ from minbert.data.errors import UserError
 from minbert.launch.ownership import lock_runs
 from minbert.launch.processes import ERROR_FILE, record_errors
 from minbert.launch.submitting import job_settings, submit_tasks
-from minbert.launch.translation import TranslationProgress, Work, finish, require_output
+from minbert.launch.translation import SentenceProgress, Work, finish, require_output
 from minbert.slurm.allocation import Allocation
 from minbert.slurm.records import Records
 from minbert.slurm.submission import Task
@@ -54,7 +54,7 @@ class AugmentJob:
         total = sum(count for _, count in missing(work.store, share))
 
         try:
-            with TranslationProgress(total, console) as progress:
+            with SentenceProgress(total, console) as progress:
 
                 def advance(count: int) -> None:
                     progress(count)

@@ -19,7 +19,7 @@ from minbert.data.augmentation.filters import Filter, FilterOptions
 from minbert.data.augmentation.recipe import Decoding, Recipe
 from minbert.data.augmentation.round_trip import Model, find_model, recipes
 from minbert.data.augmentation.rows import new_rows, write_rows
-from minbert.data.augmentation.selection import HeldOut, Selection, held_out, select
+from minbert.data.augmentation.selection import Cosines, HeldOut, Selection, held_out, select
 from minbert.data.augmentation.store import Store, Translation
 from minbert.data.augmentation.work import Unit, Workshop, units
 from minbert.data.errors import UserError
@@ -162,18 +162,19 @@ def _known(folder: Path | None) -> set[str]:
     return {path.stem for place in (DECLARATIONS, folder) if place for path in place.glob("*.yaml")}
 
 
-class TranslationProgress:
-    """How many of `total` texts are translated, at what pace: a bar on a terminal, elsewhere a line now and then."""
+class SentenceProgress:
+    """How many of `total` sentences are done, `translated` or so, at what pace: a bar on a terminal, elsewhere a line
+    now and then."""
 
-    def __init__(self, total: int, console: Console):
-        self.console, self.total, self.done = console, total, 0
+    def __init__(self, total: int, console: Console, done: str = "translated"):
+        self.console, self.total, self.done, self.verb = console, total, 0, done
         self.begun = self.said = time.monotonic()
-        columns = (TextColumn("translating"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
+        columns = (TextColumn(done), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
         left = (TextColumn("left"), TimeRemainingColumn())
         self.bar = Progress(*columns, *left, console=console, disable=not console.is_terminal)
         self.task = self.bar.add_task("", total=total)
 
-    def __enter__(self) -> "TranslationProgress":
+    def __enter__(self) -> "SentenceProgress":
         self.bar.start()
         return self
 
@@ -189,7 +190,7 @@ class TranslationProgress:
             self.said = now
             left = (self.total - self.done) / max(pace, 1e-9)
             self.console.print(
-                f"translated {self.done:,} of {self.total:,} sentences, {pace:,.1f} a second, {left:,.0f} s left",
+                f"{self.verb} {self.done:,} of {self.total:,} sentences, {pace:,.1f} a second, {left:,.0f} s left",
                 highlight=False,
                 soft_wrap=True,
             )
@@ -200,14 +201,18 @@ def finish(work: Work, console: Console) -> dict[str, Any]:
     translations = read(work)
     held = work.held_out()
     options = FilterOptions(work.filters, work.max_copy, work.max_length_ratio, held.sentences)
-    cosines = None
+    cosines: Cosines | None = None
     if work.min_similarity is not None:
         import torch
 
         from minbert.trainer.model.similarity import Similarity
 
-        console.print("comparing by the encoder ...", highlight=False)
-        cosines = Similarity(work.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        similarity = Similarity(work.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+        def cosines(first: Sequence[str], second: Sequence[str]) -> list[float]:
+            with SentenceProgress(len({*first, *second}), console, "encoded") as progress:
+                return similarity(first, second, progress)
+
     selection = select(work.texts, translations, options, work.min_similarity, cosines)
     tasks: dict[str, Any] = {}
     with _alone(work.output):

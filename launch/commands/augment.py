@@ -16,7 +16,7 @@ from minbert.data.augmentation.selection import REPEATED
 from minbert.data.augmentation.work import local_devices, missing, translate
 from minbert.data.errors import UserError
 from minbert.launch.options import asks_for_help, parse
-from minbert.launch.translation import REPORT, TranslationProgress, Work, finish, require_output
+from minbert.launch.translation import REPORT, SentenceProgress, Work, finish, require_output
 from minbert.launch.words import read_options
 from minbert.slurm.settings import JobSettings, parse_parameters
 from minbert.trainer.config import Count
@@ -57,7 +57,7 @@ def main(arguments: list[str]) -> int:
     while left := missing(work.store, work.units):  # once more, if a shard was damaged meanwhile
         total = sum(count for _, count in left)
         console.print(f"{total:,} of {len(work.texts) * len(work.recipes):,} translations are missing", highlight=False)
-        with TranslationProgress(total, console) as progress:
+        with SentenceProgress(total, console) as progress:
             translate(work.workshop, work.units, local_devices(work.translator_model, work.processes), progress)
     report = finish(work, console)
     show(report, Console())
