@@ -13,7 +13,8 @@ from rich.console import Console
 from minbert.data.errors import UserError
 from minbert.data.examples import Examples
 from minbert.data.task import Split, Task
-from minbert.launch.options import open_option, parse
+from minbert.launch.help import open_option
+from minbert.launch.options import parse
 from minbert.launch.outputs import require_place, whole_or_gone, writing
 from minbert.trainer.evaluation.prediction_files import written
 from minbert.trainer.processes.exit_codes import ExitCode
@@ -102,6 +103,10 @@ def _task(run: RunFolder, wanted: str | None) -> Task:
     name = wanted or trained[0]
     if name not in trained:
         raise UserError(f"the run was not trained on {name}, only on {', '.join(trained)}")
+    if corpus.task(name).kind == "masked_lm":
+        raise UserError(
+            f"{name} is a masked language model, which predicts nothing of a text; `minbert export` writes it"
+        )
     return corpus.task(name)
 
 
