@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from minbert.data.errors import UserError, shown
 from minbert.data.reading import read_yaml
 from minbert.trainer.config import OPTIONS, SECTIONS, RunConfig, flat_options, parse_config
+from minbert.trainer.recipe import named_recipes, read_recipe
 from minbert.trainer.run.folder import RunFolder
 
 T = TypeVar("T")
@@ -69,11 +70,16 @@ def run_option_types() -> dict[str, Any]:
 
 
 def build_run_config(options: Mapping[str, Any]) -> RunConfig:
-    """A run's configuration: defaults < the run folder's own < the file `config` < `options`. Raises UserError."""
+    """A run's configuration: defaults < the run folder's own < recipes < the file `config` < `options`.
+
+    Raises UserError; the recipe `list` prints all and ends the program.
+    """
     file = options.get("config")
     where = "options" if file is None else str(file)
     options = {name: value for name, value in options.items() if name not in ("config", "force")}
     layers = [options] if file is None else [flat_options(read_yaml(file), where), options]
+    if recipes := named_recipes(layers):
+        layers = [*map(read_recipe, recipes), *layers, {"recipe": recipes}]
     aggregator = next((layer["aggregator"] for layer in reversed(layers) if "aggregator" in layer), None)
     run = next((layer["run"] for layer in reversed(layers) if layer.get("run")), None)
     if isinstance(run, str | Path) and (folder := RunFolder(Path(run))).config_file.exists():
@@ -83,6 +89,8 @@ def build_run_config(options: Mapping[str, Any]) -> RunConfig:
         given = dict(layer)
         if given.get("epochs") is not None and given.get("steps") is None:
             given["steps"] = None  # a later word on the budget replaces an earlier one, in whichever unit
+        elif given.get("steps") is not None and given.get("extend_to") is None:
+            given["extend_to"] = None
         for name, other in (("eval_every", "evaluations"), ("evaluations", "eval_every")):
             if given.get(name) is not None and given.get(other) is None:
                 given[other] = None
