@@ -170,7 +170,7 @@ def _torchjd_step(method: str, model, optimizer, plan, splits, world):
     from torchjd import autojac
     from torchjd.aggregation import PCGrad, UPGrad
 
-    from minbert.data.batch import make_batch
+    from minbert.data.batch import Portion, make_batch
     from minbert.trainer.model.multitask import Forward
     from minbert.trainer.objectives.supervised import example_losses
 
@@ -178,16 +178,14 @@ def _torchjd_step(method: str, model, optimizer, plan, splits, world):
     shared = [parameter for parameter in model.bert.parameters() if parameter.requires_grad]
 
     def step(number: int) -> None:
-        batches = {}
-        for name, split in splits.items():
-            rows = plan.rows(name, number)
-            batches[name] = make_batch(split, rows, len(rows)).to(world.device)
-        pooled = Forward(model, batches).pooled
+        portions = {name: Portion.whole(plan.rows(name, number)) for name in splits}
+        batch = make_batch(splits, portions, draw=(plan.seed, number)).to(world.device)
+        pooled = Forward(model, batch).pooled
         losses = [
-            example_losses(model.tasks[name], model.heads[name](pooled[name]), batch.labels).mean()
-            for name, batch in batches.items()
+            example_losses(model.tasks[name], model.heads[name](pooled[name]), part.labels).mean()
+            for name, part in batch.tasks.items()
         ]
-        heads = [list(model.heads[name].parameters()) for name in batches]
+        heads = [list(model.heads[name].parameters()) for name in batch.tasks]
         # A chunk of one avoids vmap, for which the oneDNN linear layers have no rule.
         autojac.mtl_backward(
             losses, features=list(pooled.values()), tasks_params=heads, shared_params=shared, parallel_chunk_size=1

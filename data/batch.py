@@ -1,130 +1,138 @@
-"""Sentences laid end to end without padding, and the batches made of them.
+"""A batch: what the model sees in one forward pass, of all tasks together, made whole on the host.
 
-Padding is wasted arithmetic: a batch of the three tasks padded to its longest sentence is more than half padding.
-Here a batch of S sentences is one row of N tokens and the S lengths; the encoder works on real tokens only.
+Rows of each task's split become sequences (`split`), all sequences one matrix of tokens with its layout (`layout`), and
+beside that stand each task's labels and weights. What is random in them is drawn here as well (`draw`).
 """
 
-import hashlib
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from minbert.data.draw import Draw
+from minbert.data.layout import Layout, Sentences
+from minbert.data.ragged import Ragged
+from minbert.data.split import Encoded, TokenisedSplit
 
-@dataclass
-class Sentences:
-    """S sentences as N tokens end to end: `input_ids` and `token_type_ids` are (N,) int64, `lengths` has S numbers.
 
-    The lengths stay Python integers, because they decide shapes and must be known without asking a device.
+@dataclass(frozen=True)
+class Portion:
+    """Of a task's global batch, of `global_size`, the examples at `places` (n,): the `rows` (n,) of its split.
+
+    Several processes, and the parts of an accumulated step, have a portion each.
     """
 
-    input_ids: Tensor
-    token_type_ids: Tensor
-    lengths: list[int]
-
-    def to(self, device: torch.device) -> "Sentences":
-        return Sentences(
-            self.input_ids.to(device, non_blocking=True),
-            self.token_type_ids.to(device, non_blocking=True),
-            self.lengths,
-        )
-
-    @staticmethod
-    def from_padded(input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> "Sentences":
-        """Drop the padding of (S, L) inputs. The mask must be 1 for a sentence's first tokens and 0 after them."""
-        mask = attention_mask.bool()
-        if token_type_ids is None:
-            token_type_ids = torch.zeros_like(input_ids)
-        return Sentences(input_ids[mask], token_type_ids[mask], mask.sum(1).tolist())
-
-    @staticmethod
-    def concatenate(parts: "list[Sentences]") -> "Sentences":
-        return Sentences(
-            torch.cat([part.input_ids for part in parts]),
-            torch.cat([part.token_type_ids for part in parts]),
-            [length for part in parts for length in part.lengths],
-        )
-
-
-@dataclass
-class Ragged:
-    """A tokenised column: `ids[offsets[i]:offsets[i + 1]]` are the tokens of sentence i."""
-
-    ids: np.ndarray  # (N,) int32
-    offsets: np.ndarray  # (n + 1,) int64
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.diff(self.offsets)
-
-    def take(self, rows: np.ndarray) -> Sentences:
-        """The sentences of `rows`, in that order."""
-        starts, lengths = self.offsets[rows], self.lengths[rows]
-        ends = np.cumsum(lengths)
-        # Position of each token in `ids`: its sentence's start plus its place within the sentence.
-        where = np.arange(ends[-1]) + np.repeat(starts - (ends - lengths), lengths)
-        input_ids = torch.from_numpy(self.ids[where].astype(np.int64))
-        return Sentences(input_ids, torch.zeros_like(input_ids), lengths.tolist())
-
-
-@dataclass
-class TokenisedSplit:
-    """One split of one task, ready for batching. `columns` has one `Ragged` per sentence column of the task."""
-
-    ids: list[str]
-    columns: tuple[Ragged, ...]
-    labels: np.ndarray | None  # (n,) float32, multilabel (n, classes); None where the split is unlabelled
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def fingerprint(self) -> str:
-        """Number of examples, and a digest of all that training sees of them: tokens and labels."""
-        digest = hashlib.sha256()
-        for column in self.columns:
-            digest.update(np.ascontiguousarray(column.ids))  # type: ignore[arg-type]  # an array is a buffer
-            digest.update(np.ascontiguousarray(column.offsets))  # type: ignore[arg-type]  # an array is a buffer
-        if self.labels is not None:
-            digest.update(np.ascontiguousarray(self.labels))  # type: ignore[arg-type]  # an array is a buffer
-        return f"{len(self):,} examples, SHA-256 {digest.hexdigest()[:16]}"
-
-
-@dataclass
-class Batch:
-    """This process's part of a task's batch.
-
-    `sentences` holds what the encoder sees of an example side by side: the B first sides, then the B second ones, if
-    there are two. `weights` (B,) are 1 for
-    an example and 0 for a filler, which exists only so that a process without examples can take part in collective
-    operations. `global_size` counts the real examples over all processes: losses are averaged by it.
-    """
-
-    sentences: Sentences
-    labels: Tensor  # (B,) float32, multilabel (B, classes)
-    weights: Tensor  # (B,) float32
+    rows: np.ndarray
+    places: np.ndarray
     global_size: int
 
+    @staticmethod
+    def whole(rows: np.ndarray) -> "Portion":
+        return Portion(rows, np.arange(len(rows)), len(rows))
+
+
+@dataclass(frozen=True)
+class TaskBatch:
+    """A task's part of a batch: B examples, each with a sequence for each of `sides` in each of `readings`.
+
+    `weights` are 1 for an example, or as its split says, and 0 for a filler, which exists only so that a process
+    without examples can take part in collective operations. `global_size` is their sum over all processes: losses are
+    averaged by it. The task's sequences are numbered from `first` on: by side, then by reading, then by example.
+    """
+
+    labels: Tensor  # (B,) float32, multilabel (B, classes); of tokens (M,) int64
+    weights: Tensor  # (B,) float32
+    places: Tensor  # (B,) int64, of the examples in the task's global batch
+    global_size: int
+    sides: int
+    readings: int
+    first: int
+    rows: Tensor | None = None  # (M,) int64, of the tokens that have labels, in the batch's matrix
+
     def __len__(self) -> int:
+        """Examples, B."""
         return len(self.weights)
 
     @property
-    def sides(self) -> int:
-        """How many sequences of an example the encoder sees: two of a pair that is encoded sentence by sentence."""
-        return len(self.sentences.lengths) // len(self)
+    def sequences(self) -> int:
+        """How many of the batch's sequences are the task's."""
+        return self.sides * self.readings * len(self)
+
+    def to(self, device: torch.device) -> "TaskBatch":
+        rows = None if self.rows is None else self.rows.to(device, non_blocking=True)
+        names = ("labels", "weights", "places")
+        return replace(self, rows=rows, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This process's part of a step: every task's sequences as one matrix of tokens, and what belongs to each task."""
+
+    sentences: Sentences
+    tasks: dict[str, TaskBatch]
+
+    @property
+    def tokens(self) -> int:
+        return len(self.sentences.input_ids)
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(self.sentences.to(device), self.labels.to(device), self.weights.to(device), self.global_size)
+        return Batch(self.sentences.to(device), {name: part.to(device) for name, part in self.tasks.items()})
+
+    def only(self, names: Collection[str]) -> "tuple[Batch, Tensor]":
+        """The batch of some of its tasks, and where (N',) the tokens of that lie in the matrix of this one."""
+        layout, tasks, first = self.sentences.layout, dict[str, TaskBatch](), 0
+        chosen = torch.zeros(len(layout), dtype=torch.bool, device=layout.sequence.device)
+        for name in self.tasks:
+            if name in names:
+                part = self.tasks[name]
+                chosen[part.first : part.first + part.sequences] = True
+                tasks[name], first = replace(part, first=first), first + part.sequences
+        kept = chosen[layout.sequence]
+        ids, types = self.sentences.input_ids[kept], self.sentences.token_type_ids[kept]
+        own = Layout.of(layout.lengths[chosen].cpu().numpy()).to(ids.device)
+        places = kept.cumsum(0) - 1  # of the tokens in the smaller matrix, whose order is the same
+        for name, part in tasks.items():
+            if part.rows is not None:
+                tasks[name] = replace(part, rows=places[part.rows])
+        return Batch(Sentences(ids, types, own), tasks), kept.nonzero()[:, 0]
 
 
-def make_batch(split: TokenisedSplit, rows: np.ndarray, global_size: int) -> Batch:
-    """The examples `rows` of a split. No rows at all gives one filler of weight 0."""
-    weights = torch.ones(len(rows)) if len(rows) else torch.zeros(1)
-    if not len(rows):
-        rows = np.zeros(1, dtype=np.int64)
-    labels = np.zeros(len(rows), np.float32) if split.labels is None else split.labels[rows]
-    sentences = Sentences.concatenate([column.take(rows) for column in split.columns])
-    return Batch(sentences, torch.from_numpy(labels), weights, global_size)
+def make_batch(
+    splits: Mapping[str, TokenisedSplit], portions: Mapping[str, Portion], draw: tuple[int, int] | None = None
+) -> Batch:
+    """The batch of the tasks' portions, in their order, on the CPU. A portion without rows becomes one filler.
+
+    In training `draw` is (seed, step), and each split's `encode` gets a `Draw` for its examples: random numbers that
+    are a pure function of (seed, task, step, place in the global batch). Whatever is random in an example is made of
+    them there, on the host: the order of a pair, or which tokens are masked. The batch holds the outcome (input ids
+    already replaced, labels of single tokens with their `rows` in the matrix), so that it is the same at every number
+    of processes and parts. Prediction draws nothing.
+    """
+    encoded: dict[str, Encoded] = {}
+    for name, portion in portions.items():
+        rows, places = (portion.rows, portion.places) if len(portion.rows) else (np.zeros(1, np.int64),) * 2
+        encoded[name] = splits[name].encode(rows, Draw(draw[0], name, draw[1], places) if draw else None)
+    sequences = Ragged.concatenate([part.sequences for part in encoded.values()])
+    sentences = Sentences.lay(sequences, np.concatenate([part.types for part in encoded.values()]))
+    tasks: dict[str, TaskBatch] = {}
+    first = 0
+    for name, part in encoded.items():
+        tasks[name] = _task_batch(part, portions[name], sentences, sequences.offsets, first)
+        first += len(part.sequences)
+    return Batch(sentences, tasks)
+
+
+def _task_batch(part: Encoded, portion: Portion, sentences: Sentences, offsets: np.ndarray, first: int) -> TaskBatch:
+    weights = torch.ones(len(portion.rows)) if part.weights is None else torch.from_numpy(part.weights)
+    if not len(portion.rows):
+        weights = torch.zeros(1)
+    labels = torch.zeros(len(weights)) if part.labels is None else torch.from_numpy(part.labels)
+    rows = None
+    if part.tokens is not None:
+        token = offsets[first] + part.tokens  # counted through all sequences
+        sequence = np.searchsorted(offsets, token, side="right") - 1
+        rows = sentences.layout.starts[torch.from_numpy(sequence)] + torch.from_numpy(token - offsets[sequence])
+    places = torch.from_numpy(portion.places) if len(portion.rows) else torch.zeros(1, dtype=torch.int64)
+    return TaskBatch(labels, weights, places, portion.global_size, part.sides, part.readings, first, rows)

@@ -22,10 +22,12 @@ from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
-from minbert.data.batch import Ragged, TokenisedSplit
 from minbert.data.errors import UserError
 from minbert.data.examples import Examples, fingerprint
 from minbert.data.files import replacing
+from minbert.data.pairs import JointPairs
+from minbert.data.ragged import Ragged
+from minbert.data.split import TokenisedSplit
 
 logger = logging.getLogger(__name__)
 
@@ -138,9 +140,11 @@ def default_cache_dir() -> Path:
 
 
 def tokenise(
-    examples: Examples, tokenizer: Tokenizer, max_length: int, cache_dir: Path | None = None
+    examples: Examples, tokenizer: Tokenizer, max_length: int, cache_dir: Path | None = None, joint: bool = False
 ) -> TokenisedSplit:
     """Tokenise every sentence column, at most `max_length` ids a sentence, through the cache in `cache_dir` if given.
+
+    `joint` makes one sequence of at most `max_length` ids of a pair, of the same cached tokens.
 
     Of several processes that ask for the same split at once, one tokenises and the others wait for its file. A cache
     that is locked for long, broken or not writable costs a warning and time, never the run.
@@ -156,7 +160,8 @@ def tokenise(
         name = f"{examples.task.name}-{examples.split}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
         shape = _Shape(len(examples.sentences), len(examples), tokenizer.vocabulary_size, max_length)
         columns = _through_cache(cache_dir / name, compute, shape)
-    return TokenisedSplit(examples.ids, columns, examples.labels)
+    pairs = JointPairs(max_length, examples.task.symmetric) if joint and examples.task.is_pair else None
+    return TokenisedSplit(examples.ids, columns, examples.labels, pairs)
 
 
 def _from_vocabulary(path: Path) -> tokenizers.Tokenizer:

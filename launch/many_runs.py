@@ -7,23 +7,14 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
-import tyro
 from filelock import FileLock, Timeout
-from pydantic import create_model
 
 from minbert.data.errors import UserError
-from minbert.launch.options import (
-    asks_for_help,
-    open_option,
-    quiet,
-    read_options,
-    refuse_words,
-    run_option_types,
-    show_help,
-)
-from minbert.slurm.settings import JobSettings
+from minbert.launch.help import Option
+from minbert.launch.options import CommandLine, read_command_line
+from minbert.slurm.status import inspect_runs
 from minbert.trainer.config import RunConfig
 from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.tuning.ablation import ABLATION_FILE
@@ -31,63 +22,21 @@ from minbert.tuning.search import SEARCH_FILE, Resources
 from minbert.tuning.trial import LOCK, Trial
 
 
-class Own(NamedTuple):
-    """An option of the command itself; `metavar` where the default is none or says nothing."""
-
-    type: Any
-    default: Any
-    help: str
-    metavar: str = ""
-
-
-class Given(NamedTuple):
-    """The options on a command line: the command's own and its trials' resources, a job's, and those of every run."""
-
-    own: dict[str, Any]
-    job: dict[str, Any]
-    run: dict[str, Any]
-
-
-def read_command_line(own: Mapping[str, Own], arguments: list[str], command: str, description: str) -> Given:
-    """Raises UserError for a wrong option or value; --help ends the program."""
-    if asks_for_help(arguments):
-        show_help(description, command, _help(own))
-    job_types = _types_of(JobSettings) | {"slurm_parameters": tuple[str, ...]}
-    own_types = {name: option.type for name, option in own.items()} | _types_of(Resources)
-    options, rest = read_options(run_option_types() | job_types | own_types, arguments, command)
-    refuse_words(rest)
-    if empty := next((name for name in own if options.get(name) == ()), None):
-        raise UserError(f"--{empty} needs a value")
-    given = Given({}, {}, {})
-    for name, value in options.items():
-        (given.own if name in own_types else given.job if name in job_types else given.run)[name] = value
-    if given.job and not given.own.get("slurm"):
-        raise UserError(f"--{next(iter(given.job)).replace('_', '-')} is about a job; add --slurm")
-    if "address" in given.own and given.own.get("slurm"):
+def read_many_runs(command: str, description: str, arguments: list[str], options: Mapping[str, Option]) -> CommandLine:
+    """The command line of a search or an ablation. Raises UserError for a wrong option or value, or two that do not go
+    together; --help ends the program."""
+    line = read_command_line(command, description, arguments, options, {"resources": Resources})
+    if line.job and not line.command.get("slurm"):
+        raise UserError(f"--{next(iter(line.job)).replace('_', '-')} is about a job; add --slurm")
+    if "address" in line.command and line.command.get("slurm"):
         raise UserError("--address and --slurm are two places to run; choose one")
-    return given
+    return line
 
 
-def _types_of(model: Any) -> dict[str, Any]:
-    return {name: field.rebuild_annotation() for name, field in model.model_fields.items()}
-
-
-def _help(own: Mapping[str, Own]) -> dict[str, Any]:
-    """name -> (type, default), as `show_help` takes them."""
-    shown: dict[str, Any] = {}
-    for name, option in own.items():
-        kind = option.type if option.default is not None else option.type | None
-        text = open_option(option.metavar, help=option.help) if option.metavar else tyro.conf.arg(help=option.help)
-        shown[name] = (Annotated[kind, text], option.default)
-    parameters = open_option("NAME=VALUE ...", help=JobSettings.model_fields["slurm_parameters"].description)
-    job = create_model(
-        "JobSettings",
-        __base__=quiet(JobSettings),
-        __doc__=JobSettings.__doc__,
-        slurm_parameters=(Annotated[tuple[str, ...], parameters], ()),
-    )
-    resources = quiet(Resources)
-    return shown | {"resources": (resources, resources()), "job": (job, job())}
+def merged_resources(saved: Resources | None, given: Mapping[str, Any]) -> Resources:
+    """What a trial takes: as it was saved, where nothing else is `given`."""
+    update = {name: value for name, value in given.items() if name in Resources.model_fields}
+    return (saved or Resources()).model_copy(update=update)
 
 
 @contextmanager
@@ -130,10 +79,8 @@ def _remove_traces(folder: Path, made: Iterable[Path]) -> None:
 
 def refuse_queued(folder: Path) -> None:
     """Raises UserError if the search or ablation has a job that waits or runs."""
-    from minbert.slurm.status import is_active, look
-
-    if is_active(folder):
-        raise UserError(f"{folder} has a job already: {look([folder])[0].summary}")
+    if (folder / "slurm").exists() and (report := inspect_runs([folder])[0]).active:
+        raise UserError(f"{folder} has a job already: {report.summary}")
 
 
 def retry_failed(trials: Iterable[Trial]) -> None:

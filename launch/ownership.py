@@ -7,12 +7,12 @@ from pathlib import Path
 
 from minbert.data.errors import UserError
 from minbert.slurm.records import Records
-from minbert.slurm.status import look
+from minbert.slurm.status import inspect_runs
 from minbert.trainer.run.folder import RunFolder
 
 
 @contextmanager
-def own(runs: Sequence[Path]) -> Iterator[None]:
+def lock_runs(runs: Sequence[Path]) -> Iterator[None]:
     """Lock the runs' folders, before anything is written there. Raises UserError if one of them is somebody else's."""
     with ExitStack() as locks:
         try:
@@ -27,7 +27,7 @@ def own(runs: Sequence[Path]) -> Iterator[None]:
 
 def _refuse_jobs(runs: Sequence[Path]) -> None:
     submitted = [run for run in runs if Records(run).file.exists()]
-    if report := next((report for report in look(submitted) if report.active), None):
+    if report := next((report for report in inspect_runs(submitted) if report.active), None):
         raise UserError(
             f"{report.run} has a job already: {report.summary}. Wait for it, or end it by "
             f"`minbert cancel {shlex.quote(str(report.run))}`."

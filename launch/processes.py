@@ -141,7 +141,6 @@ def launch(
     command: Sequence[str],
     processes: int,
     log_dir: Path,
-    env: Mapping[str, str] | None = None,
     grace: float = GRACE,
 ) -> int:
     """Runs `command` in `processes` processes with the environment torch.distributed's `env://` expects.
@@ -155,7 +154,6 @@ def launch(
         command: program and arguments, the same for every rank.
         processes: number of workers on this machine, which are all there are.
         log_dir: folder for logs and errors; made if missing.
-        env: variables to add to this process's environment.
         grace: seconds from one worker's failure to the end of the others.
 
     Returns: an `ExitCode` the workers agree on, or the code (128 + signal) of the worker that failed first.
@@ -165,14 +163,14 @@ def launch(
         raise UserError(f"cannot start {processes} processes: ask for at least one")
     log_dir.mkdir(parents=True, exist_ok=True)
     store = _host_store()
-    environment = _environment(env or {}, processes, store.port)
+    environment = _environment(processes, store.port)
     requests: list[int] = []
 
-    def take(number: int, frame: object) -> None:
+    def note(number: int, frame: object) -> None:
         leave_terminal(number)
         requests.append(number)
 
-    handlers = {number: signal.signal(number, take) for number in stop_signals()}
+    handlers = {number: signal.signal(number, note) for number in stop_signals()}
     guard = subprocess.Popen(["/bin/sh", "-c", GUARD], stdin=subprocess.PIPE, start_new_session=True)
     workers: list[Worker] = []
     try:
@@ -204,7 +202,7 @@ def _host_store():
     return TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
-def _environment(extra: Mapping[str, str], processes: int, port: int) -> dict[str, str]:
+def _environment(processes: int, port: int) -> dict[str, str]:
     """What all workers share: defaults that the user's environment overrides, and the meeting point, which it can't."""
     import torch
 
@@ -225,7 +223,7 @@ def _environment(extra: Mapping[str, str], processes: int, port: int) -> dict[st
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "PYTHONUNBUFFERED": "1",
     }
-    return defaults | dict(os.environ) | dict(extra) | fixed
+    return defaults | dict(os.environ) | fixed
 
 
 def _start(command: Sequence[str], rank: int, log_dir: Path, environment: Mapping[str, str]) -> Worker:

@@ -71,10 +71,10 @@ class SearchJob:
 @contextmanager
 def _cluster(folder: Path, place: Path, allocation: Allocation, lost: Callable[[], NoReturn]) -> Iterator[None]:
     """Ray on all nodes of the allocation, with this process as its driver."""
-    from minbert.tuning.cluster import LOOPBACK, own_cluster, temporary_folder
+    from minbert.tuning.cluster import LOOPBACK, start_cluster, temporary_folder
 
     node = address(allocation.head) if allocation.workers else LOOPBACK
-    with own_cluster(folder, lost, cpus=_cpus(), node=node) as meeting:
+    with start_cluster(folder, lost, cpus=_cpus(), node=node) as meeting:
         with replacing(place) as temporary:
             temporary.touch(mode=0o600)  # who knows the token commands the cluster
             content = {"address": meeting, "token": os.environ["RAY_AUTH_TOKEN"]}

@@ -2,9 +2,9 @@
 
 import shlex
 import sys
-from functools import partial
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -14,25 +14,30 @@ from minbert.launch.many_runs import retry_failed
 from minbert.trainer.config import parse_config
 from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.processes.stop import StopRequest
-from minbert.tuning.search import SEARCH_FILE, NextTrial, Search, describe_schedule, write_best
+from minbert.tuning.search import SEARCH_FILE, Search, describe_schedule, write_best
 from minbert.tuning.trial import Trial, ranked
 
 SHOWN = 5  # trials in the table at the end
 
 
-def run_search(folder: Path, search: Search, stop: StopRequest, start: Any, retry: bool = False) -> int:
-    """Run what is left of a search on the Ray that the context manager `start()` provides; returns the exit code.
-    search.yaml is written when nothing can refuse the search any more. `retry`: the trials, too, that have failed."""
+def run_search(
+    folder: Path,
+    search: Search,
+    stop: StopRequest,
+    start: Callable[[], AbstractContextManager[object]],
+    retry: bool = False,
+) -> int:
+    """Run what is left of a search on the Ray that `start()` provides; returns the exit code. search.yaml is written
+    when nothing can refuse the search any more. `retry`: the trials, too, that have failed."""
     trials = search.trials(folder)
     left = [trial for trial in trials if not trial.over or (retry and trial.status == "failed")]
-    further = max(0, search.samples - len(trials))
-    begun = sum(1 for trial in left if trial.step)
     if trials:
+        begun = sum(1 for trial in left if trial.step)
         print(f"{len(trials) - len(left)} of {search.samples} trials are over; {begun} go on from their checkpoints.")
         sys.stdout.flush()
-    if left or further:
+    if left or len(trials) < search.samples:
         with start():
-            _run(folder, search, trials, further, stop, retry)
+            _run_trials(folder, search, trials, stop, retry)
     trials = search.trials(folder)
     winner = write_best(folder, trials)
     if any(not trial.over for trial in trials) or len(trials) < search.samples:
@@ -43,55 +48,43 @@ def run_search(folder: Path, search: Search, stop: StopRequest, start: Any, retr
     return _conclude(folder, search, trials, winner)
 
 
-def _run(folder: Path, search: Search, trials: list[Trial], further: int, stop: StopRequest, retry: bool) -> None:
+def _run_trials(folder: Path, search: Search, trials: list[Trial], stop: StopRequest, retry: bool) -> None:
     from minbert.launch.trial import train_trial
-    from minbert.tuning.driver import Recorder, find_room, run_trials
-    from minbert.tuning.population import Population
-    from minbert.tuning.proposals import Proposals, TpeProposals
-    from minbert.tuning.scheduler import RememberingASHA
+    from minbert.tuning.driver import TrialRunner
+    from minbert.tuning.strategy import SearchStrategy
 
-    room = find_room(search.resources, parse_config(search.base, SEARCH_FILE).parallel)
+    runner = TrialRunner(
+        folder,
+        options=lambda trial: search.options(trial.parameters),
+        train=train_trial,
+        resources=search.resources,
+        parallel=parse_config(search.base, SEARCH_FILE).parallel,
+    )
     search.write(folder)
     if retry:
         retry_failed(trials)
-
-    def make_scheduler(recorder: Recorder) -> Any:
-        if search.scheduler == "asha":
-            return RememberingASHA(search.grace, search.reduction, trials)
-        return Population(search, recorder, trials) if search.scheduler == "pbt" else None
-
-    proposals = partial(Proposals, propose=NextTrial(search, folder, trials))
-    if search.algorithm == "tpe":
-        create = partial(search.new_trial, folder)
-        proposals = lambda waiting, describe: TpeProposals(search, trials, waiting, describe, create)  # noqa: E731
-    known = {trial.number: trial for trial in trials}
-    taken_over: dict[str, int] = {}
-
-    def tell(trial: Trial) -> None:
-        known[trial.number] = trial
-        if trial.over:
-            write_best(folder, list(known.values()))
-        turn = search.scheduler == "pbt" and trial.status == "running" and trial.step > 0 and not trial.error
-        if turn and taken_over.get(trial.name) == len(trial.taken_over):
-            return  # it had made room for another
-        taken_over[trial.name] = len(trial.taken_over)
-        print(_line(trial, sum(t.over for t in known.values()), search.samples), flush=True)
-
-    problem = run_trials(
-        folder,
-        trials,
-        lambda trial: search.options(trial.parameters),
-        train_trial,
-        search.resources,
-        room,
-        stop,
-        tell,
-        make_scheduler,
-        proposals,
-        further,
-    )
-    if problem:
+    strategy, tell = SearchStrategy(folder, search, trials), Announcer(folder, search, trials)
+    if problem := runner.run(trials, stop=stop, tell=tell, strategy=strategy):
         print(f"minbert: {problem}", file=sys.stderr, flush=True)
+
+
+class Announcer:
+    """Prints a line for each trial that starts, goes on or is over, and writes best.yaml when one is over."""
+
+    def __init__(self, folder: Path, search: Search, trials: list[Trial]):
+        self.folder, self.search = folder, search
+        self.trials = {trial.number: trial for trial in trials}
+        self.taken_over: dict[str, int] = {}  # trial -> how often it had taken over from another
+
+    def __call__(self, trial: Trial) -> None:
+        self.trials[trial.number] = trial
+        if trial.over:
+            write_best(self.folder, list(self.trials.values()))
+        took_turns = self.search.scheduler == "pbt" and trial.status == "running" and trial.step > 0 and not trial.error
+        if took_turns and self.taken_over.get(trial.name) == len(trial.taken_over):
+            return  # it had made room for another
+        self.taken_over[trial.name] = len(trial.taken_over)
+        print(_line(trial, sum(other.over for other in self.trials.values()), self.search.samples), flush=True)
 
 
 def _line(trial: Trial, over: int, samples: int) -> str:

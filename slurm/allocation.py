@@ -13,9 +13,6 @@ from dataclasses import dataclass
 
 from minbert.data.errors import UserError
 
-# Ports below the ephemeral ones, which the system hands out to anybody.
-FIRST_PORT, LAST_PORT = 12000, 32000
-
 
 @dataclass(frozen=True)
 class Allocation:
@@ -82,23 +79,6 @@ class Allocation:
                 return host
             rank -= count
         raise IndexError(rank)
-
-    def free_ports(self, count: int) -> list[int]:
-        """Ports that are free on this node now. Jobs that share a node begin their search at different places."""
-        size = LAST_PORT - FIRST_PORT
-        start = int(re.sub(r"\D", "", self.job_id)) * 97
-        ports: list[int] = []
-        for offset in range(size):
-            port = FIRST_PORT + (start + offset) % size
-            with socket.socket() as probe:
-                try:
-                    probe.bind(("", port))
-                except OSError:
-                    continue
-            ports.append(port)
-            if len(ports) == count:
-                return ports
-        raise UserError(f"{self.host} has no {count} free ports between {FIRST_PORT} and {LAST_PORT}")
 
 
 def job_id(environment: Mapping[str, str] = os.environ) -> str:

@@ -38,7 +38,7 @@ def check_allocation(run: Path, code: Path, allocation: Allocation, settings: Jo
     content = uuid4().hex
     token.write_text(content)
     try:
-        nodes = _look(token, code, allocation)
+        nodes = _read_nodes(token, code, allocation)
     finally:
         token.unlink(missing_ok=True)
     problems = mismatches(nodes, content, run, code, allocation, settings)
@@ -77,7 +77,7 @@ def mismatches(
     return problems
 
 
-def _look(token: Path, code: Path, allocation: Allocation) -> list[Node]:
+def _read_nodes(token: Path, code: Path, allocation: Allocation) -> list[Node]:
     script = LOOK.format(token=shlex.quote(str(token)), code=shlex.quote(str(code)))
     count = len(allocation.hosts)
     command = ["srun", f"--nodes={count}", f"--ntasks={count}", "--ntasks-per-node=1", "--overlap", "sh", "-c", script]

@@ -19,7 +19,7 @@ from minbert.data.reading import read_yaml
 
 Count = Annotated[int, Field(ge=1)]
 UNLIMITED = 60 * 24 * 365  # minutes that a job without a time limit has on this machine
-OWN_PARAMETERS = frozenset(  # of submitit's: there is a field for each, or nobody's business
+RESERVED_PARAMETERS = frozenset(  # of submitit's: there is a field for each, or nobody's business
     (
         *("job_name", "time", "nodes", "ntasks_per_node", "gpus_per_node", "cpus_per_task", "mem", "partition"),
         *("account", "qos", "constraint", "setup", "teardown", "srun_args", "signal_delay_s", "use_srun"),
@@ -212,9 +212,9 @@ def _refuse_unknown(parameters: Mapping[str, Any]) -> None:
         return
     from submitit import SlurmExecutor
 
-    valid = sorted(SlurmExecutor._valid_parameters() - OWN_PARAMETERS)
+    valid = sorted(SlurmExecutor._valid_parameters() - RESERVED_PARAMETERS)
     for name in parameters:
-        if name in OWN_PARAMETERS:
+        if name in RESERVED_PARAMETERS:
             field = {"ntasks_per_node": "tasks_per_node", "num_gpus": "gpus_per_node"}.get(name, name)
             hint = f"; it is the option {field}" if field in JobSettings.model_fields else ""
             raise ValueError(f"slurm_parameters cannot set {name!r}{hint}")

@@ -15,8 +15,8 @@ from minbert.data.errors import UserError
 from minbert.slurm import controller
 from minbert.slurm.controller import Queued
 from minbert.slurm.endings import Ending, State
-from minbert.slurm.own_files import has_advanced, own_state, progress, read_trial
 from minbert.slurm.records import Attempt, Records, Submission
+from minbert.slurm.run_files import has_advanced, progress, read_trial, state_without_job
 from minbert.slurm.submission import job_id_of
 from minbert.slurm.supervisor import ACCOUNTED
 from minbert.slurm.verdict import SCRIPT_KILLED
@@ -111,7 +111,7 @@ class _Told:
     silence: str = ""  # why it does not
 
 
-def look(runs: Sequence[Path]) -> list[Report]:
+def inspect_runs(runs: Sequence[Path]) -> list[Report]:
     """How each of the runs stands."""
     known = [_Known.read(run) for run in runs]
     try:
@@ -144,7 +144,7 @@ def _with_job_ids(known: Sequence[_Known]) -> list[_Known]:
 
 def is_active(run: Path) -> bool:
     """Whether the run has a job that waits or runs."""
-    return (run / "slurm").exists() and look([run])[0].active
+    return (run / "slurm").exists() and inspect_runs([run])[0].active
 
 
 def find_runs(folders: Iterable[Path], depth: int = 3) -> list[Path]:
@@ -179,9 +179,9 @@ def _report(known: _Known, told: _Told) -> Report:
     else:
         state, detail, nodes, active = _state(known, told)
         if not active and state != Ending.FINISHED and (run / "config.yaml").exists():
-            own, own_total = own_state(run)  # what was trained here, without a job
-            if submission is None or (own == Ending.FINISHED and has_advanced(run, attempt)):
-                state, detail, total = own, "", total or own_total
+            here, total_here = state_without_job(run)
+            if submission is None or (here == Ending.FINISHED and has_advanced(run, attempt)):
+                state, detail, total = here, "", total or total_here
     detail = "; ".join(filter(None, [detail, *known.problems]))
     left = None
     if state == State.RUNNING and attempt and total and step and step > attempt.first_step and when > attempt.started:

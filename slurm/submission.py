@@ -16,7 +16,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -32,47 +32,39 @@ NEVER_ASKED = re.compile(r"connect failure|Could not establish a configuration s
 LOST_ANSWER = re.compile(r"tim(ed|e) ?out|zero bytes|unexpected message|communicat|contact", re.IGNORECASE)
 
 
-def submit(
-    runs: Sequence[Path],
-    tasks: Sequence[Callable[[], Any]],
-    settings: JobSettings,
-    folder: Path,
-    code: Path,
-    total_steps: Sequence[int | None],
-    name: str,
-    again: bool = False,
-) -> list[str]:
-    """Submit the prepared `runs`; `tasks[i]` is what each process of `runs[i]` executes.
+@dataclass(frozen=True)
+class Task:
+    """A run's part of what is submitted: what each of its processes executes, and the steps of its budget, if known."""
 
-    Several runs become arrays, each as large as the site allows. `folder`: for submitit's files. `code`: goes onto the
-    jobs' PYTHONPATH. `again`: it is the job itself that is submitted anew.
+    run: Path
+    work: Callable[[], Any]
+    total_steps: int | None = None
+
+
+def submit(
+    tasks: Sequence[Task], settings: JobSettings, folder: Path, code: Path, name: str, again: bool = False
+) -> list[str]:
+    """Submit prepared runs, as arrays where there are several, each as large as the site allows.
+
+    `folder`: for submitit's files. `code`: goes onto the jobs' PYTHONPATH. `again`: it is the job itself that is
+    submitted anew.
 
     Returns: the job ids, as ARRAY_INDEX for elements. Raises UserError with SLURM's reason if it refuses.
     """
-    refuse_hopeless(settings, folder)
-    runs = [run.absolute() for run in runs]
-    size = controller.largest_array() if settings.executor == "slurm" and len(runs) > 1 else 1
+    size = controller.largest_array() if settings.executor == "slurm" and len(tasks) > 1 else 1
     ids: list[str] = []
-    for start in range(0, len(runs), size):
-        part = slice(start, start + size)
-        ids += _submit_part(runs[part], tasks[part], settings, folder, code, total_steps[part], name, again)
+    for start in range(0, len(tasks), size):
+        ids += _submit_part(tasks[start : start + size], settings, folder, code, name, again)
     return ids
 
 
 def _submit_part(
-    runs: Sequence[Path],
-    tasks: Sequence[Callable[[], Any]],
-    settings: JobSettings,
-    folder: Path,
-    code: Path,
-    total_steps: Sequence[int | None],
-    name: str,
-    again: bool,
+    tasks: Sequence[Task], settings: JobSettings, folder: Path, code: Path, name: str, again: bool
 ) -> list[str]:
     from submitit.core.utils import DelayedSubmission
 
     folder.mkdir(parents=True, exist_ok=True)
-    token = uuid4().hex[:12]
+    token, runs = uuid4().hex[:12], [task.run.absolute() for task in tasks]
     runs_file = folder / f"runs-{token}.txt"
     runs_file.write_text("".join(f"{run}\n" for run in runs))
     executor = _executor(settings, folder, code, runs_file, name)
@@ -86,20 +78,21 @@ def _submit_part(
             settings=settings.model_dump(mode="json", exclude_defaults=True),
             host=socket.gethostname(),
             submitted=time.time(),
-            total_steps=steps,
+            total_steps=task.total_steps,
             earlier_attempts=before.earlier_attempts if again and before else len(Records(run).attempts()),
             token=token,
             element=None if len(runs) == 1 else index,
         )
-        for index, (run, steps, before) in enumerate(zip(runs, total_steps, earlier))
+        for index, (run, task, before) in enumerate(zip(runs, tasks, earlier))
     ]
     _record(runs, submissions)  # a job may start before its id is known here
     for task, submission in zip(tasks, submissions):
-        DelayedSubmission(task).dump(kept_task(submission))
+        DelayedSubmission(task.work).dump(kept_task(submission))
     jobs: Sequence[Any] = []
     with _submission_environment(code), redirect_stderr(io.StringIO()):  # submitit prints what it raises
         try:
-            jobs = [executor.submit(tasks[0])] if len(runs) == 1 else executor.submit_array(tasks)
+            works = [task.work for task in tasks]
+            jobs = [executor.submit(works[0])] if len(works) == 1 else executor.submit_array(works)
             ids = [job.job_id for job in jobs]
         except (subprocess.SubprocessError, RuntimeError) as error:
             if settings.executor != "slurm" or is_refusal(str(error)):
@@ -197,17 +190,9 @@ def submit_anew(run: Path, job_id: str) -> str:
 
     submission = Records(run).submission()
     folder = Path(submission.folder)
-    task = DelayedSubmission.load(JobPaths(folder, job_id).submitted_pickle).function
-    (new,) = submit(
-        [run],
-        [task],
-        submission.job_settings(),
-        folder,
-        Path(submission.code),
-        [submission.total_steps],
-        submission.job_settings().job_name or run.name,
-        again=True,
-    )
+    work = DelayedSubmission.load(JobPaths(folder, job_id).submitted_pickle).function
+    task, settings = Task(run, work, submission.total_steps), submission.job_settings()
+    (new,) = submit([task], settings, folder, Path(submission.code), settings.job_name or run.name, again=True)
     return new
 
 

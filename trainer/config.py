@@ -114,8 +114,10 @@ class EncoderConfig(Section):
 
 
 class HeadsConfig(Section):
-    """The tasks' heads."""
+    """The tasks' heads, and what they see of an example."""
 
+    pair_encoding: Literal["siamese", "joint"] = "siamese"
+    """How the encoder sees a pair: `siamese` (sentence by sentence) or `joint` (both in one sequence)."""
     features: Literal["baseline", "siamese"] = "siamese"
     """What a pair head sees of sentence embeddings u and v: `baseline` (u, v) or `siamese` (u, v, |u - v|)."""
     hidden_layers: Annotated[int, Field(ge=0, lt=2**31)] = 1
@@ -124,6 +126,16 @@ class HeadsConfig(Section):
     """Their width; the default is the encoder's."""
     head_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Dropout before every linear layer of a head."""
+
+    def joins(self, task: Task) -> bool:
+        """Whether the task's examples are joint pairs."""
+        return task.is_pair and self.pair_encoding == "joint"
+
+    def embeddings(self, task: Task) -> int:
+        """How many embeddings the task's head sees side by side."""
+        if not task.is_pair or self.joins(task):
+            return 1
+        return 3 if self.features == "siamese" else 2
 
 
 class OptimizerConfig(Section):
@@ -147,12 +159,43 @@ class OptimizerConfig(Section):
     """How the encoder joins after that: all of it, or one layer after another from the top."""
     unfreeze_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Share of the steps after which a gradual unfreezing has reached the embeddings."""
+    average_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Score, keep as the best model and export an exponential moving average of the weights with this decay (.999,
+    say) in place of the weights, with which training goes on."""
 
     @property
     def peaks(self) -> tuple[float, float]:
         """`lr` and `head_lr` of a run that is prepared, which has filled them in."""
         assert self.lr is not None and self.head_lr is not None
         return self.lr, self.head_lr
+
+
+class ObjectiveConfig(Section):
+    """What is added to the tasks' losses: the two halves of SMART (docs/techniques.md)."""
+
+    smart_weight: tuple[Annotated[float, Field(ge=0)], ...] = ()
+    """Weight of adversarial smoothness: one number for all tasks, or one for each in the order of `tasks`."""
+    smart_noise: Annotated[float, Field(gt=0)] = 1e-5
+    """Variance of the noise on the embeddings from which the perturbation is looked for."""
+    smart_steps: Count = 1
+    """Ascent steps of that search."""
+    smart_step_size: Annotated[float, Field(gt=0)] = 1e-3
+    """Length of an ascent step."""
+    smart_norm: Literal["infinity", "2", "none"] = "infinity"
+    """Norm, token by token, in which a step has that length; `none` takes the gradient as it is."""
+    smart_radius: Annotated[float, Field(gt=0)] | None = None
+    """Largest norm of a token's perturbation (the paper's epsilon)."""
+    proximal_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the divergence from a teacher, a moving average of the weights (the Bregman proximal point method)."""
+    teacher_decays: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.99, 0.999)
+    """The teacher's decay at first, and later."""
+    teacher_change: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of the planned steps after which the later one holds."""
+
+    @field_validator("smart_weight", mode="before")
+    @classmethod
+    def _one_for_all(cls, given: Any) -> Any:
+        return (given,) if isinstance(given, int | float) else given
 
 
 class BatchConfig(Section):
@@ -248,6 +291,7 @@ class RunConfig(Section):
     encoder: EncoderConfig = EncoderConfig()
     heads: HeadsConfig = HeadsConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
     batch: BatchConfig = BatchConfig()
     budget: BudgetConfig = BudgetConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -295,9 +339,19 @@ class RunConfig(Section):
             raise ValueError(f"surgery_scope=layer needs gradient surgery, which {self.batch.aggregator} is not")
         if self.batch.task_weights is not None and len(self.batch.task_weights) != len(self.corpus.tasks):
             raise ValueError(f"task_weights needs one number for each of {', '.join(self.corpus.names)}")
+        if len(self.objective.smart_weight) not in (0, 1, len(self.corpus.tasks)):
+            raise ValueError(f"smart_weight needs one number, or one for each of {', '.join(self.corpus.names)}")
+        if not any(task.weight for task in self.corpus.tasks):
+            raise ValueError("tasks: at least one needs a weight, or nothing tells which model is the best")
         if len(set(self.corpus.names)) < len(self.corpus.tasks):
             raise ValueError(f"tasks names a task twice: {', '.join(self.corpus.names)}")
         return self
+
+    @property
+    def smart_weights(self) -> dict[str, float]:
+        """The weight of adversarial smoothness for each task."""
+        given = self.objective.smart_weight or (0.0,)
+        return dict(zip(self.corpus.names, given * len(self.corpus.tasks) if len(given) == 1 else given))
 
     def _weights_from(self) -> str:
         """What the aggregator takes its weights from, its `source`. Raises UserError if there is no such aggregator."""

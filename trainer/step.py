@@ -9,12 +9,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from minbert.data.batch import Batch, TokenisedSplit, make_batch
+from minbert.data.batch import Batch, Portion, make_batch
+from minbert.data.draw import Draw
 from minbert.data.plan import BatchPlan, share
+from minbert.data.split import TokenisedSplit
 from minbert.trainer.engine.base import Engine, gradient_norm
+from minbert.trainer.engine.copies import TEACHER, Decays
 from minbert.trainer.engine.parts import Gradient
 from minbert.trainer.model.multitask import Objective, head_part
 from minbert.trainer.objectives.supervised import supervised
@@ -66,11 +70,16 @@ class TrainingStep:
         per_layer: bool = False,
         objective: Objective = supervised,
         rates: Callable[[int], Mapping[str, float]] | None = None,
+        copies: Decays | None = None,
     ):
         self.engine, self.plan, self.splits, self.world = engine, plan, splits, world
         self.accumulation, self.clip, self.per_layer = accumulation, clip, per_layer
         self.objective = objective
         self.rates = rates or (lambda step: engine.peak_rates)
+        self.copies = copies or {}
+        self._targets: list[dict[str, Tensor]] = []  # of the step under way, by its parts
+        for name in self.copies:
+            engine.keep_copy(name)
         self.task_weights = task_weights or {}
         self.layers = engine.shared_parts
         groups = max(1, len(self.layers)) if per_layer else 1
@@ -79,6 +88,8 @@ class TrainingStep:
     def __call__(self, step: int, measure: bool = False) -> StepResult:
         """Train on step `step`'s batches. `measure` asks for the Gramian though the method may not need it."""
         started = perf_counter()
+        if TEACHER in self.copies:
+            self._targets = self._ask_teacher(step)
         if self.aggregator.source == "losses" and not measure:
             result, gradient = self._weighted_losses(step)
         else:
@@ -90,6 +101,16 @@ class TrainingStep:
         result.seconds = perf_counter() - started
         return result
 
+    @torch.no_grad()
+    def _ask_teacher(self, step: int) -> list[dict[str, Tensor]]:
+        """What the teacher, without dropout, says of each part of this process's slice of the step's batches."""
+        names, engine = self.plan.tasks(step), self.engine
+        with engine.exchanged(TEACHER):
+            engine.eval()
+            said = [engine(self.batch(names, step, part)) for part in range(self.accumulation)]
+            engine.train()
+        return said
+
     def _weighted_losses(self, step: int) -> tuple[StepResult, Gradient]:
         """The gradient of the weighted sum of losses."""
         names = self.plan.tasks(step)
@@ -98,12 +119,12 @@ class TrainingStep:
 
         def loss(part: int) -> Tensor:
             nonlocal weights, totals, tokens
-            batches = self.batches(names, step, part)
-            losses = self._losses(batches, step)
+            batch = self.batch(names, step, part)
+            losses = self._losses(batch, step, part)
             if weights is None and self.aggregator.name != "sum":  # one part: its losses are the step's
                 weights = self._agree(self.aggregator.from_losses(self._global(losses), step))
             totals = {name: totals[name] + losses[name].detach() for name in names}
-            tokens += _tokens(batches)
+            tokens += batch.tokens
             return sum((losses[name] * self._weight(weights, name) for name in names), _NOTHING)
 
         (gradient,) = self._gradients(step, [loss])
@@ -118,10 +139,10 @@ class TrainingStep:
 
         def loss(name: str, part: int) -> Tensor:
             nonlocal tokens
-            batches = self.batches((name,), step, part)
-            own = self._losses(batches, step)[name]
+            batch = self.batch((name,), step, part)
+            own = self._losses(batch, step, part)[name]
             totals[name] = totals[name] + own.detach()
-            tokens += _tokens(batches)
+            tokens += batch.tokens
             return own * self.task_weights.get(name, 1.0)
 
         gradients = self._gradients(step, [partial(loss, name) for name in names])
@@ -170,7 +191,7 @@ class TrainingStep:
         return self.aggregator.from_gramian(products.by_layer if self.per_layer else products.encoder, step)
 
     def _update(self, gradient: Gradient, step: int, result: StepResult) -> None:
-        """Clip and step; or skip, if the gradient is not finite."""
+        """Clip, step, and let the copies of the weights follow; or skip, if the gradient is not finite."""
         result.grad_norm = gradient_norm(self.engine, gradient)
         if not result.grad_norm < float("inf"):
             broken = [name for name, loss in result.losses.items() if not abs(loss) < float("inf")]
@@ -180,20 +201,24 @@ class TrainingStep:
             scale = self.clip / (result.grad_norm + 1e-6)
             torch._foreach_mul_([part for part in gradient if part is not None], scale)
         self.engine.update(gradient, self._rates(step))
+        for name, decay in self.copies.items():
+            self.engine.move_copy(name, decay(step))
 
-    def batches(self, names: tuple[str, ...], step: int, part: int) -> dict[str, Batch]:
-        """This process's slice of part `part` of the step's batches."""
-        batches = {}
+    def batch(self, names: tuple[str, ...], step: int, part: int) -> Batch:
+        """This process's slice of part `part` of the tasks' batches of the step."""
+        portions = {}
         for name in names:
             rows = self.plan.rows(name, step)
-            mine = share(share(rows, part, self.accumulation), self.world.rank, self.world.size)
-            batches[name] = make_batch(self.splits[name], mine, len(rows)).to(self.world.device)
-        return batches
+            places = share(share(np.arange(len(rows)), part, self.accumulation), self.world.rank, self.world.size)
+            size = self.splits[name].total(rows, Draw(self.plan.seed, name, step, np.arange(len(rows))))
+            portions[name] = Portion(rows[places], places, size)
+        return make_batch(self.splits, portions, draw=(self.plan.seed, step)).to(self.world.device)
 
-    def _losses(self, batches: Mapping[str, Batch], step: int) -> dict[str, Tensor]:
+    def _losses(self, batch: Batch, step: int, part: int) -> dict[str, Tensor]:
         """This process's part of each task's mean loss over the global batch."""
-        losses = self.engine(batches, self.objective, step)
-        return {name: torch.dot(losses[name], batch.weights) / batch.global_size for name, batch in batches.items()}
+        targets = self._targets[part] if self._targets else None
+        losses = self.engine(batch, self.objective, step, targets)
+        return {name: torch.dot(losses[name], part.weights) / part.global_size for name, part in batch.tasks.items()}
 
     def _weigh_losses(self, step: int) -> Tensor | None:
         """The weights of an accumulated step, whose losses must be known before the first part's backward pass."""
@@ -206,7 +231,7 @@ class TrainingStep:
         names = self.plan.tasks(step)
         totals = dict.fromkeys(names, _NOTHING)
         for part in range(self.accumulation):
-            losses = self._losses(self.batches(names, step, part), step)
+            losses = self._losses(self.batch(names, step, part), step, part)
             totals = {name: totals[name] + losses[name] for name in names}
         return self._global(totals)
 
@@ -224,10 +249,6 @@ class TrainingStep:
             weights = weights.to(self.world.device)
             torch.distributed.broadcast(weights, src=0)
         return weights.cpu()
-
-
-def _tokens(batches: Mapping[str, Batch]) -> int:
-    return sum(len(batch.sentences.input_ids) for batch in batches.values())
 
 
 def _named(names: tuple[str, ...], values: Tensor) -> dict[str, float]:

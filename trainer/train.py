@@ -155,17 +155,14 @@ class Training:
 
         Returns False, and leaves everything as it was, if the run was asked to stop meanwhile.
         """
-        state = self.state
-        self.engine.eval()
-        scores = evaluate(
-            self.engine, self.config.corpus.tasks, self.dev, self.world, stop=lambda: self.stop.reached_any(self.world)
-        )
-        self.engine.train()
-        if scores is None:
-            return False
-        is_best = self.budget.enter_score(state, scores["overall"])
-        if is_best:
-            self.saving.save_best(state, scores)
+        state, tasks = self.state, self.config.corpus.tasks
+        with self.engine.evaluating():
+            scores = evaluate(self.engine, tasks, self.dev, self.world, stop=lambda: self.stop.reached_any(self.world))
+            if scores is None:
+                return False
+            is_best = self.budget.enter_score(state, scores["overall"])
+            if is_best:
+                self.saving.save_best(state, scores)
         self.reporter.scores(state, scores, is_best, self.budget.total_steps(state))
         return True
 

@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict
@@ -54,8 +53,6 @@ class Ablation(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["ablation"] = "ablation"
-    metric: Literal["dev/overall"] = "dev/overall"
     baseline: Parameters
     extensions: dict[str, Parameters]  # in the order in which they are added
     variants: dict[str, Parameters]  # name -> how it differs from the baseline
@@ -165,9 +162,8 @@ def _combine(members: Sequence[str], extensions: Mapping[str, Parameters]) -> Pa
 
 def refuse_other_ablation(folder: Path, saved: Ablation, wanted: Ablation) -> None:
     """Raises UserError naming what `wanted` changes of the runs in `folder`; variants and seeds may be added."""
-    common = saved.variants.keys() & wanted.variants.keys()
-    different = differences(saved.baseline, wanted.baseline)
-    different += differences(*({name: side.variants[name] for name in sorted(common)} for side in (saved, wanted)))
+    before = {name: saved.variants.get(name, change) for name, change in wanted.variants.items()}
+    different = differences(saved.baseline, wanted.baseline) + differences(before, wanted.variants)
     if different:
         way = "Leave these options out to go on with it, or give another --ablation."
         refuse(f"{folder} holds another ablation", different, way)

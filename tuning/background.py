@@ -78,7 +78,7 @@ class BackgroundTraining:
         deadline = time.monotonic() + patience
         while True:
             over = self._over.is_set()  # before the look at the metrics: nothing comes after it
-            self._look()
+            self._read_evaluations()
             if self._waiting:
                 evaluation = self._waiting.pop(0)
                 self.known = evaluation["step"]
@@ -97,7 +97,7 @@ class BackgroundTraining:
         self._stop.signal = self._stop.signal or signal.SIGTERM
         self._thread.join()
 
-    def _look(self) -> None:
+    def _read_evaluations(self) -> None:
         file = self.run.metrics_file
         size = file.stat().st_size if file.exists() else -1
         if size == self._size or self.steps is None:  # before it begins, the file is of an earlier attempt

@@ -81,7 +81,7 @@ SETTINGS = {
 
 
 @contextmanager
-def own_cluster(
+def start_cluster(
     folder: Path,
     lost: Callable[[], NoReturn],
     cpus: int | None = None,
@@ -190,7 +190,7 @@ def existing_cluster(address: str, folder: Path, lost: Callable[[], NoReturn]) -
     head = ray.get_runtime_context().gcs_address
     threading.Thread(target=_watch_address, args=(head, wanted, lost), daemon=True).start()
     try:
-        _look_around(address, folder)
+        _check_nodes(address, folder)
         yield head
     finally:
         wanted.clear()
@@ -199,15 +199,15 @@ def existing_cluster(address: str, folder: Path, lost: Callable[[], NoReturn]) -
 
 def join_or_start(address: str | None, folder: Path, lost: Callable[[], NoReturn]) -> AbstractContextManager[str]:
     """The existing cluster at `address`, or without one a cluster of its own for the search in `folder`."""
-    return existing_cluster(address, folder, lost) if address else own_cluster(folder, lost)
+    return existing_cluster(address, folder, lost) if address else start_cluster(folder, lost)
 
 
-def _look_around(address: str, folder: Path) -> None:
+def _check_nodes(address: str, folder: Path) -> None:
     """Raises UserError naming the nodes that lack this program or the folder: there every trial would fail."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    def look(folder: str) -> str:  # not a function of this module, which may be what is missing
+    def check(folder: str) -> str:  # not a function of this module, which may be what is missing
         import sys
         from importlib import import_module
         from pathlib import Path
@@ -219,19 +219,19 @@ def _look_around(address: str, folder: Path) -> None:
         return "" if Path(folder).is_dir() else f"there is no {folder} there: name a folder that all nodes share"
 
     names = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
-    looking = {
-        ray.remote(look)
+    asked = {
+        ray.remote(check)
         .options(num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False))
         .remote(str(folder.absolute())): name
         for node, name in names.items()
     }
-    back, _ = ray.wait(list(looking), num_returns=len(looking), timeout=NODE_PATIENCE)
-    found = {name: f"no answer within {NODE_PATIENCE:.0f} s" for name in looking.values()}
+    back, _ = ray.wait(list(asked), num_returns=len(asked), timeout=NODE_PATIENCE)
+    found = {name: f"no answer within {NODE_PATIENCE:.0f} s" for name in asked.values()}
     for answer in back:
         try:
-            found[looking[answer]] = ray.get(answer)
+            found[asked[answer]] = ray.get(answer)
         except ray.exceptions.RayError as error:
-            found[looking[answer]] = str(error).strip().splitlines()[-1]
+            found[asked[answer]] = str(error).strip().splitlines()[-1]
     if problems := [f"node {name}: {problem}" for name, problem in found.items() if problem]:
         raise UserError("\n  ".join([f"the Ray cluster at {address} cannot run these trials:", *problems]))
 

@@ -23,7 +23,7 @@ from minbert.tuning.space import Parameters, explore
 from minbert.tuning.trial import METRIC, Trial
 
 if TYPE_CHECKING:
-    from minbert.tuning.driver import Recorder
+    from minbert.tuning.recorder import Recorder
 
 QUANTILE = 0.25  # share of the population that takes over, and of that from which it does
 ROUNDING = 1e-9

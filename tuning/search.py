@@ -60,9 +60,6 @@ class Search(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    kind: Literal["search"] = "search"
-    metric: Literal["dev/overall"] = METRIC
-    mode: Literal["max"] = "max"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     algorithm: Literal["random", "grid", "tpe"] = "random"
     scheduler: Literal["asha", "pbt", "none"] = "asha"

@@ -13,7 +13,7 @@ from minbert.data.errors import UserError
 from minbert.launch.options import parse
 from minbert.slurm import controller
 from minbert.slurm.records import Records
-from minbert.slurm.status import Report, find_runs, look
+from minbert.slurm.status import Report, find_runs, inspect_runs
 from minbert.slurm.submission import mark_cancelled
 from minbert.trainer.processes.exit_codes import ExitCode
 
@@ -28,7 +28,7 @@ class CancelOptions:
 
 def main(arguments: list[str]) -> int:
     options = parse(CancelOptions, arguments, "cancel")
-    reports = [report for report in look(find_runs(options.folders)) if report.active]
+    reports = [report for report in inspect_runs(find_runs(options.folders)) if report.active]
     if not reports:
         raise UserError(f"no run in {', '.join(map(str, options.folders))} has a job that waits or runs")
     jobs: dict[str, Report] = {}

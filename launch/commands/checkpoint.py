@@ -14,7 +14,7 @@ from rich.table import Table
 from minbert.data.errors import UserError
 from minbert.launch.options import parse, parse_run_config
 from minbert.launch.outputs import require_place
-from minbert.launch.ownership import own
+from minbert.launch.ownership import lock_runs
 from minbert.trainer.checkpoint.format import MANIFEST, Damaged, damaged, published, read_manifest, verify
 from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.run.folder import RunFolder
@@ -127,7 +127,7 @@ def convert(arguments: list[str]) -> int:
         mends = target.absolute() == RunFolder(source).best_model.absolute() and _damage(target) is not None
         if not mends:
             require_place(target)
-        with own([source]) if mends else nullcontext():
+        with lock_runs([source]) if mends else nullcontext():
             manifest = to_safetensors(checkpoints[-1], target)
         print(f"Wrote the weights of step {manifest.step} to {target}")
         return ExitCode.FINISHED
@@ -136,7 +136,7 @@ def convert(arguments: list[str]) -> int:
     if not source.is_dir():
         raise UserError(f"{source} is no folder")
     config = parse_run_config([f"--run={target}", *options], "checkpoint convert")
-    with own([target]):
+    with lock_runs([target]):
         checkpoint, missing = from_deepspeed(source, prepare(config))
     if missing:
         print(f"Not in {source}, and as the run would start: {', '.join(missing)}")

@@ -10,7 +10,8 @@ from rich.console import Console
 from minbert.data.errors import UserError
 from minbert.data.files import to_json
 from minbert.data.task import Split
-from minbert.launch.options import open_option, parse
+from minbert.launch.help import open_option
+from minbert.launch.options import parse
 from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.run.folder import RunFolder
 

@@ -14,10 +14,10 @@ from rich.table import Table
 from minbert.data.errors import UserError
 from minbert.data.files import to_json
 from minbert.launch.options import parse
-from minbert.launch.ownership import own
+from minbert.launch.ownership import lock_runs
 from minbert.slurm.endings import Ending, State
-from minbert.slurm.records import Records
-from minbert.slurm.status import Report, find_runs, look
+from minbert.slurm.records import Records, Submission
+from minbert.slurm.status import Report, find_runs, inspect_runs
 from minbert.trainer.processes.exit_codes import ExitCode
 
 STYLES = {
@@ -47,10 +47,10 @@ class JobsOptions:
 def main(arguments: list[str]) -> int:
     options = parse(JobsOptions, arguments, "jobs")
     runs = find_runs(options.folders)
-    reports = look(runs)
+    reports = inspect_runs(runs)
     if options.resubmit:
         resubmit(reports)
-        reports = look(runs)
+        reports = inspect_runs(runs)
     if options.json:
         print(to_json([asdict(report) | {"run": str(report.run)} for report in reports], indent=2))
     elif runs:
@@ -101,9 +101,9 @@ def duration(seconds: float) -> str:
 
 def resubmit(reports: Sequence[Report]) -> None:
     """Submit again every run that ended without being finished; those submitted together go together."""
-    from minbert.launch.commands.submit import queue
+    from minbert.launch.submitting import run_task, submit_tasks
 
-    groups: dict[str, list[Path]] = {}
+    groups: dict[str, list[tuple[Path, Submission]]] = {}
     for report in reports:
         if report.active or report.finished:
             continue
@@ -111,11 +111,11 @@ def resubmit(reports: Sequence[Report]) -> None:
         is_run = (report.run / "config.yaml").exists()  # a search goes on by `minbert tune --slurm`
         if submission and is_run:
             key = json.dumps([submission.folder, submission.settings], sort_keys=True)
-            groups.setdefault(key, []).append(report.run)
+            groups.setdefault(key, []).append((report.run, submission))
     if not groups:
         raise UserError("there is nothing to submit again: every run is finished, waits or runs")
-    for runs in groups.values():
-        submissions = [Records(run).submission() for run in runs]
-        folder = Path(submissions[0].folder).parent
-        with own(runs):
-            queue(runs, submissions[0].job_settings(), folder, [submission.total_steps for submission in submissions])
+    for members in groups.values():
+        (_, submission), *_ = members
+        with lock_runs([run for run, _ in members]):
+            tasks = [run_task(run, its.total_steps) for run, its in members]
+            submit_tasks(tasks, submission.job_settings(), Path(submission.folder).parent)

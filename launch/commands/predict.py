@@ -10,10 +10,11 @@ from typing import Annotated, Any
 import tyro
 from rich.console import Console
 
-from minbert.data.batch import TokenisedSplit
 from minbert.data.errors import UserError
+from minbert.data.examples import Examples
 from minbert.data.task import Split, Task
-from minbert.launch.options import open_option, parse
+from minbert.launch.help import open_option
+from minbert.launch.options import parse
 from minbert.launch.outputs import require_place, whole_or_gone, writing
 from minbert.trainer.evaluation.prediction_files import written
 from minbert.trainer.processes.exit_codes import ExitCode
@@ -102,6 +103,10 @@ def _task(run: RunFolder, wanted: str | None) -> Task:
     name = wanted or trained[0]
     if name not in trained:
         raise UserError(f"the run was not trained on {name}, only on {', '.join(trained)}")
+    if corpus.task(name).kind == "masked_lm":
+        raise UserError(
+            f"{name} is a masked language model, which predicts nothing of a text; `minbert export` writes it"
+        )
     return corpus.task(name)
 
 
@@ -126,14 +131,16 @@ def _predict_texts(run: RunFolder, task: Task, columns: list[list[str]]) -> tupl
     from minbert.launch.results import about_model
     from minbert.trainer.evaluation.scoring import count_batches, predict
     from minbert.trainer.processes.world import World, pick_device
+    from minbert.trainer.run.data import tokenise_as
     from minbert.trainer.run.progress import PredictionProgress
     from minbert.trainer.run.saved_model import load_model
 
     config = run.read_config()
     world = World(0, 1, pick_device(config.parallel))
     model, tokenizer, saved = load_model(run, world.device)
-    encoded = tuple(tokenizer.encode(texts, config.corpus.max_length) for texts in columns)
-    split = TokenisedSplit([str(row) for row in range(len(columns[0]))], encoded, None)
+    config = config.model_copy(update={"corpus": config.corpus.model_copy(update={"cache": None})})
+    ids = [str(row) for row in range(len(columns[0]))]
+    split = tokenise_as(config, Examples(task, "test", "", ids, tuple(columns), None), tokenizer)
     about = {"task": task.name, "rows": len(split), "examples": split.fingerprint()} | about_model(run, saved["step"])
     with PredictionProgress(count_batches(split), Console(stderr=True)) as progress:
         return predict(model, task, split, world, progress.counting(task.name, lambda: False)).tolist(), about

@@ -9,7 +9,8 @@ from pydantic import Field
 
 from minbert.data.errors import UserError, disk_trouble
 from minbert.data.task import Split
-from minbert.launch.options import open_option, parse
+from minbert.launch.help import open_option
+from minbert.launch.options import parse
 from minbert.launch.outputs import require_place
 from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.run.folder import RunFolder

@@ -2,9 +2,11 @@
 
 import shlex
 import sys
+from collections.abc import Mapping
+from typing import Any
 
-from minbert.launch.options import parse_run_config
-from minbert.launch.ownership import own
+from minbert.launch.options import build_run_config, read_run_options
+from minbert.launch.ownership import lock_runs
 from minbert.launch.processes import launch
 from minbert.trainer.config import RunConfig
 from minbert.trainer.model.memory import require_memory
@@ -14,10 +16,15 @@ from minbert.trainer.run.preparation import known_shape, new_run_path, prepare
 
 
 def main(arguments: list[str]) -> int:
-    config = parse_run_config(arguments)
+    return train(read_run_options(arguments))
+
+
+def train(options: Mapping[str, Any]) -> int:
+    """Train the run that the options describe."""
+    config = build_run_config(options)
     if config.run is None:
         config = config.model_copy(update={"run": new_run_path(config)})
-    return start(config, force="--force" in arguments)
+    return start(config, force=options.get("force", False))
 
 
 def start(config: RunConfig, force: bool) -> int:
@@ -25,7 +32,7 @@ def start(config: RunConfig, force: bool) -> int:
     require_devices(config.parallel, config.parallel.processes)
     if shape := known_shape(config):
         require_memory(config, shape, config.parallel.processes)
-    with own([config.run]):
+    with lock_runs([config.run]):
         run = prepare(config, force)
         print(f"Run folder: {run.path}", flush=True)
         if config.parallel.processes == 1:

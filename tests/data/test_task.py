@@ -45,7 +45,15 @@ def declare(folder: Path, **changes) -> Path:
 def test_declarations_of_the_program_survive_a_dump():
     for task in TASKS.values():
         assert Task.model_validate(json.loads(task.model_dump_json())) == task
+    assert [task.name for task in TASKS.values() if task.symmetric] == ["quora", "sts"]
     assert (SST.outputs, STS.outputs, STS.label_range, SST.label_range) == (5, 1, (0, 5), (0, 4))
+
+
+def test_a_pair_is_symmetric_unless_its_declaration_says_otherwise(tmp_path):
+    pair = {"sentences": ["text", "hypothesis"]}
+    assert resolve_task(str(declare(tmp_path, **pair))).symmetric
+    assert not resolve_task(str(declare(tmp_path, symmetric=False, **pair))).symmetric
+    assert not resolve_task(str(declare(tmp_path))).symmetric
 
 
 WRONG = {
@@ -60,6 +68,7 @@ WRONG = {
     "sentences": (["a", "b", "c"], r"sentences: .*at most 2"),
     "metrik": ("f1", r"unknown key 'metrik'; did you mean 'metric'\?"),
     "files": ({"train": "a.csv", "dev": "b.xls"}, r"files\.dev: .*b\.xls must end in \.csv, \.tsv, \.jsonl, \.parquet"),
+    "symmetric": (True, r"symmetric: only a pair of sentences has an order"),
     "predictions": ({"values": "float"}, r"predictions\.values: a classification task takes name or index, not float"),
 }
 

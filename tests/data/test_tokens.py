@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from known_tasks import QUORA, SST
 
 from minbert.data import tokens
-from minbert.data.batch import Ragged
 from minbert.data.builtin import builtin_examples
 from minbert.data.errors import UserError
 from minbert.data.examples import limit
+from minbert.data.ragged import Ragged
 from minbert.data.tokens import (
     SPECIAL_TOKENS,
     Tokenizer,

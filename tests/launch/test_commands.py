@@ -35,8 +35,9 @@ from minbert.data.errors import UserError, disk_trouble
 from minbert.data.files import replacing
 from minbert.data.sources import load_examples
 from minbert.launch.main import main
-from minbert.launch.options import parse_run_config, read_options
+from minbert.launch.options import parse_run_config
 from minbert.launch.results import predict_splits, whole_splits
+from minbert.launch.words import read_options
 from minbert.launch.worker import work
 from minbert.trainer.evaluation.prediction_files import prediction_file_name
 from minbert.trainer.processes.stop import StopRequest

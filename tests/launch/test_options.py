@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated
 
 import pytest
+import tyro
 import yaml
 from known_tasks import TASKS
 from pydantic import Field
@@ -17,9 +18,11 @@ from pydantic import Field
 from minbert.data.course import read_course
 from minbert.data.errors import DataError, UserError
 from minbert.data.reading import read_small, read_yaml
+from minbert.launch.commands.evaluate import EvaluateOptions
 from minbert.launch.main import main
-from minbert.launch.options import build_run_config, parse, read_options
+from minbert.launch.options import build_run_config, parse, read_run_options
 from minbert.launch.sweep import elements
+from minbert.launch.words import read_options
 from minbert.trainer.config import parse_config
 from minbert.trainer.model.bert import BertConfig
 from minbert.trainer.model.memory import require_memory
@@ -192,6 +195,34 @@ def test_flags_of_every_command_take_a_value():
     assert not parse(Flagged, ["--json=false"], "test").json
     assert parse(Flagged, ["--json=true"], "test").json
     assert build_run_config({"keep_best": False}).budget.keep_best is False
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A command with words and options."""
+
+    run: tyro.conf.Positional[Path]
+    others: tyro.conf.Positional[tuple[Path, ...]] = ()
+    data: str | None = None
+    splits: tuple[str, ...] = ("dev",)
+
+
+def test_words_and_options_of_every_command_come_in_any_order():
+    a, b, c = map(Path, "abc")
+    assert parse(Placed, ["a", "--data=--x", "b", "c"], "test") == Placed(a, (b, c), "--x")
+    assert parse(Placed, ["--splits=--dev", "--splits=test", "--data", "x", "a"], "test") == Placed(
+        a, (), "x", ("--dev", "test")
+    )
+    with pytest.raises(UserError, match="usage: minbert test RUN OTHERS"):
+        parse(Placed, ["--data", "x"], "test")
+    with pytest.raises(UserError, match="what is 'b'"):
+        parse(EvaluateOptions, ["a", "b"], "evaluate")
+    with pytest.raises(UserError, match="--split must be 'train', 'dev' or 'test'"):
+        parse(EvaluateOptions, ["a", "--split=--dev"], "evaluate")
+
+
+def test_force_may_be_taken_back():
+    assert read_run_options(["--force=false", "--data=--x"]) == {"force": False, "data": "--x"}
 
 
 @pytest.mark.parametrize("command", ["tune --space", "ablate --seeds", "ablate --extensions", "ablate --groups"])

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from minbert.launch.main import main
 from minbert.slurm.endings import Ending
 from minbert.slurm.records import Attempt, Records
-from minbert.slurm.status import Report, look
+from minbert.slurm.status import Report, inspect_runs
 from minbert.trainer.run.folder import RunFolder
 
 pytestmark = pytest.mark.xdist_group("slurm")
@@ -74,7 +74,7 @@ def submit(run: Path, *arguments: object) -> Path:
 
 
 def report(run: Path) -> Report:
-    return look([run])[0]
+    return inspect_runs([run])[0]
 
 
 def eventually(condition: Callable[[], object], what: str, run: Path) -> None:

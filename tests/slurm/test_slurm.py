@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -27,9 +26,9 @@ from minbert.slurm.endings import Ending
 from minbert.slurm.records import Records, Submission
 from minbert.slurm.settings import JobSettings, parse_time, resolve_settings
 from minbert.slurm.snapshot import take_snapshot
-from minbert.slurm.status import is_active, look
-from minbert.slurm.submission import is_refusal, kept_task, mark_cancelled
-from minbert.slurm.submission import submit as submit_runs
+from minbert.slurm.status import inspect_runs, is_active
+from minbert.slurm.submission import Task, is_refusal, kept_task, mark_cancelled
+from minbert.slurm.submission import submit as submit_tasks
 from minbert.slurm.supervisor import KILLED, accept, bounded, complaint
 from minbert.slurm.verdict import Error, Evidence, Next, Verdict, judge
 from minbert.trainer.checkpoint.format import published, read_manifest
@@ -231,9 +230,9 @@ def test_every_element_has_a_folder_of_its_own(values):
 def test_a_sweep_is_split_at_the_sites_array_limit(monkeypatch):
     parts = []
     monkeypatch.setattr("minbert.slurm.controller.largest_array", lambda: 4)
-    monkeypatch.setattr("minbert.slurm.submission._submit_part", lambda runs, *rest: parts.append(len(runs)) or runs)
-    runs = [Path(f"/run{index}") for index in range(10)]
-    assert submit_runs(runs, [None] * 10, JobSettings(), Path(), Path(), [None] * 10, "x") == runs
+    monkeypatch.setattr("minbert.slurm.submission._submit_part", lambda tasks, *rest: parts.append(len(tasks)) or tasks)
+    tasks = [Task(Path(f"/run{index}"), print) for index in range(10)]
+    assert submit_tasks(tasks, JobSettings(), Path(), Path(), "x") == tasks
     assert parts == [4, 4, 2]
 
 
@@ -389,13 +388,6 @@ def test_counts(parts):
     assert expand_counts(text) == tuple(n for n, times in parts for _ in range(times))
 
 
-def test_jobs_that_share_a_node_look_for_ports_in_different_places():
-    ports = replace(ALLOCATION, job_id="100").free_ports(5)
-    assert len(set(ports)) == 5 and not set(ports) & set(replace(ALLOCATION, job_id="101").free_ports(5))
-    with socket.create_server(("", ports[0])):
-        assert ports[0] not in replace(ALLOCATION, job_id="100").free_ports(5)
-
-
 def test_mismatches():
     settings = JobSettings(nodes=2, gpus_per_node=2)
     nodes = [Node("n1", "secret", True, 2), Node("n2", "", False, 1)]
@@ -480,7 +472,7 @@ def stand(run: Path, records: Records, state: str | None, monkeypatch, accounts:
     monkeypatch.setattr("minbert.slurm.controller.jobs", lambda ids: queue)
     told = {"7": [Queued(accounts)]} if accounts else {}
     monkeypatch.setattr("minbert.slurm.controller.accounts", lambda ids: told if list(ids) else {})
-    return look([run])[0]
+    return inspect_runs([run])[0]
 
 
 def test_how_a_run_stands(tmp_path, monkeypatch):
@@ -516,7 +508,7 @@ def test_without_an_answer_a_run_is_unknown_and_nothing_is_submitted(tmp_path, m
     records = records_of(run)
     records_of(whole, Ending.FINISHED)
     (run / "config.yaml").write_text("steps: 4\n")
-    report, other = look([run, whole])
+    report, other = inspect_runs([run, whole])
     assert (report.state, report.active, report.exit_code) == ("unknown", True, 87) and is_active(run)
     assert "the controller does not answer" in report.detail and other.state == "finished"
     assert main(["jobs", str(run)]) == 87
@@ -527,11 +519,11 @@ def test_without_an_answer_a_run_is_unknown_and_nothing_is_submitted(tmp_path, m
     assert main(["cancel", str(run)]) == 2 and records.submission().cancelled
     assert "may still wait or run" in capsys.readouterr().err
     attempt = records.begin("7", 0, "n1")
-    assert look([run])[0].state == "unknown"
+    assert inspect_runs([run])[0].state == "unknown"
     records.end(attempt, Ending.TIME_LIMIT, then="requeued")
-    assert look([run])[0].state == "unknown"
+    assert inspect_runs([run])[0].state == "unknown"
     records.end(attempt, Ending.FAILED, "boom", 2)
-    assert look([run])[0].state == "failed"
+    assert inspect_runs([run])[0].state == "failed"
 
 
 def test_a_submission_whose_answer_was_lost_is_looked_up_by_its_token(tmp_path, monkeypatch):
@@ -540,12 +532,12 @@ def test_a_submission_whose_answer_was_lost_is_looked_up_by_its_token(tmp_path, 
     records.write_submission(lost)
     known = {"9_2": Queued("PENDING", "Resources", "", "mine minbert:abc"), "8": Queued("RUNNING", "", "n1", "abc")}
     monkeypatch.setattr("minbert.slurm.controller._squeue", lambda which: known)
-    report = look([tmp_path])[0]
+    report = inspect_runs([tmp_path])[0]
     assert (report.state, report.job_id, report.active) == ("pending", "9_2", True)
     known.clear()
-    assert look([tmp_path])[0].state == "unknown" and look([tmp_path])[0].active
+    assert inspect_runs([tmp_path])[0].state == "unknown" and inspect_runs([tmp_path])[0].active
     records.write_submission(replace(lost, submitted=time.time() - 301))
-    report = look([tmp_path])[0]
+    report = inspect_runs([tmp_path])[0]
     assert (report.state, report.active, report.exit_code) == ("not submitted", False, 75)
 
 
@@ -576,7 +568,7 @@ def test_a_killed_batch_script_is_told_in_words(tmp_path, monkeypatch):
 def test_why_a_job_waits_is_told_in_words(tmp_path, monkeypatch):
     records_of(tmp_path)
     monkeypatch.setattr("minbert.slurm.controller.jobs", lambda ids: {"7": Queued("PENDING", "PartitionConfig")})
-    assert look([tmp_path])[0].summary == "pending (for ever: it asks for more than the partition has), job 7"
+    assert inspect_runs([tmp_path])[0].summary == "pending (for ever: it asks for more than the partition has), job 7"
 
 
 GARBAGE = [b"", b"{", b"[]", b"5", b"null", b"\xff\xfe", b"[" * 100_000, b'{"job_id": 5}', b'{"status": [1]}']
@@ -633,10 +625,10 @@ def test_a_run_without_a_job_stands_as_its_own_files_say(tmp_path, capsys):
     assert (row["state"], row["step"], row["total"], row["active"]) == ("finished", 4, 4, False)
     folder = RunFolder(run)
     with folder.locked():
-        assert main(["jobs", str(run)]) == 75 and look([run])[0].state == "running"
+        assert main(["jobs", str(run)]) == 75 and inspect_runs([run])[0].state == "running"
     config = folder.read_config()
     folder.write_config(config.model_copy(update={"budget": config.budget.model_copy(update={"steps": 9})}))
-    report = look([run])[0]
+    report = inspect_runs([run])[0]
     assert (report.state, report.total, report.exit_code) == ("interrupted", 9, 75)
     manifest = read_manifest(published(folder.checkpoints)[-1])
     patient = config.budget.model_copy(update={"patience": 1, "steps": 9})
@@ -644,18 +636,18 @@ def test_a_run_without_a_job_stands_as_its_own_files_say(tmp_path, capsys):
     budget = {"budget": patient.model_dump()}
     out_of_patience = replace(manifest.state, stale_evaluations=1)
     replace(manifest, state=out_of_patience, total_steps=9, config=budget).write(published(folder.checkpoints)[-1])
-    assert look([run])[0].state == "finished"
+    assert inspect_runs([run])[0].state == "finished"
     folder.write_config(config)
     records = records_of(run)
     attempt = records.begin("7", 0, "n1")
     records.end(attempt, Ending.CANCELLED)
-    assert look([run])[0].state == "cancelled"
+    assert inspect_runs([run])[0].state == "cancelled"
     attempt.last_step = 2  # and it was finished here afterwards
     records.write_attempt(attempt)
-    assert look([run])[0].state == "finished"
+    assert inspect_runs([run])[0].state == "finished"
     records.write_submission(None)
     shutil.rmtree(folder.checkpoints)
-    assert look([run])[0].state == "not started"
+    assert inspect_runs([run])[0].state == "not started"
 
 
 # The other executors
@@ -663,8 +655,8 @@ def test_a_run_without_a_job_stands_as_its_own_files_say(tmp_path, capsys):
 
 def waits(run: Path, seconds: float = 90.0) -> None:
     end = time.monotonic() + seconds
-    while look([run])[0].active:
-        assert time.monotonic() < end, (look([run]), list((run / "slurm").glob("*.out")))
+    while inspect_runs([run])[0].active:
+        assert time.monotonic() < end, (inspect_runs([run]), list((run / "slurm").glob("*.out")))
         time.sleep(0.2)
 
 
@@ -689,19 +681,19 @@ def test_the_local_executor(tmp_path, capsys):
 def test_a_cancelled_local_job_has_saved_and_goes_on_when_submitted_again(tmp_path, capsys):
     run = tmp_path / "run"
     assert submit("--run", run, *SMALL, "--steps", 4000, "--eval-every", 4000, "--executor", "local") == 0
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
     while not RunFolder(run).read_metrics():
         assert time.monotonic() < end
         time.sleep(0.1)
     assert main(["cancel", str(run)]) == 0
     waits(run)
-    report = look([run])[0]
+    report = inspect_runs([run])[0]
     assert report.state == "cancelled" and report.exit_code == 86
     step = Records(run).newest_step()
     assert step > 0
     assert submit("--run", run, "--steps", step + 2, "--executor", "debug") == 0
     assert f"Resuming {run} from step {step} of {step + 2}" in capsys.readouterr().out
-    assert look([run])[0].state == "finished"
+    assert inspect_runs([run])[0].state == "finished"
     assert main(["cancel", str(run)]) == 2
 
 
@@ -709,7 +701,7 @@ def test_the_debug_executor_tells_a_mistake(tmp_path, capsys):
     run = tmp_path / "run"
     assert submit("--run", run, *SMALL, "--executor", "debug", "--lr", 1e30, "--max-skipped", 1) == 2
     assert "were skipped" in capsys.readouterr().err
-    report = look([run])[0]
+    report = inspect_runs([run])[0]
     assert report.state == "failed" and report.exit_code == 2
 
 

@@ -25,6 +25,7 @@ RUNS = {
     "pcgrad": "--aggregator pcgrad",
     "pcgrad-zero2": "--aggregator pcgrad --processes 2 --zero-stage 2",
     "accumulation": "--accumulation 4 --task-schedule round_robin",
+    "joint": "--aggregator pcgrad --pair-encoding joint",
 }
 PACKAGES = ("torch", "numpy", "deepspeed", "tokenizers")
 

@@ -28,14 +28,14 @@ def adversarial(forward: Forward) -> dict[str, Tensor]:
 
 def masked(forward: Forward) -> dict[str, Tensor]:
     """Looks at token states and makes its own targets, from the step: every third token is masked."""
-    ids, lengths = forward.sentences.input_ids, forward.sentences.lengths
+    ids, layout = forward.sentences.input_ids, forward.sentences.layout
     chosen = (ids + forward.step) % 3 == 0
     hidden = forward.again(sentences=replace(forward.sentences, input_ids=torch.where(chosen, 4, ids))).hidden
     errors = (hidden - forward.hidden.detach()).square().mean(1) * chosen
-    sentence = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(ids.device)
-    per_sentence = torch.zeros(len(lengths), device=ids.device).index_add(0, sentence, errors)
-    parts = per_sentence.split([len(batch.sentences.lengths) for batch in forward.batches.values()])
-    own = {name: part.view(-1, len(batch)).sum(0) for (name, batch), part in zip(forward.batches.items(), parts)}
+    per_sequence = torch.zeros(len(layout), device=ids.device).index_add(0, layout.sequence, errors)
+    tasks = forward.batch.tasks
+    parts = per_sequence.split([part.sequences for part in tasks.values()])
+    own = {name: errors.view(-1, len(part)).sum(0) for (name, part), errors in zip(tasks.items(), parts)}
     return {name: loss + own[name] for name, loss in supervised(forward).items()}
 
 
@@ -55,8 +55,8 @@ class Taught:
         self.teacher = deepcopy(teacher).eval().requires_grad_(False)
 
     def __call__(self, forward: Forward) -> dict[str, Tensor]:
-        targets = self.teacher(forward.batches)
-        return {name: (forward.outputs[name] - targets[name]).square().mean(1) for name in forward.batches}
+        targets = self.teacher(forward.batch)
+        return {name: (forward.outputs[name] - targets[name]).square().mean(1) for name in targets}
 
 
 OBJECTIVES = {"supervised": supervised, "adversarial": adversarial, "masked": masked, "twice": twice}

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torchmetrics.functional.classification import multiclass_calibration_error
 
@@ -307,7 +307,6 @@ def test_the_page_of_an_ablation(tmp_path, browser):
 # Numbers and mistakes
 
 
-@settings(deadline=None)
 @given(st.integers(2, 5), st.integers(1, 200), st.integers(0, 2**31 - 1))
 def test_calibration_is_torchmetrics(classes, examples, seed):
     random = np.random.default_rng(seed)

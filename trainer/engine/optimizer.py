@@ -14,6 +14,8 @@ from torch import Tensor
 from minbert.trainer.config import OptimizerConfig
 from minbert.trainer.model.multitask import MultitaskModel, head_part
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
 
 def parameter_groups(model: MultitaskModel, config: OptimizerConfig) -> list[dict]:
     """Groups named by the parts of the model, each with and without weight decay (vectors, i.e. biases and norms, have

@@ -24,7 +24,8 @@ def require_memory(config: RunConfig, shape: BertConfig, processes: int) -> None
         share = processes / max(processes, config.parallel.processes)  # of what the processes share out
         stage = config.parallel.zero_stage or 0
         needed["weights"] = 4 * parameters * (share if stage == 3 else processes)
-        needed["gradients and optimizer"] = 12 * trained * (share if stage else processes)
+        copies = (config.optimizer.average_decay is not None) + bool(config.objective.proximal_weight)
+        needed["gradients and optimizer"] = (12 + 4 * copies) * trained * (share if stage else processes)
         needed["a batch"] = _batch(config, shape) * share
         needed["layers"] = LAYER * config.heads.hidden_layers * len(config.corpus.tasks) * processes
     total, there = sum(needed.values()), available()
@@ -43,7 +44,10 @@ def _parameters(config: RunConfig, shape: BertConfig) -> tuple[int, int]:
     layers = shape.num_hidden_layers * (4 * width * width + 2 * width * inner)
     hidden, heads = config.heads.hidden_size or width, 0
     for task in config.corpus.tasks:
-        inputs = width * ((3 if config.heads.features == "siamese" else 2) if task.is_pair else 1)
+        if task.kind == "masked_lm":
+            heads += width * width + shape.vocab_size
+            continue
+        inputs = width * config.heads.embeddings(task)
         if config.heads.hidden_layers:
             heads += inputs * hidden + (config.heads.hidden_layers - 1) * (hidden + 1) * hidden
         heads += task.outputs * (hidden if config.heads.hidden_layers else inputs)
@@ -56,7 +60,8 @@ def _batch(config: RunConfig, shape: BertConfig) -> int:
     batch = config.batch
     tasks = config.corpus.tasks if batch.task_schedule == "all" else ()
     sentences = sum(len(task.sentences) for task in tasks) or 1
-    tokens = batch.batch_size * sentences * LEAST_TOKENS // batch.accumulation
+    shared = sum(config.heads.joins(task) for task in tasks)  # a [CLS] for both sentences of a joint pair
+    tokens = batch.batch_size * (sentences * LEAST_TOKENS - shared) // batch.accumulation
     kept = 6 * shape.hidden_size + shape.intermediate_size
     layers = 1 if config.encoder.freeze != "none" else shape.num_hidden_layers
     return 8 * batch.batch_size * max(1, len(tasks)) + 4 * tokens * kept * layers

@@ -1,19 +1,22 @@
 """The multitask model: one encoder, one head per task, one forward pass for whatever tasks a step trains.
 
 Heads are the paper's: a sentence head classifies the pooled embedding; a pair head sees the embeddings u and v of its
-two sentences, encoded separately. What a step minimises is an objective's to say (`trainer/objectives/`).
+two sentences, encoded separately, or the one embedding of a pair that is encoded jointly. What a step minimises is an
+objective's to say (`trainer/objectives/`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from minbert.data.batch import Batch, Sentences
+from minbert.data.batch import Batch
+from minbert.data.layout import Sentences
 from minbert.data.task import Task
 from minbert.trainer.config import EncoderConfig, HeadsConfig
-from minbert.trainer.model.bert import Bert, BertConfig, SentenceLayout, mean_pool
+from minbert.trainer.model.bert import Bert, BertConfig, mean_pool
+from minbert.trainer.model.masked_lm import MaskedLMHead
 
 
 class Head(nn.Module):
@@ -22,7 +25,7 @@ class Head(nn.Module):
     def __init__(self, task: Task, width: int, config: HeadsConfig):
         super().__init__()
         self.siamese = config.features == "siamese"
-        inputs = width * ((3 if self.siamese else 2) if task.is_pair else 1)
+        inputs = width * config.embeddings(task)
         hidden = config.hidden_size or width
         layers: list[nn.Module] = [nn.Dropout(config.head_dropout)]
         for _ in range(config.hidden_layers):
@@ -36,6 +39,10 @@ class Head(nn.Module):
             return self.layers(sides[0])
         u, v = sides
         return self.layers(torch.cat([u, v, (u - v).abs()] if self.siamese else [u, v], dim=-1))
+
+
+def build_head(task: Task, shape: BertConfig, config: HeadsConfig) -> nn.Module:
+    return MaskedLMHead(shape) if task.kind == "masked_lm" else Head(task, shape.hidden_size, config)
 
 
 def head_part(task: str) -> str:
@@ -56,7 +63,7 @@ class MultitaskModel(nn.Module):
         super().__init__()
         self.tasks = {task.name: task for task in tasks}
         self.bert = Bert(bert_config)
-        self.heads = nn.ModuleDict({task.name: Head(task, bert_config.hidden_size, heads) for task in tasks})
+        self.heads = nn.ModuleDict({task.name: build_head(task, bert_config, heads) for task in tasks})
         self.pooling = encoder.pooling
         # Weights stay fp32 and autocast lowers the arithmetic, so that every back end, sharded or not, keeps the
         # gradients, their sums over processes and the optimizer in fp32.
@@ -66,10 +73,15 @@ class MultitaskModel(nn.Module):
     def _freeze(self, freeze: str | int) -> None:
         lowest = {"none": 0, "embeddings": 1, "encoder": None}  # this many parts, from the embeddings up
         names = list(self.bert.parts)[: lowest[freeze] if isinstance(freeze, str) else freeze + 1]
-        if self.pooling == "mean":
+        if self.pooling == "mean" or all(task.kind == "masked_lm" for task in self.tasks.values()):
             names.append("pooler")  # unused then: no gradient
         for name in names:
             self.bert.parts[name].requires_grad_(False)
+
+    @property
+    def decoders(self) -> dict[str, MaskedLMHead]:
+        """The heads of masked language models."""
+        return {name: head for name, head in self.heads.items() if isinstance(head, MaskedLMHead)}
 
     @property
     def parts(self) -> dict[str, nn.Module]:
@@ -84,13 +96,17 @@ class MultitaskModel(nn.Module):
         return {name: parts[id(parameter)] for name, parameter in self.named_parameters()}
 
     def forward(
-        self, batches: Mapping[str, Batch], objective: "Objective | None" = None, step: int = 0
+        self,
+        batch: Batch,
+        objective: "Objective | None" = None,
+        step: int = 0,
+        targets: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """Raw outputs (B, outputs) in fp32 for each task's batch; with an objective, its losses (B,) instead.
+        """Raw outputs (B, outputs) in fp32 for each task of the batch; with an objective, its losses (B,) instead.
 
         Objectives are evaluated in here, so that a wrapper (DDP, DeepSpeed) sees one forward pass whatever they do.
         """
-        forward = Forward(self, batches, step)
+        forward = Forward(self, batch, step, targets=targets)
         return forward.outputs if objective is None else objective(forward)
 
 
@@ -98,29 +114,37 @@ Objective = Callable[["Forward"], dict[str, Tensor]]
 
 
 class Forward:
-    """One pass of the model over the batches of step `step`, in stages that are computed when they are asked for.
+    """One pass of the model over the batch of step `step`, in stages that are computed when they are asked for.
 
-    `embeddings` takes the place of the encoder's own, (N, H) in the same order; `sentences` that of the batches' own,
-    which are to be as many.
+    `embeddings` takes the place of the encoder's own, (N, H) in the same order; `sentences` that of the batch's own,
+    which are laid out alike. `targets` are a teacher's outputs (B, outputs) for each task, for an objective that wants
+    them.
     """
 
     def __init__(
         self,
         model: MultitaskModel,
-        batches: Mapping[str, Batch],
+        batch: Batch,
         step: int = 0,
         embeddings: Tensor | None = None,
         sentences: Sentences | None = None,
+        targets: Mapping[str, Tensor] | None = None,
     ):
-        self.model, self.batches, self.step = model, batches, step
-        self.sentences = sentences or Sentences.concatenate([batch.sentences for batch in batches.values()])
+        self.model, self.batch, self.step, self.targets = model, batch, step, targets or {}
+        self.sentences = sentences or batch.sentences
         self.device = self.sentences.input_ids.device
-        self.layout = SentenceLayout(self.sentences.lengths, self.device)
         self._given = embeddings
 
     def again(self, embeddings: Tensor | None = None, sentences: Sentences | None = None) -> "Forward":
-        """Another pass over the same batches: with dropout of its own, and with other embeddings or tokens."""
-        return Forward(self.model, self.batches, self.step, embeddings, sentences or self.sentences)
+        """Another pass over the same batch: with dropout of its own, and with other embeddings or tokens."""
+        return Forward(self.model, self.batch, self.step, embeddings, sentences or self.sentences, self.targets)
+
+    def only(self, names: Collection[str]) -> "Forward":
+        """The same pass over some of the batch's tasks alone: with the same embeddings, which it shares."""
+        if not self.batch.tasks.keys() - set(names):
+            return self
+        batch, rows = self.batch.only(names)
+        return Forward(self.model, batch, self.step, self.embeddings[rows], targets=self.targets)
 
     @cached_property
     def embeddings(self) -> Tensor:
@@ -128,31 +152,49 @@ class Forward:
         if self._given is not None:
             return self._given
         with self._arithmetic():
-            return self.model.bert.embed(self.sentences, self.layout)
+            return self.model.bert.embed(self.sentences)
 
     @cached_property
     def hidden(self) -> Tensor:
         """States of the last layer, (N, H)."""
         with self._arithmetic():
-            return self.model.bert.encode(self.embeddings, self.layout)
+            return self.model.bert.encode(self.embeddings, self.sentences.layout)
 
     @cached_property
     def pooled(self) -> dict[str, Tensor]:
-        """Embeddings (sides, B, H) of each task's batch."""
+        """Embeddings (sides, R B, H) of each task's examples in R readings, one reading after the other."""
+        layout, tasks = self.sentences.layout, self.batch.tasks
         with self._arithmetic():
             if self.model.pooling == "mean":
-                pooled = mean_pool(self.hidden, self.layout)
+                pooled = mean_pool(self.hidden, layout)
             else:
-                pooled = self.model.bert.pooler(self.hidden[self.layout.starts])
-        counts = [len(batch.sentences.lengths) for batch in self.batches.values()]
-        parts = zip(self.batches.items(), pooled.split(counts))
-        return {name: part.view(batch.sides, len(batch), -1) for (name, batch), part in parts}
+                pooled = self.model.bert.pooler(self.hidden[layout.starts])
+        parts = pooled.split([part.sequences for part in tasks.values()])
+        return {name: own.unflatten(0, (part.sides, -1)) for (name, part), own in zip(tasks.items(), parts)}
 
     @cached_property
     def outputs(self) -> dict[str, Tensor]:
-        """Raw outputs (B, outputs), fp32."""
+        """Raw outputs (B, outputs), fp32: of several readings their mean.
+
+        It is the raw outputs that are averaged, not probabilities, so that a loss, a confidence and a prediction are
+        the same functions of them in training and at prediction. Of logits it is the (normalised) geometric mean of
+        the readings' probabilities.
+        """
         with self._arithmetic():
-            return {name: self.model.heads[name](pooled).float() for name, pooled in self.pooled.items()}
+            found = {name: self._output(name).float() for name in self.batch.tasks}
+        for name, part in self.batch.tasks.items():
+            if part.readings > 1:
+                found[name] = found[name].unflatten(0, (part.readings, -1)).mean(0)
+        return found
+
+    def _output(self, name: str) -> Tensor:
+        head, part = self.model.heads[name], self.batch.tasks[name]
+        if part.rows is None:
+            return head(self.pooled[name])
+        losses = head(self.hidden.index_select(0, part.rows), part.labels, self.model.bert.embeddings.word)
+        example = self.sentences.layout.sequence[part.rows] - part.first
+        pair = torch.stack([losses, torch.ones_like(losses)], 1)
+        return pair.new_zeros(len(part), 2).index_add(0, example, pair)
 
     def _arithmetic(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.model.low_precision)

@@ -20,9 +20,10 @@ from typing import Any
 from packaging.specifiers import SpecifierSet
 from torch import nn
 
-from minbert.data.batch import TokenisedSplit
 from minbert.data.differences import differences, indented, refuse
 from minbert.data.errors import UserError
+from minbert.data.split import TokenisedSplit
+from minbert.data.texts import training_texts
 from minbert.data.tokens import build_vocabulary, default_cache_dir, load_tokenizer, write_vocabulary
 from minbert.trainer.checkpoint.format import SAVED, damaged, folder_name, lost, published, remember, step_of
 from minbert.trainer.config import MAY_CHANGE, OPTIONS, RunConfig, flatten
@@ -35,7 +36,7 @@ from minbert.trainer.surgery.own_code import find_source, keep_source, use_sourc
 
 log = logging.getLogger(__name__)
 
-PLACES = {"files", "builtin", "course", "hub", "title"}  # of a task: where its rows are, not what they are
+PLACES = {"files", "texts", "builtin", "course", "hub", "title"}  # of a task: where its rows are, not what they are
 DEEPSPEED = ">=0.19,<0.20"
 VOCABULARY_SIZE = 8192  # of a model with random weights; its words come from the training data
 
@@ -108,7 +109,15 @@ def _accept_loss(run: RunFolder) -> None:
     aside = next(path for n in count(1) if not (path := run.path / f"earlier-{n}").exists())
     aside.mkdir()
     log.warning("--force starts over, as all checkpoints are gone; what was there is kept in %s", aside)
-    results = run.checkpoints, run.metrics_file, run.gramians_file, run.best_model, run.predictions, run.trackers
+    results = (
+        run.checkpoints,
+        run.metrics_file,
+        run.gramians_file,
+        run.best_model,
+        run.pretrained,
+        run.predictions,
+        run.trackers,
+    )
     for path in (*results, run.path / SAVED):  # which comes last: a kill before leaves the run refused
         if path.exists():
             os.replace(path, aside / path.name)
@@ -159,7 +168,8 @@ def _absolute(folder: str) -> str:
 def identity(config: RunConfig, run: RunFolder, splits: Mapping[str, TokenisedSplit]) -> dict[str, Any]:
     """What a checkpoint must agree on to be of this run: its model, vocabulary, training data and settings."""
     shape = {name: value for name, value in asdict(read_config(run.encoder)).items() if not name.endswith("_prob")}
-    heads: dict[str, Any] = {"features": config.heads.features, "head_layers": config.heads.hidden_layers}
+    heads: dict[str, Any] = {"features": config.heads.features, "pair_encoding": config.heads.pair_encoding}
+    heads["head_layers"] = config.heads.hidden_layers
     heads |= {"head_size": config.heads.hidden_size, "pooling": config.encoder.pooling}
     words = [path for path in sorted(run.encoder.iterdir()) if path.name in ("vocab.txt", "tokenizer.json")]
     return {
@@ -300,7 +310,7 @@ def _staging(run: RunFolder) -> Path:
 def _encoder(run: RunFolder, config: RunConfig) -> Iterator[Path]:
     """A folder with the encoder's config.json and tokenizer: the run's own where a checkpoint relies on it, and a new
     one, to take its place, where an earlier start may have had other data or another model. Raises UserError."""
-    missing = [task.name for task in config.corpus.tasks if task.builtin is None and task.files is None]
+    missing = [task.name for task in config.corpus.tasks if not (task.builtin or task.files or task.texts)]
     if missing and config.corpus.data == "builtin":
         raise UserError(f"the built-in corpus has no task {', '.join(missing)}; use --data or other --tasks")
     if _has_checkpoints(run):
@@ -311,13 +321,7 @@ def _encoder(run: RunFolder, config: RunConfig) -> Iterator[Path]:
     shutil.rmtree(encoder, ignore_errors=True)
     try:
         if config.encoder.model == "tiny":
-            texts = (
-                text
-                for task in config.corpus.names
-                for column in load_examples_of(config, task, "train").sentences
-                for text in column
-            )
-            vocabulary = build_vocabulary(texts, VOCABULARY_SIZE)
+            vocabulary = build_vocabulary(_texts(config), VOCABULARY_SIZE)
             encoder.mkdir(parents=True)
             write_vocabulary(encoder, vocabulary)
             write_shape(encoder, BertConfig(vocab_size=len(vocabulary), **TINY))
@@ -331,11 +335,26 @@ def _encoder(run: RunFolder, config: RunConfig) -> Iterator[Path]:
         shutil.rmtree(encoder, ignore_errors=True)
 
 
+def _texts(config: RunConfig) -> Iterator[str]:
+    """All that is trained on."""
+    for task in config.corpus.tasks:
+        if task.kind == "masked_lm":
+            yield from training_texts(task, config.corpus.data, config.corpus.bad_rows)
+        else:
+            yield from chain.from_iterable(load_examples_of(config, task.name, "train").sentences)
+
+
 def _require_fitting(encoder: Path, config: RunConfig) -> None:
     shape, freeze = read_config(encoder), config.encoder.freeze
     if config.corpus.max_length > shape.max_position_embeddings:
         raise UserError(
             f"max_length={config.corpus.max_length}, but the encoder has {shape.max_position_embeddings} positions"
+        )
+    pairs = [task.name for task in config.corpus.tasks if config.heads.joins(task)]
+    if pairs and shape.type_vocab_size < 2:
+        raise UserError(
+            f"pair_encoding=joint tells the sentences of {' and '.join(pairs)} apart by token types, and the encoder "
+            "has only one; use pair_encoding=siamese"
         )
     if isinstance(freeze, int) and freeze > shape.num_hidden_layers:
         raise UserError(f"freeze={freeze}, but the encoder has {shape.num_hidden_layers} layers")

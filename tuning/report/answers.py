@@ -11,12 +11,11 @@ import torch
 
 from minbert.data.examples import Examples
 from minbert.data.task import Split, Task
-from minbert.data.tokens import tokenise
 from minbert.trainer.config import RunConfig
 from minbert.trainer.evaluation.scoring import outputs, score
 from minbert.trainer.objectives.supervised import example_losses, predictions
 from minbert.trainer.processes.world import World, pick_device
-from minbert.trainer.run.data import load_examples_of
+from minbert.trainer.run.data import load_examples_of, tokenise_as
 from minbert.trainer.run.folder import RunFolder
 from minbert.trainer.run.saved_model import load_model
 
@@ -65,16 +64,19 @@ class Answers:
 
 
 def answers(run: RunFolder, config: RunConfig, split: Split = "dev") -> list[Answers]:
-    """Every task's answers on the split that `config` describes, from one process.
+    """Every task's answers on the split that `config` describes, from one process; but a masked language model answers
+    nothing.
 
     Raises UserError if there is no model yet, or no data where the configuration says.
     """
     world = World(0, 1, pick_device(config.parallel))
     model, tokenizer, _ = load_model(run, world.device)
     found = []
-    for name in config.corpus.names:
-        task, examples = config.corpus.task(name), load_examples_of(config, name, split)
-        tokenised = tokenise(examples, tokenizer, config.corpus.max_length, config.corpus.cache)
+    for task in config.corpus.tasks:
+        if task.kind == "masked_lm":
+            continue
+        examples = load_examples_of(config, task.name, split)
+        tokenised = tokenise_as(config, examples, tokenizer)
         raw = outputs(model, task, tokenised, world)
         losses = example_losses(task, raw, torch.from_numpy(tokenised.labels)).numpy()
         found.append(Answers(task, examples, predictions(task, raw).numpy(), losses, _probabilities(task, raw)))

@@ -10,14 +10,16 @@ from functools import cache
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from exactness_worker import OPTIMIZERS, UNFREEZING
+from exactness_worker import OPTIMIZERS, configured
 from safetensors.torch import load_file
+from torch.optim.swa_utils import AveragedModel
 from torchjd.aggregation import PCGrad, UPGrad
 from toy_objectives import OBJECTIVES
 
-from minbert.data.batch import make_batch
+from minbert.data.batch import Portion, make_batch
 from minbert.data.tokens import load_tokenizer
 from minbert.launch.options import parse_run_config
 from minbert.launch.processes import launch
@@ -72,7 +74,20 @@ ODD = [
 OBJECTIVE = [
     case(stage, "pcgrad", objective=objective) for stage in (None, 2, 3) for objective in ("adversarial", "masked")
 ]
-CASES = EVERYWHERE + ODD + OBJECTIVE
+# The average is evaluated after every step, in the place of the weights, and the training does not notice.
+AVERAGED = [
+    case(stage, aggregator, optimizer, average=0.6, freeze=1, steps=6)
+    for stage, (aggregator, optimizer) in product(STAGES, [("pcgrad", "sgd"), ("sum", "adamw")])
+]
+# The order of a pair is drawn: by its place in the batch, whoever has it.
+JOINT = [case(stage, "pcgrad", pair_encoding="joint", accumulation=2) for stage in (None, 2, 3)]
+# The tied embeddings have a part in every task's gradient; hidden tokens are few, and not as many on every process.
+MASKED = [
+    case(stage, aggregator, tasks=["sst", "mlm"], **more)
+    for stage in (None, 2, 3)
+    for aggregator, more in [("pcgrad", {}), ("sum", {"accumulation": 2}), ("pcgrad", {"batch_size": 3})]
+]
+CASES = EVERYWHERE + ODD + OBJECTIVE + JOINT + AVERAGED + MASKED
 
 
 @pytest.fixture(scope="session")
@@ -100,27 +115,27 @@ class Dense:
     """One process with whole batches and whole gradients."""
 
     def __init__(self, prepared: RunFolder, case: dict):
-        config = prepared.read_config()
-        batch = config.batch.model_copy(
-            update={key: case[key] for key in ("batch_size", "task_schedule") if key in case}
-        )
-        optimizer = config.optimizer.model_copy(update=UNFREEZING if "unfreezing" in case else {})
-        self.config, self.steps = config.model_copy(update={"batch": batch, "optimizer": optimizer}), case["steps"]
+        self.config = configured(prepared.read_config(), case | {"zero_stage": None})
+        self.steps = case["steps"]
         tokenizer = load_tokenizer(prepared.encoder)
         self.objective = OBJECTIVES[case.get("objective", "supervised")]
-        self.splits = {name: load_split(self.config, name, "train", tokenizer) for name in config.corpus.names}
+        names = self.config.corpus.names
+        self.splits = {name: load_split(self.config, name, "train", tokenizer) for name in names}
         self.plan = build_plan(self.config, self.splits)
         seed_everything(0)
         self.model = build_model(self.config, prepared).train()
         self.optimizer = OPTIMIZERS[case["optimizer"]](parameter_groups(self.model, self.config.optimizer))
+        self.average = averaged(self.model, case["average"]) if "average" in case else None
         self.trunk = [p for p in self.model.bert.parameters() if p.requires_grad]
 
-    def losses(self, step: int, rows=lambda rows: rows) -> list[torch.Tensor]:
+    def losses(self, step: int, some=slice(None)) -> list[torch.Tensor]:
         found = []
         for name in self.plan.tasks(step):
-            chosen = rows(self.plan.rows(name, step))
-            batch = make_batch(self.splits[name], chosen, len(chosen))
-            found.append(self.model({name: batch}, self.objective, step)[name].mean())
+            rows = self.plan.rows(name, step)
+            portion = Portion(rows[some], np.arange(len(rows))[some], len(rows[some]))
+            batch = make_batch(self.splits, {name: portion}, draw=(self.plan.seed, step))
+            losses, weights = self.model(batch, self.objective, step)[name], batch.tasks[name].weights
+            found.append(torch.dot(losses, weights) / weights.sum())
         return found
 
     def jacobian(self, losses: list[torch.Tensor]) -> torch.Tensor:
@@ -146,7 +161,21 @@ class Dense:
         if clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
         return [loss.item() for loss in losses]
+
+
+def averaged(model: torch.nn.Module, decay: float) -> AveragedModel:
+    """PyTorch's own average, from the first weights on."""
+
+    def follow(average: torch.Tensor, weight: torch.Tensor, updates: torch.Tensor) -> torch.Tensor:
+        now = min(decay, updates / (9 + updates))  # it counts the first weights, too
+        return now * average + (1 - now) * weight
+
+    average = AveragedModel(model, avg_fn=follow)
+    average.update_parameters(model)
+    return average
 
 
 def dense_pcgrad(jacobian: torch.Tensor, step: int) -> torch.Tensor:
@@ -181,7 +210,8 @@ def dense_result(path: Path, text: str):
         for step in range(wanted["steps"])
         if step != wanted.get("broken_step")
     }
-    return before, losses, dense.model.state_dict()
+    average = None if dense.average is None else dense.average.module.state_dict()
+    return before, losses, dense.model.state_dict(), average
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
@@ -192,11 +222,17 @@ def test_every_stage_equals_the_dense_process(prepared, processes):
         if wanted["aggregator"] not in DENSE or wanted.keys() & {"surgery_scope", "frozen_at"}:
             continue
         key = {k: v for k, v in wanted.items() if k not in ("name", "zero_stage", "accumulation")}
-        before, losses, expected = dense_result(prepared.path, json.dumps(key))
+        before, losses, expected, average = dense_result(prepared.path, json.dumps(key))
         state = load_file(folder / f"{wanted['name']}.safetensors")
         assert_same_weights(state, expected, TOLERANCE[wanted["optimizer"]])
         moved = max(float((state[name] - before[name]).abs().max()) for name in before)
         assert moved > 100 * TOLERANCE[wanted["optimizer"]], wanted["name"]
+        if average is not None:
+            found = load_file(folder / f"{wanted['name']}.average")
+            assert_same_weights(found, average, TOLERANCE[wanted["optimizer"]])
+            for name in average:
+                fixed = name.startswith(("bert.embeddings.", "bert.layers.0.", "bert.pooler."))
+                assert torch.equal(found[name], state[name]) == fixed, name
         if "objective" in wanted:
             plain = load_file(folder / f"stage{wanted['zero_stage']}-pcgrad-sgd.safetensors")
             assert max(float((state[name] - plain[name]).abs().max()) for name in plain) > 100 * TOLERANCE["sgd"]
@@ -248,12 +284,12 @@ def test_projecting_local_gradients_differs(prepared):
     """What data-parallel ports of PCGrad do (each rank projects the gradients of its own slice, the results are
     averaged) is another method, with visibly other weights after as many steps."""
     wanted = case(None)
-    _, _, expected = dense_result(
+    _, _, expected, _ = dense_result(
         prepared.path, json.dumps({k: v for k, v in wanted.items() if k not in ("name", "zero_stage")})
     )
     dense = Dense(prepared, wanted)
     for step in range(STEPS):
-        halves = [dense.jacobian(dense.losses(step, rows)) for rows in (lambda r: r[::2], lambda r: r[1::2])]
+        halves = [dense.jacobian(dense.losses(step, slice(first, None, 2))) for first in (0, 1)]
         local = torch.stack([dense_pcgrad(half, step) for half in halves]).mean(0)
         dense.step(step, lambda jacobian, step, local=local: local)
     difference = max(float((dense.model.state_dict()[name] - expected[name]).abs().max()) for name in expected)

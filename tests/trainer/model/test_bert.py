@@ -3,18 +3,25 @@
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModel, BertModel
+from known_tasks import QUORA
+from transformers import AutoModel, BertModel, BertTokenizer
 
-from minbert.data.batch import Sentences
+from minbert.data.batch import Portion, make_batch
 from minbert.data.errors import UserError
+from minbert.data.examples import Examples
+from minbert.data.layout import Layout, Sentences
+from minbert.data.ragged import Ragged, ends
+from minbert.data.tokens import load_tokenizer, tokenise
 from minbert.launch.options import parse_run_config
-from minbert.trainer.model.bert import Bert, BertConfig, SentenceLayout, mean_pool
+from minbert.trainer.model.bert import Bert, BertConfig, attend, mean_pool
 from minbert.trainer.model.linear import _OneDnnLinear
 from minbert.trainer.model.weights import (
     find_checkpoint,
@@ -51,6 +58,10 @@ def padded_inputs(lengths, seed=0):
     return ids, mask, types
 
 
+def laid_out(ids: np.ndarray, lengths: list[int]) -> Sentences:
+    return Sentences.lay(Ragged(ids, ends([np.array(lengths)])), np.zeros_like(ids))
+
+
 @pytest.mark.parametrize("lengths", [LENGTHS, [17] * 5, [128, 2]], ids=["padded", "unpadded", "long"])
 def test_hidden_states_and_pooled_output_equal_transformers(ours, reference, lengths):
     ids, mask, types = padded_inputs(lengths)
@@ -73,8 +84,9 @@ def test_gradients_equal_transformers(ours, reference, grouped):
 
     ours.zero_grad()
     sentences = Sentences.from_padded(ids, mask, types)
-    layout = SentenceLayout(sentences.lengths, ids.device, grouped=grouped)
-    cls = ours(sentences, layout)[layout.starts]
+    if not grouped:
+        sentences = replace(sentences, layout=sentences.layout.padded())
+    cls = ours(sentences)[sentences.layout.starts]
     ((cls * weights).mean() + (ours.pooler(cls) * weights).mean()).backward()
 
     theirs = from_transformers({name: p.grad for name, p in reference.named_parameters()})
@@ -98,21 +110,21 @@ def test_second_derivatives_of_the_linear_layer():
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(0, 5))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_sentences_do_not_see_each_other(lengths, seed):
     """Each sentence's hidden states are those it has alone, in either way of attending."""
     torch.manual_seed(seed)
     bert = Bert(SMALL).double().eval()
-    ids = torch.randint(5, 60, (sum(lengths),))
-    parts = [Sentences(part, torch.zeros_like(part), [len(part)]) for part in ids.split(lengths)]
-    together = Sentences.concatenate(parts)
+    ids = np.random.default_rng(seed).integers(5, 60, sum(lengths))
+    together = laid_out(ids, lengths)
     with torch.no_grad():
-        alone = torch.cat([bert(part, SentenceLayout(part.lengths, ids.device)) for part in parts])
-        for grouped in (True, False):
-            layout = SentenceLayout(together.lengths, ids.device, grouped=grouped)
-            hidden = bert(together, layout)
-            torch.testing.assert_close(hidden, alone, atol=1e-12, rtol=0)
-            means = torch.stack([part.mean(0) for part in hidden.split(lengths)])
+        alone = [bert(laid_out(part, [len(part)])) for part in np.split(ids, np.cumsum(lengths)[:-1])]
+        for layout in (together.layout, together.layout.padded()):
+            hidden = bert(replace(together, layout=layout))
+            for number, expected in enumerate(alone):
+                own = hidden[layout.starts[number] : layout.starts[number] + lengths[number]]
+                torch.testing.assert_close(own, expected, atol=1e-12, rtol=0)
+            means = torch.stack([part.mean(0) for part in alone])
             torch.testing.assert_close(mean_pool(hidden, layout), means, atol=1e-12, rtol=0)
 
 
@@ -121,24 +133,22 @@ def test_attention_is_the_formula():
     lengths, heads, width = [3, 5], 2, 8
     qkv = torch.randn(sum(lengths), 3 * width, dtype=torch.float64)
     expected = []
-    for sentence in qkv.split(lengths):
+    for sentence in qkv.split(lengths):  # the shortest first, as they are laid out
         q, k, v = (part.unflatten(-1, (heads, -1)).transpose(0, 1) for part in sentence.chunk(3, dim=-1))
         probabilities = torch.softmax(q @ k.transpose(-1, -2) / (width / heads) ** 0.5, dim=-1)
         expected.append((probabilities @ v).transpose(0, 1).flatten(1))
-    for grouped in (True, False):
-        layout = SentenceLayout(lengths, qkv.device, grouped=grouped)
-        torch.testing.assert_close(layout.attend(qkv, heads, 0.0), torch.cat(expected), atol=1e-12, rtol=0)
+    plain = Layout.of(np.array(lengths))
+    for layout in (plain, plain.padded()):
+        torch.testing.assert_close(attend(qkv, layout, heads, 0.0), torch.cat(expected), atol=1e-12, rtol=0)
 
 
 def test_dropout_acts_in_training_only():
     torch.manual_seed(0)
     bert = Bert(SMALL)
-    ids = torch.randint(5, 60, (6,))
-    sentence = Sentences(ids, torch.zeros_like(ids), [6])
-    layout = SentenceLayout([6], ids.device)
-    assert not torch.equal(bert(sentence, layout), bert(sentence, layout))
+    sentence = laid_out(np.arange(5, 11), [6])
+    assert not torch.equal(bert(sentence), bert(sentence))
     bert.eval()
-    assert torch.equal(bert(sentence, layout), bert(sentence, layout))
+    assert torch.equal(bert(sentence), bert(sentence))
 
 
 def test_export_loads_in_transformers_with_the_same_outputs(ours, minilm, tmp_path):
@@ -231,3 +241,26 @@ def test_damaged_weights_are_named(minilm, tmp_path, ours, name):
         os.truncate(tmp_path / name, size)
         with pytest.raises(UserError, match=rf"{name} is damaged"):
             load_weights(Bert(read_config(tmp_path)), tmp_path)
+
+
+def test_joint_pairs_are_encoded_as_by_transformers(ours, reference, minilm):
+    """Texts to hidden states, with sentences cut and not, in both orders."""
+    pairs = [
+        ("A man is playing a guitar.", "Somebody plays an instrument"),
+        ("short", "a much longer sentence that will have to be cut, " * 4),
+        ("the first of two long sentences " * 5, "and the second " * 9),
+    ]
+    columns = tuple(list(column) for column in zip(*pairs))
+    examples = Examples(QUORA, "test", "", ["0", "1", "2"], columns, None)
+    split = tokenise(examples, load_tokenizer(minilm), 24, joint=True)
+    batch = make_batch({"quora": split}, {"quora": Portion.whole(np.arange(3))})
+    tokenizer = BertTokenizer.from_pretrained(minilm)
+    layout = batch.sentences.layout
+    with torch.no_grad():
+        hidden = ours(batch.sentences)
+        for number, (first, second) in enumerate([*pairs, *((b, a) for a, b in pairs)]):
+            inputs = tokenizer(first, second, truncation="longest_first", max_length=24, return_tensors="pt")
+            expected = reference(**inputs)
+            own = hidden[layout.sequence == number]
+            torch.testing.assert_close(own, expected.last_hidden_state[0], atol=1e-5, rtol=0)
+            torch.testing.assert_close(ours.pooler(own[:1]), expected.pooler_output, atol=1e-5, rtol=0)

@@ -1,13 +1,16 @@
 """The seam for objectives, in one process: each toy does what it says, and stages are computed once. That they are the
 same on several processes and under ZeRO is shown with the exactness of the step."""
 
+import numpy as np
 import pytest
 import torch
 from known_tasks import QUORA, SST
 from torch import Tensor
 from toy_objectives import OBJECTIVES, Taught, adversarial, masked, twice
 
-from minbert.data.batch import Batch, Sentences
+from minbert.data.batch import Batch, Portion, make_batch
+from minbert.data.ragged import Ragged, ends
+from minbert.data.split import TokenisedSplit
 from minbert.trainer.config import EncoderConfig, HeadsConfig
 from minbert.trainer.model.bert import BertConfig
 from minbert.trainer.model.multitask import Forward, MultitaskModel
@@ -26,21 +29,22 @@ def build(dropout: float = 0.0) -> MultitaskModel:
     return model.train()
 
 
-def batches() -> dict[str, Batch]:
-    def sentences(lengths: list[int]) -> Sentences:
-        ids = torch.randint(5, 50, (sum(lengths),))
-        return Sentences(ids, torch.zeros_like(ids), lengths)
+def build_batch() -> Batch:
+    generator = np.random.default_rng(1)
 
-    torch.manual_seed(1)
-    return {
-        "sst": Batch(sentences([4, 7, 3]), torch.tensor([0.0, 4.0, 2.0]), torch.ones(3), 3),
-        "quora": Batch(sentences([5, 6, 8, 2]), torch.tensor([1.0, 0.0]), torch.ones(2), 2),
-    }
+    def split(lengths: list[int], columns: int, labels: list[float]) -> TokenisedSplit:
+        tokens = Ragged(generator.integers(5, 50, sum(lengths)), ends([np.array(lengths)]))
+        rows = np.arange(len(labels))
+        parts = tuple(tokens.take(rows + side * len(rows)) for side in range(columns))
+        return TokenisedSplit([str(row) for row in rows], parts, np.array(labels, np.float32))
+
+    splits = {"sst": split([4, 7, 3], 1, [0.0, 4.0, 2.0]), "quora": split([5, 6, 8, 2], 2, [1.0, 0.0])}
+    return make_batch(splits, {name: Portion.whole(np.arange(len(part))) for name, part in splits.items()})
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_an_objective_gives_one_loss_per_example_and_gradients_to_all(name):
-    model, batch = build(), batches()
+    model, batch = build(), build_batch()
     losses = model(batch, OBJECTIVES[name], 2)
     assert {task: loss.shape for task, loss in losses.items()} == {"sst": (3,), "quora": (2,)}
     sum(loss.sum() for loss in losses.values()).backward()
@@ -50,7 +54,7 @@ def test_an_objective_gives_one_loss_per_example_and_gradients_to_all(name):
 
 
 def test_stages_are_those_of_the_plain_model_and_computed_once(monkeypatch):
-    model, batch = build(), batches()
+    model, batch = build(), build_batch()
     forward = Forward(model, batch)
     calls = []
     monkeypatch.setattr(type(model.bert), "encode", _counted(type(model.bert).encode, calls))
@@ -71,7 +75,7 @@ def _counted(function, calls: list):
 
 def test_the_ascent_step_raises_the_distance():
     """The perturbation along the gradient moves the outputs further than one against it."""
-    model, batch = build(), batches()
+    model, batch = build(), build_batch()
     forward = Forward(model, batch)
     start = (forward.embeddings + 0.01 * torch.sin(1000 * forward.embeddings)).detach()
 
@@ -86,25 +90,25 @@ def test_the_ascent_step_raises_the_distance():
 
 
 def test_targets_made_from_the_step_change_with_it():
-    model, batch = build(), batches()
+    model, batch = build(), build_batch()
     first, again, second = (model(batch, masked, step)["sst"] for step in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, second)
 
 
 def test_two_passes_have_dropout_of_their_own():
     plain, two = build(), build(dropout=0.3)
-    assert torch.equal(plain(batches(), twice)["sst"], plain(batches(), supervised)["sst"])
+    assert torch.equal(plain(build_batch(), twice)["sst"], plain(build_batch(), supervised)["sst"])
     torch.manual_seed(3)
-    with_penalty = two(batches(), twice)["sst"]
+    with_penalty = two(build_batch(), twice)["sst"]
     torch.manual_seed(3)
-    assert (with_penalty > two(batches(), supervised)["sst"]).all()
+    assert (with_penalty > two(build_batch(), supervised)["sst"]).all()
 
 
 def test_a_teacher_that_agrees_costs_nothing():
     model = build()
     taught = Taught(model)
-    assert sum(loss.sum() for loss in model(batches(), taught).values()) == 0
+    assert sum(loss.sum() for loss in model(build_batch(), taught).values()) == 0
     with torch.no_grad():
         model.heads["sst"].layers[-1].bias += 1.0
-    assert torch.allclose(model(batches(), taught)["sst"], torch.ones(3))
+    assert torch.allclose(model(build_batch(), taught)["sst"], torch.ones(3))
     assert not any(parameter.requires_grad for parameter in taught.teacher.parameters())

@@ -14,7 +14,7 @@ from minbert.trainer.checkpoint.format import Damaged, Manifest, published, read
 from minbert.trainer.run.folder import RunFolder
 
 
-def own_state(run: Path) -> tuple[str, int | None]:
+def state_without_job(run: Path) -> tuple[str, int | None]:
     """The state of what `minbert train` does here, and the steps of its budget, from the run's own files."""
     folder = RunFolder(run)
     newest = published(folder.checkpoints)[-1:]
