@@ -18,7 +18,7 @@ from minbert.launch.help import RUN_OPTIONS, Option, show_help, show_help_with_r
 from minbert.launch.words import convert, read_options, takes_several
 from minbert.slurm.settings import JobSettings, parse_parameters
 from minbert.trainer.config import OPTIONS, SECTIONS, RunConfig, flat_options, parse_config
-from minbert.trainer.recipe import named_recipes, read_recipe
+from minbert.trainer.recipe import with_recipes
 from minbert.trainer.run.folder import RunFolder
 
 T = TypeVar("T")
@@ -131,8 +131,7 @@ def build_run_config(options: Mapping[str, Any]) -> RunConfig:
     where = "options" if file is None else str(file)
     options = {name: value for name, value in options.items() if name not in RUN_OPTIONS}
     layers = [options] if file is None else [flat_options(read_yaml(file), where), options]
-    if recipes := named_recipes(layers):
-        layers = [*map(read_recipe, recipes), *layers, {"recipe": recipes}]
+    layers = with_recipes(layers)
     aggregator = next((layer["aggregator"] for layer in reversed(layers) if "aggregator" in layer), None)
     run = next((layer["run"] for layer in reversed(layers) if layer.get("run")), None)
     if isinstance(run, str | Path) and (folder := RunFolder(Path(run))).config_file.exists():

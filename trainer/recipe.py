@@ -1,11 +1,12 @@
 """Recipes: configurations that have a name, as YAML files in `trainer/recipes/`.
 
-A recipe may build on another (`base`), one level deep, and its first line of comment says what it is. Several are laid
-over each other, the later wins: `paper-full minilm` is the paper's best model in another size.
+The first line of comment says what a recipe is. It may build on another (`base`), one level deep, and say which options
+the user has to give (`needs`). Several are laid over each other: `paper-full minilm` is the paper's best model in
+another size.
 """
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,35 @@ from minbert.trainer.config import flat_options
 
 RECIPES = Path(__file__).parent / "recipes"
 
+Options = Mapping[str, Any]
+
 
 def recipes() -> dict[str, str]:
     """The name of every recipe, and what it is."""
-    first_lines = {path.stem: path.read_text().partition("\n")[0] for path in sorted(RECIPES.glob("*.yaml"))}
-    return {name: line.removeprefix("# ") for name, line in first_lines.items()}
+    first_lines = {path.stem: path.read_text().partition("\n")[0] for path in RECIPES.glob("*.yaml")}
+    return {name: first_lines[name].removeprefix("# ") for name in sorted(first_lines)}
+
+
+def with_recipes(layers: Sequence[Options]) -> list[Options]:
+    """Layers of options, the later over the earlier, and below them the recipes that the last `recipe` among them names.
+
+    The recipe `list` prints all and ends the program. Raises UserError if there is no such recipe, or it needs an
+    option that nobody gives.
+    """
+    named = next((layer["recipe"] for layer in reversed(layers) if layer.get("recipe") is not None), ())
+    names = (named,) if isinstance(named, str) else tuple(named)
+    if not names:
+        return list(layers)
+    if names == ("list",):
+        known = recipes()
+        print("\n".join(f"{name:<{max(map(len, known))}}  {what}" for name, what in known.items()))
+        raise SystemExit
+    read = [read_recipe(name) for name in names]
+    for name, options in zip(names, read):
+        for option in options.pop("needs", []):
+            if not any(layer.get(option) for layer in layers):
+                raise UserError(f"the recipe {name} needs --{option.replace('_', '-')}: {recipes()[name]}")
+    return [*read, *layers, {"recipe": names}]
 
 
 def read_recipe(name: str) -> dict[str, Any]:
@@ -27,13 +52,6 @@ def read_recipe(name: str) -> dict[str, Any]:
     options = _read(name)
     base = options.pop("base", None)
     return options if base is None else _read(base) | options
-
-
-def listed() -> str:
-    """All recipes, one a line."""
-    known = recipes()
-    width = max(map(len, known))
-    return "\n".join(f"{name:<{width}}  {what}" for name, what in known.items())
 
 
 def _read(name: Any) -> dict[str, Any]:
@@ -44,13 +62,3 @@ def _read(name: Any) -> dict[str, Any]:
         raise UserError(f"no recipe is called {shown(name)}; {hint}There are {', '.join(known)}")
     path = RECIPES / f"{name}.yaml"
     return flat_options(read_yaml(path), str(path))
-
-
-def named_recipes(layers: list[Mapping[str, Any]]) -> tuple[str, ...]:
-    """The recipes that options name, of which the last have the word. `list` prints all and ends the program."""
-    named = next((layer["recipe"] for layer in reversed(layers) if layer.get("recipe") is not None), ())
-    names = tuple([named] if isinstance(named, str) else named)
-    if names == ("list",):
-        print(listed())
-        raise SystemExit
-    return names
