@@ -26,7 +26,7 @@ def recipes() -> dict[str, str]:
 
 
 def with_recipes(layers: Sequence[Options]) -> list[Options]:
-    """Layers of options, the later over the earlier, and below them the recipes that the last `recipe` among them names.
+    """Layers of options, the later over the earlier, above the recipes that the last `recipe` among them names.
 
     The recipe `list` prints all and ends the program. Raises UserError if there is no such recipe, or it needs an
     option that nobody gives.

@@ -126,7 +126,7 @@ def test_table_1_on_the_courses_files(course_data, tmp_path, capsys, name):
     assert main(words) == 0
     assert RunFolder(run).read_config().recipe == (f"paper-{name}", "tiny")
     rows = {"sst": {"dev": 541, "test": 2210}, "cfimdb": {"dev": 125, "test": 488}}[task]
-    files = {path.name: path.read_text().splitlines() for path in (run / "predictions").iterdir()}
+    files = {path.name: path.read_text().splitlines() for path in (run / "predictions").glob("*.csv")}
     assert files.keys() == {f"{mode}-{task}-{split}-out.csv" for split in rows}
     for split, count in rows.items():
         header, *lines = files[f"{mode}-{task}-{split}-out.csv"]
