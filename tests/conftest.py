@@ -13,6 +13,10 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("suite", deadline=None)  # the machine may be slow, or busy
+settings.load_profile("suite")
 
 # A shell starts its background jobs with SIGINT ignored, and that is inherited: the runs under test must see Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -36,7 +36,7 @@ def test_killed_runs_end_as_if_nothing_had_happened(chaos):
     assert result["violations"] == []
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(file=st.integers(0, 3), kind=st.sampled_from(list(DAMAGE)), rng=st.randoms(use_true_random=False))
 def test_damage_is_noticed_in_every_file(chaos, file: int, kind: str, rng: random.Random):
     files = sorted(published(chaos / "reference" / "checkpoints")[-1].iterdir())

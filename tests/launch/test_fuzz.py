@@ -22,7 +22,6 @@ from minbert.trainer.processes.exit_codes import ExitCode
 
 FIXED = dict(
     derandomize=True,
-    deadline=None,
     database=None,
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=list(HealthCheck),

@@ -681,7 +681,7 @@ def test_the_local_executor(tmp_path, capsys):
 def test_a_cancelled_local_job_has_saved_and_goes_on_when_submitted_again(tmp_path, capsys):
     run = tmp_path / "run"
     assert submit("--run", run, *SMALL, "--steps", 4000, "--eval-every", 4000, "--executor", "local") == 0
-    end = time.monotonic() + 60
+    end = time.monotonic() + 120
     while not RunFolder(run).read_metrics():
         assert time.monotonic() < end
         time.sleep(0.1)

@@ -9,14 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from minbert.launch.main import main
 from minbert.trainer.config import RunConfig
 from minbert.trainer.run.folder import RunFolder
-from minbert.tuning.ablation import PAPER_BASELINE, Ablation
+from minbert.tuning.ablation import Ablation
+from minbert.tuning.extensions import PAPER_BASELINE
 from minbert.tuning.report.answers import BINS, calibrate
 from minbert.tuning.report.importance import importances, scores_at_equal_share
 from minbert.tuning.search import Search
@@ -307,7 +308,6 @@ def test_the_page_of_an_ablation(tmp_path, browser):
 # Numbers and mistakes
 
 
-@settings(deadline=None)
 @given(st.integers(2, 5), st.integers(1, 200), st.integers(0, 2**31 - 1))
 def test_calibration_is_torchmetrics(classes, examples, seed):
     random = np.random.default_rng(seed)

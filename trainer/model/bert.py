@@ -144,6 +144,7 @@ class Bert(nn.Module):
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.pooler = Pooler(config)
+        self.fixed = 0  # so many parts, from the embeddings up, are not to be trained at present
         self.apply(self._initialise)
 
     @property
@@ -167,13 +168,20 @@ class Bert(nn.Module):
 
     def embed(self, sentences: Sentences) -> Tensor:
         """Embeddings (N, H)."""
-        return self.embeddings(sentences.input_ids, sentences.layout.position, sentences.token_type_ids)
+        with self._graph(0):
+            return self.embeddings(sentences.input_ids, sentences.layout.position, sentences.token_type_ids)
 
     def encode(self, hidden: Tensor, layout: Layout) -> Tensor:
         """From what `embed` gives to the last layer's hidden states (N, H)."""
-        for layer in self.layers:
-            hidden = layer(hidden, layout)
+        for number, layer in enumerate(self.layers, 1):
+            with self._graph(number, hidden):
+                hidden = layer(hidden, layout)
         return hidden
+
+    def _graph(self, part: int, *inputs: Tensor) -> torch.set_grad_enabled:
+        """Context of a part: what is fixed, and whose inputs want no gradient either, leaves none to keep for it."""
+        wanted = part >= self.fixed or any(tensor.requires_grad for tensor in inputs)
+        return torch.set_grad_enabled(wanted and torch.is_grad_enabled())
 
     def forward_padded(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None

@@ -5,7 +5,7 @@ two sentences, encoded separately, or the one embedding of a pair that is encode
 objective's to say (`trainer/objectives/`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -95,12 +95,18 @@ class MultitaskModel(nn.Module):
         parts = {id(p): name for name, module in self.parts.items() for p in module.parameters()}
         return {name: parts[id(parameter)] for name, parameter in self.named_parameters()}
 
-    def forward(self, batch: Batch, objective: "Objective | None" = None, step: int = 0) -> dict[str, Tensor]:
+    def forward(
+        self,
+        batch: Batch,
+        objective: "Objective | None" = None,
+        step: int = 0,
+        targets: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
         """Raw outputs (B, outputs) in fp32 for each task of the batch; with an objective, its losses (B,) instead.
 
         Objectives are evaluated in here, so that a wrapper (DDP, DeepSpeed) sees one forward pass whatever they do.
         """
-        forward = Forward(self, batch, step)
+        forward = Forward(self, batch, step, targets=targets)
         return forward.outputs if objective is None else objective(forward)
 
 
@@ -111,7 +117,8 @@ class Forward:
     """One pass of the model over the batch of step `step`, in stages that are computed when they are asked for.
 
     `embeddings` takes the place of the encoder's own, (N, H) in the same order; `sentences` that of the batch's own,
-    which are laid out alike.
+    which are laid out alike. `targets` are a teacher's outputs (B, outputs) for each task, for an objective that wants
+    them.
     """
 
     def __init__(
@@ -121,15 +128,23 @@ class Forward:
         step: int = 0,
         embeddings: Tensor | None = None,
         sentences: Sentences | None = None,
+        targets: Mapping[str, Tensor] | None = None,
     ):
-        self.model, self.batch, self.step = model, batch, step
+        self.model, self.batch, self.step, self.targets = model, batch, step, targets or {}
         self.sentences = sentences or batch.sentences
         self.device = self.sentences.input_ids.device
         self._given = embeddings
 
     def again(self, embeddings: Tensor | None = None, sentences: Sentences | None = None) -> "Forward":
         """Another pass over the same batch: with dropout of its own, and with other embeddings or tokens."""
-        return Forward(self.model, self.batch, self.step, embeddings, sentences or self.sentences)
+        return Forward(self.model, self.batch, self.step, embeddings, sentences or self.sentences, self.targets)
+
+    def only(self, names: Collection[str]) -> "Forward":
+        """The same pass over some of the batch's tasks alone: with the same embeddings, which it shares."""
+        if not self.batch.tasks.keys() - set(names):
+            return self
+        batch, rows = self.batch.only(names)
+        return Forward(self.model, batch, self.step, self.embeddings[rows], targets=self.targets)
 
     @cached_property
     def embeddings(self) -> Tensor:

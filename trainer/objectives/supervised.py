@@ -30,7 +30,7 @@ def example_losses(task: Task, outputs: Tensor, labels: Tensor) -> Tensor:
     if task.kind == "multilabel":
         return F.binary_cross_entropy_with_logits(outputs, labels, reduction="none").mean(1)
     error = F.mse_loss if task.loss == "squared_error" else F.l1_loss
-    return error(_scaled(task, outputs), labels, reduction="none")
+    return error(scaled(task, outputs), labels, reduction="none")
 
 
 def predictions(task: Task, outputs: Tensor) -> Tensor:
@@ -44,9 +44,10 @@ def predictions(task: Task, outputs: Tensor) -> Tensor:
         return (outputs > 0).float()
     if task.kind == "masked_lm":
         return outputs
-    return _scaled(task, outputs)
+    return scaled(task, outputs)
 
 
-def _scaled(task: Task, outputs: Tensor) -> Tensor:
+def scaled(task: Task, outputs: Tensor) -> Tensor:
+    """(B,) similarities of a regression's raw outputs (B, 1)."""
     low, high = task.label_range
     return low + (high - low) * torch.sigmoid(outputs[:, 0])

@@ -18,6 +18,7 @@ from minbert.data.tokens import Tokenizer, load_tokenizer
 from minbert.trainer.checkpoint.format import Damaged, Manifest, folder_name, read_manifest, verify
 from minbert.trainer.checkpoint.shards import open_shards
 from minbert.trainer.config import RunConfig
+from minbert.trainer.engine.copies import AVERAGE
 from minbert.trainer.engine.parts import Part
 from minbert.trainer.model.memory import require_memory
 from minbert.trainer.model.multitask import MultitaskModel, head_part
@@ -73,14 +74,15 @@ def read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_weights(checkpoint: Path) -> tuple[Manifest, dict[str, Tensor]]:
-    """A checkpoint's parameters, whole. Raises Damaged."""
+    """A checkpoint's parameters, whole: those that are evaluated, so averaged where it has them. Raises Damaged."""
     manifest = read_manifest(checkpoint)
     if damage := verify(checkpoint, manifest):
         raise Damaged(damage[0])
     state = {name: torch.empty(shape) for name, shape in manifest.shapes.items()}
     with open_shards(checkpoint / name for name in manifest.files if name.endswith(".safetensors")) as shards:
         for name, tensor in state.items():
-            shards.fill(Part(name, 0, {"weight": tensor.view(-1)}, replicated=True))
+            averaged = AVERAGE in manifest.copies and shards.holds("exp_avg", name)  # what is frozen is its own average
+            shards.fill(Part(name, 0, {AVERAGE if averaged else "weight": tensor.view(-1)}, replicated=True))
     return manifest, state
 
 

@@ -93,5 +93,6 @@ class RunSaving:
             code=self.code,
             shapes=self.engine.shapes,
             files={},
+            copies=list(self.engine.copies),
             total_steps=self.budget.total_steps(state),
         )

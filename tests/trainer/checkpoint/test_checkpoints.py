@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from threading import Barrier
 
 import hypothesis.strategies as st
 import pytest
@@ -93,7 +94,7 @@ def cut(sizes: list[int], processes: int, replicated: list[bool], tensors) -> li
     return shares
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     shape=st.lists(st.tuples(st.integers(0, 40), st.booleans(), st.booleans()), min_size=1, max_size=6),
     writers=st.integers(1, 5),
@@ -157,7 +158,7 @@ def test_an_intact_checkpoint_verifies(tmp_path):
     assert verify(path, found) == [] and found.step == 3 and published(tmp_path) == [path]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(name=st.sampled_from(["a", "b", MANIFEST]), data=st.data())
 def test_any_change_to_any_file_is_found(tmp_path_factory, name, data):
     """A bit flipped, bytes cut off or added, or the file gone."""
@@ -188,7 +189,7 @@ def test_any_change_to_any_file_is_found(tmp_path_factory, name, data):
 def test_another_version_of_the_format_is_no_damage(tmp_path):
     path = write(tmp_path, 3)
     replace(read_manifest(path), format=99).write(path)
-    with pytest.raises(UserError, match="has format 99; this version of minbert reads format 2"):
+    with pytest.raises(UserError, match="has format 99; this version of minbert reads format 3"):
         read_manifest(path)
 
 
@@ -233,7 +234,7 @@ def test_a_name_is_given_anew_when_the_past_that_had_it_is_gone(tmp_path):
 # Retention
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     steps=st.lists(st.integers(1, 60), min_size=1, max_size=12, unique=True).map(sorted),
     keep=st.integers(1, 3),
@@ -289,15 +290,18 @@ def test_values_reach_everybody_in_order(store):
 
 
 def test_whoever_is_missing_is_named_to_all(store):
+    both = Barrier(2)
+
     def work(messages: Messages, rank: int) -> str:
         if rank == 2:
             return "missing"
+        both.wait()
         with pytest.raises(LostProcess) as error:
             messages.exchange("save/1", rank)
         return str(error.value)
 
-    first, second, _ = together(3, work, store, timeout=1.0)
-    assert first.startswith("waited 1 s for rank 2 on ") and first.endswith("(save/1)") and second == first
+    first, second, _ = together(3, work, store, timeout=3.0)
+    assert first.startswith("waited 3 s for rank 2 on ") and first.endswith("(save/1)") and second == first
 
 
 def test_rank_0_decides_and_damage_that_another_rank_finds_counts(tmp_path, store):

@@ -110,7 +110,7 @@ def test_second_derivatives_of_the_linear_layer():
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.integers(0, 5))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_sentences_do_not_see_each_other(lengths, seed):
     """Each sentence's hidden states are those it has alone, in either way of attending."""
     torch.manual_seed(seed)

@@ -58,7 +58,7 @@ HARD = ["random", "conflicting", "parallel", "opposing", "rank-deficient", "zero
 
 @pytest.mark.parametrize("name", GRAMIAN)
 @given(st.sampled_from(HARD), st.integers(1, 5), st.integers(0, 1000), st.integers(-15, 15))
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_weights_are_finite_whatever_the_gradients(name, kind, tasks, seed, exponent):
     rows = jacobian(kind, tasks, seed) * 10.0**exponent
     found = weights(name, rows @ rows.T)
@@ -69,7 +69,7 @@ def test_weights_are_finite_whatever_the_gradients(name, kind, tasks, seed, expo
 
 @pytest.mark.parametrize("name", DENSE)
 @given(st.sampled_from(["random", "conflicting"]), st.integers(2, 5), st.integers(0, 1000))
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_weights_combine_to_torchjds_dense_result(name, kind, tasks, seed):
     rows = jacobian(kind, tasks, seed)
     found = weights(name, rows @ rows.T, step=seed)
@@ -79,7 +79,7 @@ def test_weights_combine_to_torchjds_dense_result(name, kind, tasks, seed):
 
 @pytest.mark.parametrize("name", NON_CONFLICTING)
 @given(st.sampled_from(["random", "conflicting", "rank-deficient"]), st.integers(2, 5), st.integers(0, 1000))
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_the_update_conflicts_with_no_task(name, kind, tasks, seed):
     rows = jacobian(kind, tasks, seed)
     gramian = rows @ rows.T
@@ -89,7 +89,7 @@ def test_the_update_conflicts_with_no_task(name, kind, tasks, seed):
 
 @pytest.mark.parametrize("name", DETERMINISTIC)
 @given(st.integers(2, 5), st.integers(0, 1000))
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 def test_the_order_of_the_tasks_does_not_matter(name, tasks, seed):
     rows = jacobian("random", tasks, seed)
     order = torch.randperm(tasks, generator=torch.Generator().manual_seed(seed))
@@ -101,7 +101,7 @@ def test_the_order_of_the_tasks_does_not_matter(name, tasks, seed):
 
 @pytest.mark.parametrize("name", ["pcgrad", "mgda", "imtl_g", "aligned_mtl", "upgrad", "dualproj", "config"])
 @given(st.integers(0, 1000), st.integers(-6, 6))
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 def test_common_scale_does_not_change_weights(name, seed, exponent):
     rows = jacobian("conflicting", 3, seed)
     gramian = rows @ rows.T
@@ -109,7 +109,7 @@ def test_common_scale_does_not_change_weights(name, seed, exponent):
 
 
 @given(st.integers(0, 1000))
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_pcgrad_of_two_tasks_is_the_projection(seed):
     rows = jacobian("random", 2, seed)
     a, b = rows
@@ -119,7 +119,7 @@ def test_pcgrad_of_two_tasks_is_the_projection(seed):
 
 
 @given(st.sampled_from(["random", "conflicting"]), st.integers(1, 6), st.integers(0, 1000), st.integers(-10, 10))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_nash_mtl_solves_its_equation(kind, tasks, seed, exponent):
     """G a = 1 / a (Navon et al. 2022, equation 2)."""
     rows = jacobian(kind, tasks, seed)

@@ -71,7 +71,7 @@ WHOLE = [cut(name, 0, size) for name, size in NAMES.items()]
 
 
 @given(cuts())
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_gramians_of_shards_add_up(processes):
     gradients = whole_gradients()
     parts = [gramians(Held(shards), held_by(shards, gradients), LAYERS).by_layer for shards in processes]
@@ -81,7 +81,7 @@ def test_gramians_of_shards_add_up(processes):
 
 
 @given(cuts())
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_combining_and_dropping_do_not_depend_on_the_cut(processes):
     weights = [{"embeddings": 0.5, "layer 0": 2.0}, {"embeddings": -1.0, "layer 0": 1.0}, dict.fromkeys(LAYERS, 3.0)]
     expected = combine(WHOLE, held_by(WHOLE, whole_gradients()), weights, [1.0, 1.0, 1.0])
@@ -187,7 +187,7 @@ def test_bf16_keeps_gradients_in_fp32(folder):
         assert second.losses[name] != loss
     assert all(parameter.dtype == torch.float32 for parameter in low.engine.parameters.values())
     low.engine.backward(low._losses(low.batches(low.plan.names, 1, 0), 1)["sts"], True)
-    assert {part.dtype for part in low.engine.take() if part is not None} == {torch.float32}
+    assert {part.dtype for part in low.engine.collect_gradient() if part is not None} == {torch.float32}
 
 
 def silence(step, task):
