@@ -349,9 +349,10 @@ class RunConfig(Section):
 
     @property
     def smart_weights(self) -> dict[str, float]:
-        """The weight of adversarial smoothness for each task."""
-        given = self.objective.smart_weight or (0.0,)
-        return dict(zip(self.corpus.names, given * len(self.corpus.tasks) if len(given) == 1 else given))
+        """The weight of adversarial smoothness for each task; a masked language model has no outputs to keep smooth."""
+        given, tasks = self.objective.smart_weight or (0.0,), self.corpus.tasks
+        weights = zip(tasks, given * len(tasks) if len(given) == 1 else given)
+        return {task.name: 0.0 if task.kind == "masked_lm" else weight for task, weight in weights}
 
     def _weights_from(self) -> str:
         """What the aggregator takes its weights from, its `source`. Raises UserError if there is no such aggregator."""
