@@ -3,7 +3,7 @@ drawn."""
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -43,7 +43,6 @@ def words(sentence: list[int], whole: bool = True) -> list[list[int]]:
     return found
 
 
-@settings(deadline=None)
 @given(batches(), st.integers(0, 2**32 - 1), st.sampled_from([0.05, 0.15, 0.5, 1.0]), st.booleans())
 def test_words_are_hidden_whole_and_about_so_many_tokens_as_asked(sentences, seed, share, whole):
     ids, lengths = flat(sentences)
@@ -66,7 +65,6 @@ def test_words_are_hidden_whole_and_about_so_many_tokens_as_asked(sentences, see
         start += len(sentence)
 
 
-@settings(deadline=None)
 @given(batches(), st.integers(0, 1000), st.randoms(use_true_random=False))
 def test_what_an_example_hides_depends_on_its_place_alone(sentences, step, random):
     """However a batch is cut up and ordered: on any process, in any part of an accumulated step."""
