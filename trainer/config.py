@@ -77,6 +77,12 @@ class CorpusConfig(Section):
     """Train on this many examples per task, spread evenly over its file."""
     eval_limit: Count | None = None
     """Score this many examples per task during training."""
+    augmented: tuple[Folder, ...] = ()
+    """Files with new rows for the tasks' training rows, as `minbert augment` writes them."""
+    augment_mode: Literal["draw", "append"] = "draw"
+    """How they are used: `draw` takes one in the place of its row, anew each time that comes up; `append` adds all."""
+    augment_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Of augment_mode=draw: how often a row that has new ones gives its place to one of them."""
     cache: Folder | None = None
     """Folder for tokenised data; the default is $MINBERT_CACHE, or minbert in the user's cache folder."""
 
