@@ -22,7 +22,7 @@ test: $(VENV)/.installed-dev
 # The processes that tests start have other working directories: paths are absolute.
 coverage: $(VENV)/.installed-dev
 	mkdir -p build
-	COVERAGE_ROOT=$(CURDIR) COVERAGE_FILE=$(CURDIR)/build/coverage COVERAGE_PROCESS_START=$(CURDIR)/pyproject.toml \
+	COVERAGE_ROOT=$(CURDIR) COVERAGE_FILE=$(CURDIR)/build/coverage COVERAGE_CHILDREN=$(CURDIR)/pyproject.toml \
 		$(PYTEST) --cov $(PYTEST_OPTIONS)
 
 lint: $(VENV)/.installed-dev
