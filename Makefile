@@ -23,7 +23,7 @@ test: $(VENV)/.installed-dev
 coverage: $(VENV)/.installed-dev
 	mkdir -p build
 	COVERAGE_ROOT=$(CURDIR) COVERAGE_FILE=$(CURDIR)/build/coverage COVERAGE_CHILDREN=$(CURDIR)/pyproject.toml \
-		$(PYTEST) --cov $(PYTEST_OPTIONS)
+		$(PYTEST) $(PYTEST_OPTIONS) --cov
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
