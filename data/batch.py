@@ -4,7 +4,7 @@ Rows of each task's split become sequences (`split`), all sequences one matrix o
 beside that stand each task's labels and weights. What is random in them is drawn here as well (`draw`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from minbert.data.draw import Draw
-from minbert.data.layout import Sentences
+from minbert.data.layout import Layout, Sentences
 from minbert.data.ragged import Ragged
 from minbert.data.split import Encoded, TokenisedSplit
 
 
 @dataclass(frozen=True)
 class Portion:
-    """Of a task's global batch, which has `global_size` examples, those at `places` (n,): the `rows` (n,) of its split.
+    """Of a task's global batch, of `global_size`, the examples at `places` (n,): the `rows` (n,) of its split.
 
     Several processes, and the parts of an accumulated step, have a portion each.
     """
@@ -37,13 +37,14 @@ class Portion:
 class TaskBatch:
     """A task's part of a batch: B examples, each with a sequence for each of `sides` in each of `readings`.
 
-    `weights` are 1 for an example and 0 for a filler, which exists only so that a process without examples can take
-    part in collective operations. `global_size` counts the real examples over all processes: losses are averaged by
-    it. The task's sequences are numbered from `first` on: by side, then by reading, then by example.
+    `weights` are 1 for an example, or as its split says, and 0 for a filler, which exists only so that a process
+    without examples can take part in collective operations. `global_size` is their sum over all processes: losses are
+    averaged by it. The task's sequences are numbered from `first` on: by side, then by reading, then by example.
     """
 
-    labels: Tensor  # (B,) float32, multilabel (B, classes); of tokens (M,)
+    labels: Tensor  # (B,) float32, multilabel (B, classes); of tokens (M,) int64
     weights: Tensor  # (B,) float32
+    places: Tensor  # (B,) int64, of the examples in the task's global batch
     global_size: int
     sides: int
     readings: int
@@ -61,8 +62,8 @@ class TaskBatch:
 
     def to(self, device: torch.device) -> "TaskBatch":
         rows = None if self.rows is None else self.rows.to(device, non_blocking=True)
-        labels, weights = (part.to(device, non_blocking=True) for part in (self.labels, self.weights))
-        return replace(self, labels=labels, weights=weights, rows=rows)
+        names = ("labels", "weights", "places")
+        return replace(self, rows=rows, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,24 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(self.sentences.to(device), {name: part.to(device) for name, part in self.tasks.items()})
+
+    def only(self, names: Collection[str]) -> "tuple[Batch, Tensor]":
+        """The batch of some of its tasks, and where (N',) the tokens of that lie in the matrix of this one."""
+        layout, tasks, first = self.sentences.layout, dict[str, TaskBatch](), 0
+        chosen = torch.zeros(len(layout), dtype=torch.bool, device=layout.sequence.device)
+        for name in self.tasks:
+            if name in names:
+                part = self.tasks[name]
+                chosen[part.first : part.first + part.sequences] = True
+                tasks[name], first = replace(part, first=first), first + part.sequences
+        kept = chosen[layout.sequence]
+        ids, types = self.sentences.input_ids[kept], self.sentences.token_type_ids[kept]
+        own = Layout.of(layout.lengths[chosen].cpu().numpy()).to(ids.device)
+        places = kept.cumsum(0) - 1  # of the tokens in the smaller matrix, whose order is the same
+        for name, part in tasks.items():
+            if part.rows is not None:
+                tasks[name] = replace(part, rows=places[part.rows])
+        return Batch(Sentences(ids, types, own), tasks), kept.nonzero()[:, 0]
 
 
 def make_batch(
@@ -106,11 +125,14 @@ def make_batch(
 
 
 def _task_batch(part: Encoded, portion: Portion, sentences: Sentences, offsets: np.ndarray, first: int) -> TaskBatch:
-    weights = torch.ones(len(portion.rows)) if len(portion.rows) else torch.zeros(1)
+    weights = torch.ones(len(portion.rows)) if part.weights is None else torch.from_numpy(part.weights)
+    if not len(portion.rows):
+        weights = torch.zeros(1)
     labels = torch.zeros(len(weights)) if part.labels is None else torch.from_numpy(part.labels)
     rows = None
     if part.tokens is not None:
         token = offsets[first] + part.tokens  # counted through all sequences
         sequence = np.searchsorted(offsets, token, side="right") - 1
         rows = sentences.layout.starts[torch.from_numpy(sequence)] + torch.from_numpy(token - offsets[sequence])
-    return TaskBatch(labels, weights, portion.global_size, part.sides, part.readings, first, rows)
+    places = torch.from_numpy(portion.places) if len(portion.rows) else torch.zeros(1, dtype=torch.int64)
+    return TaskBatch(labels, weights, places, portion.global_size, part.sides, part.readings, first, rows)

@@ -1,6 +1,7 @@
 """A tokenised split, and how its examples become the sequences that the encoder sees."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +29,7 @@ class Encoded:
     sides: int = 1
     readings: int = 1
     tokens: np.ndarray | None = None
+    weights: np.ndarray | None = None  # (B,) float32, of the examples' losses in the batch's; None: all 1
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class TokenisedSplit:
     Sentences of an example are encoded each for itself, unless `joint` says that they are a pair in one sequence.
     """
 
-    ids: list[str]
+    ids: Sequence[str]
     columns: tuple[Ragged, ...]
     labels: np.ndarray | None  # (n,) float32, multilabel (n, classes); None where the split is unlabelled
     joint: JointPairs | None = None
@@ -73,6 +75,11 @@ class TokenisedSplit:
             first, second = np.where(swapped, second, first), np.where(swapped, first, second)
         pairs, types = join(sentences, first, second, self.joint.max_length)
         return Encoded(pairs, types, labels, readings=readings)
+
+    def total(self, rows: np.ndarray, draw: Draw) -> int:
+        """The sum of the weights of a global batch, `rows` with the random numbers of all of them: the number of
+        examples, unless the weights are others."""
+        return len(rows)
 
     def fingerprint(self) -> str:
         """Number of examples, and a digest of all that training sees of them: tokens and labels."""

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from minbert.data.errors import UserError, explain, shown
 from minbert.data.reading import read_yaml
@@ -19,9 +19,9 @@ from minbert.data.reading import read_yaml
 Split = Literal["train", "dev", "test"]
 SPLITS: tuple[Split, ...] = ("train", "dev", "test")
 
-Kind = Literal["classification", "binary", "regression", "multilabel"]
+Kind = Literal["classification", "binary", "regression", "multilabel", "masked_lm"]
 Loss = Literal["cross_entropy", "binary_cross_entropy", "squared_error", "absolute_error"]
-Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman"]
+Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman", "perplexity"]
 Values = Literal["index", "name", "float"]
 
 # What goes with each kind; the first is the default.
@@ -30,18 +30,21 @@ LOSSES: Mapping[Kind, tuple[Loss, ...]] = {
     "binary": ("binary_cross_entropy",),
     "regression": ("squared_error", "absolute_error"),
     "multilabel": ("binary_cross_entropy",),
+    "masked_lm": ("cross_entropy",),
 }
 METRICS: Mapping[Kind, tuple[Metric, ...]] = {
     "classification": ("accuracy", "f1", "matthews"),
     "binary": ("accuracy", "f1", "matthews"),
     "regression": ("pearson", "spearman"),
     "multilabel": ("f1", "accuracy"),
+    "masked_lm": ("perplexity",),
 }
 VALUES: Mapping[Kind, tuple[Values, ...]] = {
     "classification": ("name", "index"),
     "binary": ("index", "name", "float"),
     "regression": ("float",),
     "multilabel": ("name",),
+    "masked_lm": ("float",),
 }
 CORRELATIONS = ("pearson", "spearman", "matthews")  # from -1 to 1
 
@@ -102,12 +105,52 @@ class Predictions(Section):
     values: Values | None = None
 
 
+class Texts(Section):
+    """The texts of a masked language model: the training texts of other tasks, each distinct one once, and text files
+    with one sentence or document a line. What scores it are the files `dev`, or else a share `held_out` of all texts
+    that is not trained on; equal texts are on the same side.
+
+    A text is cut off where it is too long; `packed` lays all of them end to end instead, and cuts that.
+    """
+
+    tasks: tuple["Task", ...] = ()
+    splits: Annotated[tuple[Split, ...], Field(min_length=1)] = ("train",)  # of those tasks
+    files: tuple[Path, ...] = ()
+    dev: tuple[Path, ...] = ()
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    packed: bool = False
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _resolve_tasks(cls, words: Any) -> Any:
+        try:
+            return tuple(resolve_task(word) for word in ([words] if isinstance(words, str) else words))
+        except UserError as error:
+            raise ValueError(str(error)) from None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Texts":
+        if not self.tasks and not self.files:
+            raise ValueError("texts: name `tasks` or `files` that have them")
+        if corpora := [task.name for task in self.tasks if task.kind == "masked_lm"]:
+            raise ValueError(f"texts.tasks: {corpora[0]} has no texts of its own")
+        return self
+
+
+class Words(Section):
+    """What a masked language model must guess: a `share` of each text's tokens, by whole words or piece by piece."""
+
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    whole: bool = True
+
+
 class Task(Section):
     """One task. `sentences` are one or two column names; `classes` name the labels 0, 1, ...; `range` is inclusive.
 
     In a file a label is a class's number or name; of several labels (`multilabel`), names joined by commas, or a list.
     A `symmetric` pair means the same in either order. `weight` is the task's in the mean over tasks that is the overall
-    score.
+    score; 0 is for one that only helps the others. A masked language model (`masked_lm`) has `texts` in the place of
+    columns and labels.
     """
 
     name: Name
@@ -121,7 +164,9 @@ class Task(Section):
     range: tuple[float, float] | None = None
     loss: Loss | None = None
     metric: Metric | None = None
-    weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    masking: Words | None = None
+    texts: Texts | None = None
     files: Files | None = None
     builtin: Literal["sst", "quora", "sts"] | None = None
     course: CourseFiles | None = None
@@ -141,6 +186,8 @@ class Task(Section):
         filled.setdefault("symmetric", isinstance(columns, list | tuple) and len(columns) == 2)
         if kind == "binary":
             filled.setdefault("classes", ("no", "yes"))
+        if kind == "masked_lm":
+            filled = {"sentences": ("text",), "label": "masked", "masking": {}} | filled
         written = filled.get("predictions", {})
         if isinstance(written, dict):
             filled["predictions"] = {"stem": name, "values": VALUES[kind][0]} | written
@@ -150,18 +197,19 @@ class Task(Section):
     def _consistent(self) -> "Task":
         if self.name == "overall":
             raise ValueError("name: 'overall' is the name of the mean over all tasks")
+        self._consistent_texts()
         if self.kind == "regression":
             if self.range is None or not self.range[0] < self.range[1]:
                 raise ValueError("range: a regression needs its lowest and highest label, such as [0, 5]")
         elif self.range is not None:
-            raise ValueError(f"range: only a regression has one; a {self.kind} task has classes")
+            raise ValueError(f"range: only a regression has one, and this is a {self.kind} task")
         least = {"classification": 2, "binary": 2, "multilabel": 1}.get(self.kind, 0)
-        if self.kind != "regression" and (len(self.classes) < least or len(set(self.classes)) < len(self.classes)):
+        if least and (len(self.classes) < least or len(set(self.classes)) < len(self.classes)):
             raise ValueError(f"classes: a {self.kind} task needs the names of at least {least}, all different")
         if self.kind == "binary" and len(self.classes) != 2:
             raise ValueError(f"classes: a binary task has two, first that of label 0, not {len(self.classes)}")
-        if self.kind == "regression" and self.classes:
-            raise ValueError("classes: a regression has none")
+        if not least and self.classes:
+            raise ValueError(f"classes: a {self.kind} task has none")
         if self.kind == "multilabel" and any("," in name for name in self.classes):
             raise ValueError("classes: a name with a comma cannot be told from two labels")
         if len({*self.sentences, self.label}) < len(self.sentences) + 1:
@@ -183,6 +231,17 @@ class Task(Section):
                 raise ValueError(f"files.{split}: {path} must end in {', '.join(FORMATS)}")
         return self
 
+    def _consistent_texts(self) -> None:
+        if self.kind != "masked_lm":
+            if given := [key for key in ("texts", "masking") if getattr(self, key) is not None]:
+                raise ValueError(f"{given[0]}: only a masked_lm task has them, and this is a {self.kind} task")
+            return
+        if self.texts is None:
+            raise ValueError("texts: a masked_lm task needs them: `tasks`, `files`, or both")
+        places = [key for key in ("files", "builtin", "course", "hub") if getattr(self, key) is not None]
+        if places or self.is_pair:
+            raise ValueError(f"{places[0] if places else 'sentences'}: a masked_lm task has `texts` instead")
+
     @property
     def is_pair(self) -> bool:
         return len(self.sentences) == 2
@@ -194,7 +253,10 @@ class Task(Section):
 
     @property
     def outputs(self) -> int:
-        """Numbers that the head gives per example: a logit per class, or one."""
+        """Numbers that the model gives per example: a logit per class, or one; of a masked language model, the negative
+        log likelihood of the hidden tokens, summed, and how many they are."""
+        if self.kind == "masked_lm":
+            return 2
         return len(self.classes) if self.kind in ("classification", "multilabel") else 1
 
     @property
@@ -208,6 +270,9 @@ class Task(Section):
         return self.name
 
     __repr__ = __str__
+
+
+Texts.model_rebuild()
 
 
 def named(task: Task, label: Any) -> str:
@@ -226,7 +291,7 @@ def resolve_task(word: Any, folder: Path | None = None) -> Task:
         return _parse(dict(word), f"task {word.get('name', '')}".strip())
     if not isinstance(word, str):
         raise UserError(f"a task is given by its name or its file, not by {shown(word)}")
-    if word.endswith((".yaml", ".yml")) or "/" in word:
+    if _is_file(word):
         return load_task(Path(word).expanduser())
     known = {path.stem: path for place in (DECLARATIONS, folder) if place for path in sorted(place.glob("*.yaml"))}
     if word not in known:
@@ -234,6 +299,11 @@ def resolve_task(word: Any, folder: Path | None = None) -> Task:
         hint = f"; did you mean {near[0]!r}?" if near else "."
         raise UserError(f"there is no task {shown(word)}{hint} There are {', '.join(sorted(known))}, and FILE.yaml")
     return load_task(known[word])
+
+
+def _is_file(word: Any) -> bool:
+    """Whether a task is called by its declaration's path, not by its name."""
+    return isinstance(word, str) and (word.endswith((".yaml", ".yml")) or "/" in word)
 
 
 def load_task(path: Path) -> Task:
@@ -248,12 +318,20 @@ def _load_own(name: str) -> Task:
 
 def _load(path: Path) -> Task:
     raw = read_yaml(path)
+    base = path.absolute().parent
+
+    def absolute(value: Any) -> Any:
+        """A path relative to the declaration's folder; of several, each."""
+        if isinstance(value, list):
+            return [absolute(each) for each in value]
+        return str(base / Path(value).expanduser()) if isinstance(value, str) else value
+
     if isinstance(raw.get("files"), dict):
-        base = path.absolute().parent
-        raw["files"] = {
-            split: str(base / Path(file).expanduser()) if isinstance(file, str) else file
-            for split, file in raw["files"].items()
-        }
+        raw["files"] = {split: absolute(file) for split, file in raw["files"].items()}
+    if isinstance(texts := raw.get("texts"), dict):
+        texts |= {key: absolute(texts[key]) for key in ("files", "dev") if key in texts}
+        if isinstance(texts.get("tasks"), list):
+            texts["tasks"] = [absolute(word) if _is_file(word) else word for word in texts["tasks"]]
     return _parse(raw, str(path))
 
 
@@ -281,5 +359,7 @@ def _keys_at(place: tuple[int | str, ...]) -> list[str]:
         "course": CourseFiles,
         "hub": HubDataset,
         "predictions": Predictions,
+        "texts": Texts,
+        "masking": Words,
     }
     return list(kinds.get(str(place[0]), Task).model_fields if place else Task.model_fields)

@@ -14,6 +14,7 @@ from minbert.trainer.processes.exit_codes import ExitCode, leave
 # command -> (module, what it does). Modules are imported when they are needed: PyTorch takes seconds.
 COMMANDS = {
     "train": ("minbert.launch.commands.train", "train a model"),
+    "pretrain": ("minbert.launch.commands.pretrain", "train the encoder as a masked language model"),
     "resume": ("minbert.launch.commands.resume", "go on with a run, perhaps on other processes"),
     "checkpoint": ("minbert.launch.commands.checkpoint", "list, verify or convert checkpoints"),
     "submit": ("minbert.launch.commands.submit", "train as a job on a SLURM cluster"),

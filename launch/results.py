@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from minbert.data.files import replacing
-from minbert.data.task import Split
+from minbert.data.task import Split, Task
 from minbert.trainer.checkpoint.saving import now
 from minbert.trainer.config import RunConfig
 from minbert.trainer.evaluation.prediction_files import prediction_file_name, write_predictions
@@ -31,11 +31,7 @@ RECORD = "predictions.json"
 def is_reported(run: RunFolder) -> bool:
     """Whether all prediction files are there, and of the best model."""
     config = run.read_config()
-    names = [
-        prediction_file_name(config, config.corpus.task(name), split)
-        for name in config.corpus.names
-        for split in REPORTED
-    ]
+    names = [prediction_file_name(config, task, split) for task in predicted_tasks(config) for split in REPORTED]
     files = [run.predictions / name for name in names]
     return all(file.exists() and file.stat().st_mtime >= run.best_model.stat().st_mtime for file in files)
 
@@ -54,7 +50,16 @@ def report(run: RunFolder, stop: StopRequest) -> None:
         )
         return
     console.print(score_table("Best model, dev", config.corpus.tasks, {"score": results["dev"]}))
-    console.print(f"Predictions: {run.predictions}   Model: {run.best_model}", highlight=False, soft_wrap=True)
+    if predicted_tasks(config):
+        text = f"Predictions: {run.predictions}   Model: {run.best_model}"
+    else:
+        text = f"For --model, and for transformers: {run.pretrained}"
+    console.print(text, highlight=False, soft_wrap=True)
+
+
+def predicted_tasks(config: RunConfig) -> list[Task]:
+    """Tasks of which there are prediction files: a masked language model predicts for nobody."""
+    return [task for task in config.corpus.tasks if task.kind != "masked_lm"]
 
 
 def whole_splits(config: RunConfig, data: str | None = None) -> RunConfig:
@@ -81,20 +86,24 @@ def predict_splits(
     world = World(0, 1, pick_device(config.parallel))
     model, tokenizer, saved = load_model(run, world.device)
     about = {"data": config.corpus.data} | about_model(run, saved["step"]) if folder else {}
+    predicted = {task.name for task in predicted_tasks(config)}
     parts = {
-        (split, name): load_split(config, name, split, tokenizer) for split in splits for name in config.corpus.names
+        (split, name): load_split(config, name, split, tokenizer)
+        for split in splits
+        for name in config.corpus.names
+        if name in predicted or split != "test"
     }
     results: dict[Split, dict[str, float]] = {split: {} for split in splits}
     with PredictionProgress(sum(map(count_batches, parts.values())), console) as progress:
         for (split, name), tokenised in parts.items():
             task, ask = config.corpus.task(name), progress.counting(f"{name} {split}", stopped)
-            if (predicted := predict(model, task, tokenised, world, ask)) is None:
+            if (found := predict(model, task, tokenised, world, ask)) is None:
                 return None
             if tokenised.labels is not None:
-                results[split][name] = score(task, predicted, tokenised.labels)
-            if folder:
+                results[split][name] = score(task, found, tokenised.labels)
+            if folder and name in predicted:
                 path = folder / prediction_file_name(config, task, split)
-                write_predictions(path, task, tokenised.ids, predicted.tolist())
+                write_predictions(path, task, tokenised.ids, found.tolist())
                 what = {"task": name, "split": split, "rows": len(tokenised), "examples": tokenised.fingerprint()}
                 write_record(folder / RECORD, path.name, what | about)
     return {

@@ -53,13 +53,13 @@ def train_trial(config: RunConfig, stop: StopRequest, begin: Callable[[int], Non
 
 def count_steps(config: RunConfig) -> int:
     """Optimizer steps of a resolved configuration's budget; reads data only where the budget is in epochs, and once."""
-    from minbert.trainer.run.data import build_plan, load_examples_of
+    from minbert.trainer.run.data import build_plan, count_training_examples
 
     if config.budget.steps is not None:
         return config.budget.steps
     key = config.corpus.model_dump_json()
     if key not in _sizes:
-        _sizes[key] = {name: range(len(load_examples_of(config, name, "train"))) for name in config.corpus.names}
+        _sizes[key] = {name: range(count_training_examples(config, name)) for name in config.corpus.names}
     return max(1, round(config.budget.epochs * build_plan(config, _sizes[key]).steps_per_epoch))
 
 

@@ -13,6 +13,7 @@ FLOORS = (
     "trainer.processes.random_state",
     "trainer.surgery.methods",
     "trainer.config",
+    "trainer.recipe",
     "trainer.processes",
     "trainer.model",
     "trainer.objectives",

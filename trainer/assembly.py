@@ -9,9 +9,11 @@ from minbert.data.plan import BatchPlan
 from minbert.data.split import TokenisedSplit
 from minbert.trainer.config import RunConfig
 from minbert.trainer.engine.base import Engine, build_accelerator, build_engine
+from minbert.trainer.engine.copies import copies_of
 from minbert.trainer.engine.optimizer import build_optimizer, rates
 from minbert.trainer.model.multitask import MultitaskModel
 from minbert.trainer.model.weights import find_checkpoint, load_weights
+from minbert.trainer.objectives.choice import build_objective
 from minbert.trainer.processes.random_state import seed_everything, stream
 from minbert.trainer.processes.world import World
 from minbert.trainer.run.budget import Budget
@@ -56,6 +58,8 @@ def assemble_step(
         clip=config.optimizer.clip,
         per_layer=config.batch.surgery_scope == "layer",
         rates=lambda step: rates(step, planned, config.optimizer, engine.peak_rates),
+        objective=build_objective(config),
+        copies=copies_of(config, planned),
     )
     if not step.layers and step.aggregator.source != "losses":
         log.warning("the encoder is frozen, so the tasks share nothing: %s is a plain sum", config.batch.aggregator)
@@ -63,9 +67,10 @@ def assemble_step(
 
 
 def _load_pretrained(model: MultitaskModel, config: RunConfig, world: World) -> None:
-    missing = load_weights(model.bert, find_checkpoint(config.encoder.model, config.encoder.revision))
+    folder = find_checkpoint(config.encoder.model, config.encoder.revision)
+    missing = load_weights(model.bert, folder, list(model.decoders.values()))
     if missing and world.is_main:
-        log.warning("%s has no weights for %s: they start at random", config.encoder.model, missing)
+        log.warning("%s has no weights for %s: they start at random", config.encoder.model, ", ".join(missing))
 
 
 @contextlib.contextmanager

@@ -153,12 +153,49 @@ class OptimizerConfig(Section):
     """Share of the steps over which the learning rate rises from zero."""
     clip: Annotated[float, Field(ge=0)] = 1.0
     """Largest norm of the gradient; 0 does not clip."""
+    head_warmup: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the steps, at the beginning, that train the heads alone over an encoder that stays as it is."""
+    unfreeze: Literal["at_once", "gradual"] = "at_once"
+    """How the encoder joins after that: all of it, or one layer after another from the top."""
+    unfreeze_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of the steps after which a gradual unfreezing has reached the embeddings."""
+    average_decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Score, keep as the best model and export an exponential moving average of the weights with this decay (.999,
+    say) in place of the weights, with which training goes on."""
 
     @property
     def peaks(self) -> tuple[float, float]:
         """`lr` and `head_lr` of a run that is prepared, which has filled them in."""
         assert self.lr is not None and self.head_lr is not None
         return self.lr, self.head_lr
+
+
+class ObjectiveConfig(Section):
+    """What is added to the tasks' losses: the two halves of SMART (docs/techniques.md)."""
+
+    smart_weight: tuple[Annotated[float, Field(ge=0)], ...] = ()
+    """Weight of adversarial smoothness: one number for all tasks, or one for each in the order of `tasks`."""
+    smart_noise: Annotated[float, Field(gt=0)] = 1e-5
+    """Variance of the noise on the embeddings from which the perturbation is looked for."""
+    smart_steps: Count = 1
+    """Ascent steps of that search."""
+    smart_step_size: Annotated[float, Field(gt=0)] = 1e-3
+    """Length of an ascent step."""
+    smart_norm: Literal["infinity", "2", "none"] = "infinity"
+    """Norm, token by token, in which a step has that length; `none` takes the gradient as it is."""
+    smart_radius: Annotated[float, Field(gt=0)] | None = None
+    """Largest norm of a token's perturbation (the paper's epsilon)."""
+    proximal_weight: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the divergence from a teacher, a moving average of the weights (the Bregman proximal point method)."""
+    teacher_decays: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.99, 0.999)
+    """The teacher's decay at first, and later."""
+    teacher_change: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of the planned steps after which the later one holds."""
+
+    @field_validator("smart_weight", mode="before")
+    @classmethod
+    def _one_for_all(cls, given: Any) -> Any:
+        return (given,) if isinstance(given, int | float) else given
 
 
 class BatchConfig(Section):
@@ -242,6 +279,8 @@ class RunConfig(Section):
 
     run: Folder | None = None
     """Run folder; one that exists is resumed. The default is a new one under runs/."""
+    recipe: tuple[str, ...] = ()
+    """Named settings to start from, the later laid over the earlier: `paper-full minilm`; `list` shows all."""
     seed: Seed = 0
     """Seed of the weights, the dropout and the order of the data."""
     log_every: Count = 10
@@ -252,6 +291,7 @@ class RunConfig(Section):
     encoder: EncoderConfig = EncoderConfig()
     heads: HeadsConfig = HeadsConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
     batch: BatchConfig = BatchConfig()
     budget: BudgetConfig = BudgetConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -279,6 +319,13 @@ class RunConfig(Section):
             raise ValueError(
                 f"accumulation={self.batch.accumulation} parts of a batch_size={self.batch.batch_size} would be empty"
             )
+        if self.encoder.freeze == "encoder" and self.unfreezes:
+            raise ValueError("freeze=encoder trains the heads alone to the end: leave out head_warmup and unfreeze")
+        if self.optimizer.unfreeze == "gradual" and self.optimizer.head_warmup > self.optimizer.unfreeze_share:
+            raise ValueError(
+                f"head_warmup={self.optimizer.head_warmup:g} ends after the unfreezing would, which "
+                f"unfreeze_share={self.optimizer.unfreeze_share:g} of the steps are for"
+            )
         try:
             source = self._weights_from()
         except UserError as error:
@@ -292,9 +339,19 @@ class RunConfig(Section):
             raise ValueError(f"surgery_scope=layer needs gradient surgery, which {self.batch.aggregator} is not")
         if self.batch.task_weights is not None and len(self.batch.task_weights) != len(self.corpus.tasks):
             raise ValueError(f"task_weights needs one number for each of {', '.join(self.corpus.names)}")
+        if len(self.objective.smart_weight) not in (0, 1, len(self.corpus.tasks)):
+            raise ValueError(f"smart_weight needs one number, or one for each of {', '.join(self.corpus.names)}")
+        if not any(task.weight for task in self.corpus.tasks):
+            raise ValueError("tasks: at least one needs a weight, or nothing tells which model is the best")
         if len(set(self.corpus.names)) < len(self.corpus.tasks):
             raise ValueError(f"tasks names a task twice: {', '.join(self.corpus.names)}")
         return self
+
+    @property
+    def smart_weights(self) -> dict[str, float]:
+        """The weight of adversarial smoothness for each task."""
+        given = self.objective.smart_weight or (0.0,)
+        return dict(zip(self.corpus.names, given * len(self.corpus.tasks) if len(given) == 1 else given))
 
     def _weights_from(self) -> str:
         """What the aggregator takes its weights from, its `source`. Raises UserError if there is no such aggregator."""
@@ -305,10 +362,16 @@ class RunConfig(Section):
         return parse_method(self.batch.aggregator)[1].source  # imports nothing that the text names
 
     @property
-    def trains_tasks_apart(self) -> bool:
-        """Whether some backward passes are for one task only."""
-        surgery = self._weights_from() != "losses"
-        return surgery or self.batch.measure_every is not None or self.batch.task_schedule != "all"
+    def unfreezes(self) -> bool:
+        """Whether parts of the encoder join later."""
+        return self.optimizer.head_warmup > 0 or self.optimizer.unfreeze == "gradual"
+
+    @property
+    def leaves_out_parts(self) -> bool:
+        """Whether some backward passes do not reach every part that is trained: those of one task only, or above what
+        is not trained yet."""
+        alone = self._weights_from() != "losses" or self.batch.measure_every is not None
+        return alone or self.batch.task_schedule != "all" or self.unfreezes
 
 
 # Options by which a resumed run may differ from what its folder says.
@@ -332,6 +395,7 @@ MAY_CHANGE = frozenset(
         "deterministic",
         "timeout",
         "accumulation",
+        "recipe",
         "log_every",
         "trackers",
         "cache",

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from minbert.data.batch import Batch, Portion, make_batch
+from minbert.data.draw import Draw
 from minbert.data.plan import BatchPlan, share
 from minbert.data.split import TokenisedSplit
 from minbert.trainer.engine.base import Engine, gradient_norm
+from minbert.trainer.engine.copies import TEACHER, Decays
 from minbert.trainer.engine.parts import Gradient
 from minbert.trainer.model.multitask import Objective, head_part
 from minbert.trainer.objectives.supervised import supervised
@@ -68,11 +70,16 @@ class TrainingStep:
         per_layer: bool = False,
         objective: Objective = supervised,
         rates: Callable[[int], Mapping[str, float]] | None = None,
+        copies: Decays | None = None,
     ):
         self.engine, self.plan, self.splits, self.world = engine, plan, splits, world
         self.accumulation, self.clip, self.per_layer = accumulation, clip, per_layer
         self.objective = objective
         self.rates = rates or (lambda step: engine.peak_rates)
+        self.copies = copies or {}
+        self._targets: list[dict[str, Tensor]] = []  # of the step under way, by its parts
+        for name in self.copies:
+            engine.keep_copy(name)
         self.task_weights = task_weights or {}
         self.layers = engine.shared_parts
         groups = max(1, len(self.layers)) if per_layer else 1
@@ -81,6 +88,8 @@ class TrainingStep:
     def __call__(self, step: int, measure: bool = False) -> StepResult:
         """Train on step `step`'s batches. `measure` asks for the Gramian though the method may not need it."""
         started = perf_counter()
+        if TEACHER in self.copies:
+            self._targets = self._ask_teacher(step)
         if self.aggregator.source == "losses" and not measure:
             result, gradient = self._weighted_losses(step)
         else:
@@ -92,6 +101,16 @@ class TrainingStep:
         result.seconds = perf_counter() - started
         return result
 
+    @torch.no_grad()
+    def _ask_teacher(self, step: int) -> list[dict[str, Tensor]]:
+        """What the teacher, without dropout, says of each part of this process's slice of the step's batches."""
+        names, engine = self.plan.tasks(step), self.engine
+        with engine.exchanged(TEACHER):
+            engine.eval()
+            said = [engine(self.batch(names, step, part)) for part in range(self.accumulation)]
+            engine.train()
+        return said
+
     def _weighted_losses(self, step: int) -> tuple[StepResult, Gradient]:
         """The gradient of the weighted sum of losses."""
         names = self.plan.tasks(step)
@@ -101,7 +120,7 @@ class TrainingStep:
         def loss(part: int) -> Tensor:
             nonlocal weights, totals, tokens
             batch = self.batch(names, step, part)
-            losses = self._losses(batch, step)
+            losses = self._losses(batch, step, part)
             if weights is None and self.aggregator.name != "sum":  # one part: its losses are the step's
                 weights = self._agree(self.aggregator.from_losses(self._global(losses), step))
             totals = {name: totals[name] + losses[name].detach() for name in names}
@@ -121,7 +140,7 @@ class TrainingStep:
         def loss(name: str, part: int) -> Tensor:
             nonlocal tokens
             batch = self.batch((name,), step, part)
-            own = self._losses(batch, step)[name]
+            own = self._losses(batch, step, part)[name]
             totals[name] = totals[name] + own.detach()
             tokens += batch.tokens
             return own * self.task_weights.get(name, 1.0)
@@ -141,7 +160,9 @@ class TrainingStep:
         heads = torch.ones(len(names))  # surgery is for what the tasks share
         if self.aggregator.source == "losses":
             heads = weights
-        mean = weights if weights.ndim == 1 else weights.mean(0)
+        rates = self._rates(step)
+        trained = [index for index, layer in enumerate(self.layers) if rates.get(layer)]
+        mean = weights if weights.ndim == 1 else weights[trained or ...].mean(0)
         result.weights = {name: self._weight(mean, name) for name in names}
         per_task = [dict(zip(self.layers, column.tolist())) for column in by_layer.T]
         return result, combine(self.engine.shards, gradients, per_task, heads.tolist())
@@ -155,6 +176,7 @@ class TrainingStep:
         """The gradient of each loss, a function of the part of the batch, without the parts of the model that are
         frozen at this step: they have no say in surgery, nor in the norm."""
         rates, shards = self._rates(step), self.engine.shards
+        self.engine.fix_below(rates)
         found = self.engine.gradients(losses, self.accumulation)
         return [[part if rates.get(shard.part) else None for shard, part in zip(shards, each)] for each in found]
 
@@ -169,7 +191,7 @@ class TrainingStep:
         return self.aggregator.from_gramian(products.by_layer if self.per_layer else products.encoder, step)
 
     def _update(self, gradient: Gradient, step: int, result: StepResult) -> None:
-        """Clip and step; or skip, if the gradient is not finite."""
+        """Clip, step, and let the copies of the weights follow; or skip, if the gradient is not finite."""
         result.grad_norm = gradient_norm(self.engine, gradient)
         if not result.grad_norm < float("inf"):
             broken = [name for name, loss in result.losses.items() if not abs(loss) < float("inf")]
@@ -179,6 +201,8 @@ class TrainingStep:
             scale = self.clip / (result.grad_norm + 1e-6)
             torch._foreach_mul_([part for part in gradient if part is not None], scale)
         self.engine.update(gradient, self._rates(step))
+        for name, decay in self.copies.items():
+            self.engine.move_copy(name, decay(step))
 
     def batch(self, names: tuple[str, ...], step: int, part: int) -> Batch:
         """This process's slice of part `part` of the tasks' batches of the step."""
@@ -186,12 +210,14 @@ class TrainingStep:
         for name in names:
             rows = self.plan.rows(name, step)
             places = share(share(np.arange(len(rows)), part, self.accumulation), self.world.rank, self.world.size)
-            portions[name] = Portion(rows[places], places, len(rows))
+            size = self.splits[name].total(rows, Draw(self.plan.seed, name, step, np.arange(len(rows))))
+            portions[name] = Portion(rows[places], places, size)
         return make_batch(self.splits, portions, draw=(self.plan.seed, step)).to(self.world.device)
 
-    def _losses(self, batch: Batch, step: int) -> dict[str, Tensor]:
+    def _losses(self, batch: Batch, step: int, part: int) -> dict[str, Tensor]:
         """This process's part of each task's mean loss over the global batch."""
-        losses = self.engine(batch, self.objective, step)
+        targets = self._targets[part] if self._targets else None
+        losses = self.engine(batch, self.objective, step, targets)
         return {name: torch.dot(losses[name], part.weights) / part.global_size for name, part in batch.tasks.items()}
 
     def _weigh_losses(self, step: int) -> Tensor | None:
@@ -205,7 +231,7 @@ class TrainingStep:
         names = self.plan.tasks(step)
         totals = dict.fromkeys(names, _NOTHING)
         for part in range(self.accumulation):
-            losses = self._losses(self.batch(names, step, part), step)
+            losses = self._losses(self.batch(names, step, part), step, part)
             totals = {name: totals[name] + losses[name] for name in names}
         return self._global(totals)
 

@@ -7,7 +7,6 @@ from enum import Enum
 from minbert.data.errors import UserError
 from minbert.trainer.assembly import assemble_engine, assemble_step
 from minbert.trainer.config import RunConfig
-from minbert.trainer.engine.optimizer import rate_factor
 from minbert.trainer.evaluation.scoring import evaluate
 from minbert.trainer.metrics import MetricsWindow
 from minbert.trainer.processes import world as distributed
@@ -111,6 +110,9 @@ class Training:
 
     def _train_one_step(self) -> None:
         state, every = self.state, self.config.batch.measure_every
+        if self.config.unfreezes:
+            rates, layers = self.training_step.rates(state.step), self.training_step.layers
+            self.reporter.progress.trains(state.step, tuple(part for part in layers if rates[part]), layers)
         measured = every is not None and (state.step + 1) % every == 0
         result = self.training_step(state.step, measured)
         state.step += 1
@@ -123,10 +125,12 @@ class Training:
         self.reporter.progress.advance(state.step)
 
     def _log(self, result: StepResult) -> None:
-        step, optimizer = self.state.step, self.config.optimizer
-        factor = rate_factor(step - 1, self.budget.planned_steps, optimizer)
-        peaks = dict(zip(("lr", "head_lr"), optimizer.peaks, strict=True))
-        shown = {name: peak * factor for name, peak in peaks.items()}
+        step, layers = self.state.step, self.training_step.layers
+        rates = self.training_step.rates(step - 1)
+        shown = {"lr": max((rates[part] for part in layers), default=0.0)}
+        shown["head_lr"] = max(rate for part, rate in rates.items() if part not in layers)
+        if self.config.unfreezes:
+            shown["trained_parts"] = sum(rates[part] > 0 for part in layers)
         self.reporter.log(step, self.window.close() | shown | result.measurements)
         if self.world.is_main and result.gramians is not None:
             self.folder.append_gramians(gramian_record(step, list(result.losses), result.gramians))
@@ -151,17 +155,14 @@ class Training:
 
         Returns False, and leaves everything as it was, if the run was asked to stop meanwhile.
         """
-        state = self.state
-        self.engine.eval()
-        scores = evaluate(
-            self.engine, self.config.corpus.tasks, self.dev, self.world, stop=lambda: self.stop.reached_any(self.world)
-        )
-        self.engine.train()
-        if scores is None:
-            return False
-        is_best = self.budget.enter_score(state, scores["overall"])
-        if is_best:
-            self.saving.save_best(state, scores)
+        state, tasks = self.state, self.config.corpus.tasks
+        with self.engine.evaluating():
+            scores = evaluate(self.engine, tasks, self.dev, self.world, stop=lambda: self.stop.reached_any(self.world))
+            if scores is None:
+                return False
+            is_best = self.budget.enter_score(state, scores["overall"])
+            if is_best:
+                self.saving.save_best(state, scores)
         self.reporter.scores(state, scores, is_best, self.budget.total_steps(state))
         return True
 

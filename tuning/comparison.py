@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minbert.tuning.ablation import BASELINE, Ablation
+from minbert.tuning.ablation import Ablation
+from minbert.tuning.extensions import BASELINE
 from minbert.tuning.trial import METRIC, Trial
 
 CONFIDENCE = 0.95

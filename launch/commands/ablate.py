@@ -28,19 +28,9 @@ from minbert.launch.options import build_run_config
 from minbert.slurm.status import is_active
 from minbert.trainer.config import Seed, flat_options, flatten, parse_config
 from minbert.trainer.processes.exit_codes import ExitCode
-from minbert.tuning.ablation import (
-    ABLATION_FILE,
-    DEFAULT,
-    GROUPS,
-    PAPER_BASELINE,
-    TITLES,
-    Ablation,
-    combination,
-    extension,
-    plan,
-    refuse_other_ablation,
-)
+from minbert.tuning.ablation import ABLATION_FILE, GROUPS, TITLES, Ablation, plan, refuse_other_ablation
 from minbert.tuning.comparison import Row, compare
+from minbert.tuning.extensions import DEFAULT, PAPER_BASELINE, combination, extension
 from minbert.tuning.search import base_options
 from minbert.tuning.space import Parameters
 from minbert.tuning.trial import LOCK, Trial
@@ -57,7 +47,8 @@ OPTIONS = {
     "extensions": Option(
         Annotated[tuple[str, ...], Field(min_length=1)],
         DEFAULT,
-        "In the order in which they are added: siamese, two_hidden_layers, unfrozen, any aggregator, or "
+        "In the order in which they are added: siamese, two_hidden_layers, back_translation=FILE, smart, unfrozen, "
+        "gradual_unfreezing, pretrained=FOLDER, joint_pairs, averaged_weights, any aggregator, or "
         "NAME=OPTION:VALUE,...",
     ),
     "groups": Option(
@@ -135,14 +126,15 @@ def _resolve(folder: Path, options: Mapping[str, Any], run: dict[str, Any]) -> A
     if saved is None and any(entry.name != LOCK for entry in folder.iterdir()):
         raise UserError(f"{folder} is not empty and no ablation: it has no {ABLATION_FILE}. Give another --ablation.")
     baseline = _baseline(run, saved)
+    tasks = parse_config(baseline, ABLATION_FILE).corpus.tasks
     if saved is not None and "extensions" not in options:
         extensions = saved.extensions
     else:
-        extensions = dict(extension(word) for word in options.get("extensions", DEFAULT))
+        extensions = dict(extension(word, tasks) for word in options.get("extensions", DEFAULT))
     wanted = options.get("groups", [name for name in saved.groups if name != "named"] if saved else GROUPS[:3])
     variants, groups = plan(extensions, wanted, [])
     if "combine" in options:
-        named = [combination(word, extensions) for word in options["combine"]]
+        named = [combination(word, extensions, tasks) for word in options["combine"]]
         every = extensions | {name: change for members in named for name, change in members.items()}
         more = plan(every, ["named"], [list(members) for members in named])
         variants, groups = variants | more[0], groups | more[1]

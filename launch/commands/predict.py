@@ -103,6 +103,10 @@ def _task(run: RunFolder, wanted: str | None) -> Task:
     name = wanted or trained[0]
     if name not in trained:
         raise UserError(f"the run was not trained on {name}, only on {', '.join(trained)}")
+    if corpus.task(name).kind == "masked_lm":
+        raise UserError(
+            f"{name} is a masked language model, which predicts nothing of a text; `minbert export` writes it"
+        )
     return corpus.task(name)
 
 

@@ -34,7 +34,11 @@ OPTIONS = {
 
 
 def main(arguments: list[str]) -> int:
-    line = read_command_line("submit", DESCRIPTION, arguments, OPTIONS)
+    return submit(read_command_line("submit", DESCRIPTION, arguments, OPTIONS))
+
+
+def submit(line: CommandLine) -> int:
+    """Submit the run, or the sweep's runs, that the command line describes."""
     dry, force = line.command.get("dry_run", False), line.run.get("force", False)
     if "sweep" in line.command:
         configs, settings, folder = _sweep(line)

@@ -2,6 +2,8 @@
 
 import shlex
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 from minbert.launch.options import build_run_config, read_run_options
 from minbert.launch.ownership import lock_runs
@@ -14,7 +16,11 @@ from minbert.trainer.run.preparation import known_shape, new_run_path, prepare
 
 
 def main(arguments: list[str]) -> int:
-    options = read_run_options(arguments)
+    return train(read_run_options(arguments))
+
+
+def train(options: Mapping[str, Any]) -> int:
+    """Train the run that the options describe."""
     config = build_run_config(options)
     if config.run is None:
         config = config.model_copy(update={"run": new_run_path(config)})

@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import deepspeed  # noqa: F401
 import torch
 import torch._dynamo
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from known_tasks import MLM, TASKS
 from safetensors.torch import save_file
 from toy_objectives import OBJECTIVES
 
@@ -21,7 +23,10 @@ from minbert.data.tokens import load_tokenizer
 from minbert.launch.processes import record_errors
 from minbert.trainer.config import RunConfig
 from minbert.trainer.engine.base import build_accelerator, build_engine
+from minbert.trainer.engine.copies import AVERAGE, warmed_up
 from minbert.trainer.engine.optimizer import parameter_groups
+from minbert.trainer.engine.optimizer import rates as scheduled_rates
+from minbert.trainer.model.multitask import MultitaskModel
 from minbert.trainer.processes import world as distributed
 from minbert.trainer.processes.random_state import seed_everything
 from minbert.trainer.processes.world import World
@@ -33,6 +38,8 @@ from minbert.trainer.step import TrainingStep
 # AdamW divides by the root of its second moment: where a gradient is nothing but rounding error, an update would be as
 # large as any other. A large epsilon leaves only what can be compared.
 OPTIMIZERS = {"sgd": partial(torch.optim.SGD, lr=1.0), "adamw": partial(torch.optim.AdamW, lr=1.0, eps=1e-3)}
+# Of five steps, the first trains the heads, and the others the encoder down to layer 1, layer 0, the embeddings.
+UNFREEZING = {"head_warmup": 0.2, "unfreeze": "gradual", "unfreeze_share": 0.6, "lr_schedule": "constant"}
 
 
 def configured(config: RunConfig, case: dict) -> RunConfig:
@@ -43,9 +50,15 @@ def configured(config: RunConfig, case: dict) -> RunConfig:
     }
     heads = {key: case[key] for key in ("pair_encoding",) if key in case}
     parallel = {"zero_stage": case["zero_stage"]}
+    optimizer = UNFREEZING if "unfreezing" in case else {}
+    encoder = {"freeze": case["freeze"]} if "freeze" in case else {}
+    tasks = tuple((TASKS | {"mlm": MLM})[name] for name in case.get("tasks", config.corpus.names))
     return config.model_copy(
         update={
+            "corpus": config.corpus.model_copy(update={"tasks": tasks}),
+            "optimizer": config.optimizer.model_copy(update=optimizer),
             "batch": config.batch.model_copy(update=batch),
+            "encoder": config.encoder.model_copy(update=encoder),
             "heads": config.heads.model_copy(update=heads),
             "parallel": config.parallel.model_copy(update=parallel),
         }
@@ -67,6 +80,8 @@ def run_case(run: RunFolder, case: dict, world: World, out: Path) -> None:
     engine.train()
 
     def rates(number: int) -> dict[str, float]:
+        if "unfreezing" in case:
+            return scheduled_rates(number, case["steps"], config.optimizer, engine.peak_rates)
         frozen = {"layer 0": 0.0} if number == case.get("frozen_at") else {}
         return engine.peak_rates | frozen
 
@@ -81,6 +96,7 @@ def run_case(run: RunFolder, case: dict, world: World, out: Path) -> None:
         per_layer=config.batch.surgery_scope == "layer",
         objective=OBJECTIVES[case.get("objective", "supervised")],
         rates=rates,
+        copies={AVERAGE: partial(warmed_up, case["average"])} if "average" in case else None,
     )
     history = {}
     for number in range(case["steps"]):
@@ -96,11 +112,32 @@ def run_case(run: RunFolder, case: dict, world: World, out: Path) -> None:
         history[f"losses/{number}"] = torch.tensor(list(result.losses.values()), dtype=torch.float64)
         history[f"weights/{number}"] = torch.tensor(list(result.weights.values()), dtype=torch.float64)
         history[f"norm/{number}"] = torch.tensor(result.grad_norm, dtype=torch.float64)
+        if "average" in case:
+            average = averaged_weights(step, lambda: build_model(config, run))
     state = engine.full_state()
     held = sum(shard.length for shard in engine.shards if shard.is_shared)
     save_file(history | {"held": torch.tensor(held)}, out / f"{case['name']}-rank{world.rank}.safetensors")
     if world.is_main:
         save_file(state, out / f"{case['name']}.safetensors")
+        if "average" in case:
+            save_file(average, out / f"{case['name']}.average")
+
+
+def averaged_weights(step: TrainingStep, build: Callable[[], MultitaskModel]) -> dict[str, torch.Tensor]:
+    """The average, on rank 0, from the middle of an evaluation; the weights are afterwards what they were."""
+    engine, batch = step.engine, step.batch(step.plan.names, 0, 0)
+    before = engine.full_state()
+    with engine.evaluating(), torch.no_grad():
+        average = engine.full_state()
+        outputs = engine(batch)
+    if average:
+        model = build().eval()
+        model.load_state_dict(average)
+        for name, expected in model(batch).items():
+            torch.testing.assert_close(outputs[name], expected.detach())
+    after = engine.full_state()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    return average
 
 
 def main() -> None:

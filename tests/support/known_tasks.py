@@ -1,6 +1,7 @@
-"""The tasks that come with the program, by name."""
+"""The tasks that come with the program, by name, and a masked language model of their texts."""
 
 from minbert.data.task import resolve_task
 
 TASKS = {name: resolve_task(name) for name in ("sst", "quora", "sts", "cfimdb")}
 SST, QUORA, STS, CFIMDB = TASKS.values()
+MLM = resolve_task({"name": "mlm", "kind": "masked_lm", "texts": {"tasks": ["sst", "quora", "sts"]}})

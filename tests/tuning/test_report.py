@@ -16,7 +16,8 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from minbert.launch.main import main
 from minbert.trainer.config import RunConfig
 from minbert.trainer.run.folder import RunFolder
-from minbert.tuning.ablation import PAPER_BASELINE, Ablation
+from minbert.tuning.ablation import Ablation
+from minbert.tuning.extensions import PAPER_BASELINE
 from minbert.tuning.report.answers import BINS, calibrate
 from minbert.tuning.report.importance import importances, scores_at_equal_share
 from minbert.tuning.search import Search

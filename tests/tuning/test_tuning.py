@@ -23,6 +23,7 @@ import yaml
 from filelock import FileLock, Timeout
 from hypothesis import given
 from hypothesis import strategies as st
+from known_tasks import TASKS
 from ray.tune.schedulers import TrialScheduler
 
 from minbert.data.errors import UserError
@@ -32,9 +33,10 @@ from minbert.trainer.checkpoint.format import published
 from minbert.trainer.config import ParallelConfig, RunConfig, parse_config
 from minbert.trainer.processes.stop import StopRequest
 from minbert.trainer.run.folder import RunFolder, read_config_file
-from minbert.tuning.ablation import DEFAULT, PAPER_BASELINE, extension, plan
+from minbert.tuning.ablation import plan
 from minbert.tuning.cluster import _base, _family
 from minbert.tuning.comparison import paired
+from minbert.tuning.extensions import DEFAULT, EXTENSIONS, PAPER_BASELINE, extension
 from minbert.tuning.proposals import TpeProposals
 from minbert.tuning.room import limits_of
 from minbert.tuning.scheduler import REACHED, WORST, RememberingASHA
@@ -277,12 +279,12 @@ def test_a_gpu_is_used_where_there_is_one(resources, parallel, nodes, limits):
 
 
 def test_variants_that_groups_share_exist_once():
-    extensions = dict(extension(word) for word in DEFAULT)
+    extensions = dict(extension(word, RunConfig().corpus.tasks) for word in DEFAULT)
     variants, groups = plan(extensions, ["alone", "added", "left_out"], [])
-    assert groups["alone"] == ["baseline", "siamese", "two_hidden_layers", "unfrozen", "pcgrad"]
+    assert groups["alone"] == ["baseline", "siamese", "two_hidden_layers", "smart", "unfrozen", "pcgrad"]
     assert groups["added"][:3] == ["baseline", "siamese", "siamese+two_hidden_layers"]
-    assert groups["left_out"][0] == groups["added"][-1] == "siamese+two_hidden_layers+unfrozen+pcgrad"
-    assert len(variants) == 1 + 4 + 3 + 3  # baseline, alone, added from two on, left out (one is the sum of three)
+    assert groups["left_out"][0] == groups["added"][-1] == "siamese+two_hidden_layers+smart+unfrozen+pcgrad"
+    assert len(variants) == 1 + 5 + 4 + 4  # baseline, alone, added from two on, left out (one is the sum of four)
     for change in variants.values():
         parse_config(PAPER_BASELINE | change, "variant")
 
@@ -290,22 +292,47 @@ def test_variants_that_groups_share_exist_once():
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("back_translation", "there is no extension 'back_translation'"),
+        ("back_translation", "needs a file that `minbert augment` has written: back_translation=AUGMENTED"),
+        ("pretrained", "needs a folder"),
+        ("smart=much", "its weight is a number"),
+        ("unfrozen=1", "NAME=OPTION:VALUE"),
         ("siamse", "did you mean 'siamese'"),
         ("x=y", "NAME"),
     ],
 )
 def test_unknown_extensions_are_refused_with_those_that_exist(word, message):
     with pytest.raises(UserError, match=message):
-        extension(word)
+        extension(word, TASKS.values())
 
 
 def test_extensions_can_be_defined():
-    assert extension("slow=lr:1.0e-6,warmup:0.2") == ("slow", {"lr": 1e-6, "warmup": 0.2})
+    assert extension("slow=lr:1.0e-6,warmup:0.2", []) == ("slow", {"lr": 1e-6, "warmup": 0.2})
+
+
+def test_extensions_take_what_stands_behind_their_name():
+    tasks = [TASKS[name] for name in ("sst", "quora", "sts")]
+    assert extension("smart", tasks)[1] == {"smart_weight": [0.02, 0.0, 0.0]}  # sentiment alone, as in the paper
+    assert extension("smart=1", tasks[::-1])[1] == {"smart_weight": [0.0, 0.0, 1.0]}
+    assert extension("pretrained=/models/a=b:c", tasks)[1] == {"model": "/models/a=b:c"}
+    with pytest.raises(UserError, match="which no task has"):
+        extension("smart", tasks[1:])
+
+
+def test_every_extension_is_a_configuration():
+    given = {"back_translation": "=new.tsv", "pretrained": "=folder"}
+    for name in EXTENSIONS:
+        _, change = extension(name + given.get(name, ""), TASKS.values())
+        parse_config(PAPER_BASELINE | {"tasks": [*TASKS]} | change, name)
+
+
+def test_extensions_may_agree():
+    extensions = dict(extension(word, []) for word in ("unfrozen", "gradual_unfreezing"))
+    variants, _ = plan(extensions, ["added"], [])
+    assert variants["unfrozen+gradual_unfreezing"] == {"freeze": "none", "unfreeze": "gradual"}
 
 
 def test_combinations_that_contradict_themselves_are_refused():
-    extensions = dict(extension(word) for word in ("pcgrad", "upgrad"))
+    extensions = dict(extension(word, []) for word in ("pcgrad", "upgrad"))
     with pytest.raises(UserError, match="aggregator twice"):
         plan(extensions, ["added"], [])
 

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from minbert.data.errors import UserError
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from minbert.trainer.engine.optimizer import MOMENTS
 
 
 @dataclass

@@ -1,12 +1,12 @@
 """Checkpoints on disk: their format, their verification, and which of them exist.
 
 A checkpoint is a folder `step-N`. Every process of the run wrote one file into it, `rank-K.safetensors`, with the
-coordinates that it held: tensors named `KIND/PARAMETER[START:STOP]`, where KIND is `weight`, `exp_avg` or `exp_avg_sq`,
-and the range is of the flattened parameter. Nothing depends on how many processes there were or how they shared the
-optimizer out, so a checkpoint loads at any number of processes and any ZeRO stage. `manifest.json` says everything else
-about the run, and the size and SHA-256 of every file; it is written last, and a folder without a valid one is no
-checkpoint. Nothing in a checkpoint can run code: tensors are safetensors, the rest is JSON (and the aggregator's state,
-which `torch.load` reads with `weights_only`).
+coordinates that it held: tensors named `KIND/PARAMETER[START:STOP]`, where KIND is `weight`, `exp_avg`, `exp_avg_sq` or
+the name of a copy of the weights (`average`), and the range is of the flattened parameter. Nothing depends on how many
+processes there were or how they shared the optimizer out, so a checkpoint loads at any number of processes and any ZeRO
+stage. `manifest.json` says everything else about the run, and the size and SHA-256 of every file; it is written last,
+and a folder without a valid one is no checkpoint. Nothing in a checkpoint can run code: tensors are safetensors, the
+rest is JSON (and the aggregator's state, which `torch.load` reads with `weights_only`).
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from minbert.data.errors import UserError, shown
 from minbert.data.files import finite, flush_folder, naming, replacing, to_json
 from minbert.data.reading import parse_json, read_small
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 AGGREGATOR = "aggregator.pt"
 SAVED = "saved.json"  # beside the folder of the checkpoints
@@ -65,7 +65,8 @@ class Manifest:
     """All about a checkpoint but its tensors.
 
     `identity`: what must be the same for the checkpoint to fit, as nested names and values. `shapes`: of every
-    parameter. `positions`: examples of each task consumed. `files`: {name: {"bytes", "sha256"}}.
+    parameter. `positions`: examples of each task consumed. `copies`: names of the copies of the
+    weights that it holds. `files`: {name: {"bytes", "sha256"}}.
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
@@ -80,6 +81,7 @@ class Manifest:
     code: dict[str, Any]
     shapes: dict[str, list[int]]
     files: dict[str, FileRecord]
+    copies: list[str] = field(default_factory=list)
     format: int = FORMAT
     total_steps: int | None = None  # of the budget, as far as it has been extended
 

@@ -119,13 +119,19 @@ def restore(
     """Put a verified checkpoint into the engine and the aggregator, if the state is of that one, and set the random
     generators. Collective.
 
-    Weights, moments and everything on which all processes agree carry over exactly. Each process's random numbers do
-    so only to the same number of processes; otherwise they start from seed, step and rank.
+    Weights, moments, copies and everything on which all processes agree carry over exactly. A copy of the weights that
+    the checkpoint lacks (it was converted, or --force changed what is kept) starts from the weights. Each process's
+    random numbers carry over only to the same number of processes; otherwise they start from seed, step and rank.
     """
     with open_shards(checkpoint / name for name in manifest.files if name.endswith(".safetensors")) as shards:
+        missing = [name for name in engine.copies if name not in manifest.copies]
         for part in engine.parts():
-            shards.fill(part)
-        engine.settle(manifest.state.updates)
+            shards.fill(part.without(missing))
+        for name in missing:
+            engine.keep_copy(name)
+            if world.is_main:
+                log.warning("%s has no %s of the weights: it starts from the weights of its step", checkpoint, name)
+        engine.adopt_parts(manifest.state.updates)
         if manifest.processes == world.size:
             names = [f"random/{world.rank}/{name}" for name in ("torch", "python", "numpy", "cuda")]
             states = {name.rpartition("/")[2]: shards.small(name) for name in names}

@@ -187,7 +187,7 @@ class CheckpointWriter:
         if self.world.is_main:
             try:
                 # Its files stay, and so does what they hold: other processes may have written them.
-                same = ("files", "processes", "zero_stage")
+                same = ("files", "processes", "zero_stage", "copies")
                 manifest = replace(manifest, **{name: getattr(self._newest, name) for name in same})
                 manifest.write(self.folder / folder_name(manifest.step))
             except OSError as problem:

@@ -1,8 +1,8 @@
 """The tensors of a checkpoint: what a process writes of the training state, and how any process reads it back.
 
-An engine lists the parts of the state that its process holds, each a range of a parameter with the weights and moments
-there. Writing takes every coordinate once, over all processes; reading fills each part from whatever files hold pieces
-of its range. Files are in the safetensors format.
+An engine lists the parts of the state that its process holds, each a range of a parameter with the weights, moments
+and copies there. Writing takes every coordinate once, over all processes; reading fills each part from whatever files
+hold pieces of its range. Files are in the safetensors format.
 """
 
 import json
@@ -19,7 +19,6 @@ from torch import Tensor
 from minbert.trainer.checkpoint.format import Damaged
 from minbert.trainer.engine.parts import Part
 
-KINDS = ("weight", "exp_avg", "exp_avg_sq")
 CHUNK = 1 << 22  # bytes that are written in turn
 _KEY = re.compile(r"(\w+)/(.+)\[(\d+):(\d+)\]")
 
@@ -123,6 +122,10 @@ class ShardReader:
                     filled += last - first
             if filled != part.length:
                 raise Damaged(f"{kind} of {part.name} holds {filled} of the values {part.start} to {stop}")
+
+    def holds(self, kind: str, name: str) -> bool:
+        """Whether the files hold any of this kind of a parameter."""
+        return (kind, name) in self._pieces
 
     def small(self, key: str) -> Tensor | None:
         """The byte string `key`, or None."""

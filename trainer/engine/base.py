@@ -7,7 +7,7 @@ hands back. So whatever is done to gradients is written once, for every number o
 
 import contextlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from minbert.data.batch import Batch
 from minbert.trainer.config import RunConfig
-from minbert.trainer.engine.optimizer import adam_state
+from minbert.trainer.engine.copies import AVERAGE, swap
+from minbert.trainer.engine.optimizer import MOMENTS, adam_state
 from minbert.trainer.engine.parts import Gradient, Part, Shard
 from minbert.trainer.model.multitask import MultitaskModel
 from minbert.trainer.processes.world import World, world_size
@@ -26,8 +27,8 @@ from minbert.trainer.processes.world import World, world_size
 def build_accelerator(config: RunConfig, world: World, **kwargs: Any) -> Accelerator:
     """Accelerate's view of this run. `kwargs` go to Accelerator (trackers)."""
     if config.parallel.zero_stage is None:
-        # A backward pass for one task leaves the other tasks' heads without a gradient.
-        unused = DistributedDataParallelKwargs(find_unused_parameters=config.trains_tasks_apart)
+        # Such as one for a single task, which leaves the other tasks' heads without a gradient.
+        unused = DistributedDataParallelKwargs(find_unused_parameters=config.leaves_out_parts)
         return Accelerator(cpu=world.device.type == "cpu", kwargs_handlers=[unused], **kwargs)
     plugin = _Plugin(hf_ds_config=deepspeed_config(config.parallel.zero_stage))
     _leave_out_muon()
@@ -105,6 +106,7 @@ class Engine:
         self.shards: list[Shard] = self._shards()
         self.peak_rates: dict[str, float] = {group["name"]: group["lr"] for group in optimizer.param_groups}
         self._rates: Mapping[str, float] = {}  # of the update under way
+        self.copies: tuple[str, ...] = ()  # names of the copies of the weights that are kept
         self.torch_optimizer.register_step_pre_hook(self._leave_out)
 
     @property
@@ -130,7 +132,7 @@ class Engine:
                 with self.accumulating(last):
                     # Processes average their gradients; what they hold are parts of a sum.
                     self.backward(loss(part) * self.accelerator.num_processes, last)
-            found.append(self.take())
+            found.append(self.collect_gradient())
         return found
 
     def accumulating(self, last: bool) -> contextlib.AbstractContextManager:
@@ -141,7 +143,7 @@ class Engine:
         """Add the gradient of `loss`; the `last` pass averages the sum over the processes."""
         loss.backward()
 
-    def take(self) -> Gradient:
+    def collect_gradient(self) -> Gradient:
         """The reduced gradient since the last call, in the order of `shards`; the engine forgets it."""
         gradient = [parameter.grad for parameter in self.parameters.values()]
         for parameter in self.parameters.values():
@@ -178,11 +180,64 @@ class Engine:
             torch.distributed.all_reduce(value)
         return value
 
+    def fix_below(self, rates: Mapping[str, float]) -> None:
+        """Let the backward passes to come end at the lowest part of the encoder that has a rate."""
+        bert = self.module.bert
+        bert.fixed = next((number for number, part in enumerate(bert.parts) if rates.get(part)), len(bert.parts))
+
     def train(self) -> None:
         self.model.train()
 
     def eval(self) -> None:
         self.model.eval()
+
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode, with the averaged weights in place of the trained ones if there are any. Collective."""
+        self.eval()
+        with self.exchanged(AVERAGE) if AVERAGE in self.copies else contextlib.nullcontext():
+            yield
+        self.train()
+
+    def keep_copy(self, name: str) -> None:
+        """Keep a copy of the trained weights as they are now under this name, in place of an earlier one.
+
+        It lies beside the optimizer's moments and is cut, saved and resumed like them. What is frozen needs none.
+        """
+        for _, tensor in self._optimized():
+            state = adam_state(self.torch_optimizer, tensor)
+            state[name] = tensor.detach().clone() if name not in state else state[name].copy_(tensor.detach())
+        self.copies = tuple(dict.fromkeys((*self.copies, name)))
+
+    @torch.no_grad()
+    def move_copy(self, name: str, decay: float) -> None:
+        """copy <- decay * copy + (1 - decay) * weights."""
+        weights = [tensor.detach() for _, tensor in self._optimized()]
+        torch._foreach_lerp_(self._copy(name), weights, 1.0 - decay)
+
+    @contextlib.contextmanager
+    def exchanged(self, name: str) -> Iterator[None]:
+        """Inside, the model computes with the copy `name`, and the weights are kept where that was. Collective.
+
+        They are exchanged in place: no process holds a third copy of what it holds. If an exception leaves it, what
+        this process holds is put back, but not what the others must help to gather: they may not come.
+        """
+        self._exchange(name)
+        self._refresh_parameters()
+        try:
+            yield
+        except BaseException:
+            self._exchange(name)
+            raise
+        self._exchange(name)
+        self._refresh_parameters()
+
+    def _exchange(self, name: str) -> None:
+        for (_, tensor), copy in zip(self._optimized(), self._copy(name), strict=True):
+            swap(tensor.detach(), copy)
+
+    def _copy(self, name: str) -> list[Tensor]:
+        return [adam_state(self.torch_optimizer, tensor)[name] for _, tensor in self._optimized()]
 
     def full_state(self) -> dict[str, Tensor]:
         """Every parameter, whole and on the CPU, on rank 0; an empty dictionary elsewhere. Collective.
@@ -203,7 +258,7 @@ class Engine:
         return {name: list(getattr(p, "ds_shape", p.shape)) for name, p in self.module.named_parameters()}
 
     def parts(self) -> list[Part]:
-        """What this process holds of the training state: fp32 weights and moments as the optimizer works on them."""
+        """What this process holds of the training state: fp32 weights, as the optimizer has them, moments, copies."""
         return [
             Part(name, 0, self._flat(parameter), replicated=True) for name, parameter in self.module.named_parameters()
         ]
@@ -212,10 +267,14 @@ class Engine:
         """How many updates each of the optimizer's groups has had."""
         return {name: int(adam_state(self.torch_optimizer, tensor)["step"]) for name, tensor in self._optimized()}
 
-    def settle(self, updates: Mapping[str, int]) -> None:
-        """Make what was written into `parts` take effect, after so many `updates` of each group. Collective."""
+    def adopt_parts(self, updates: Mapping[str, int]) -> None:
+        """Go on from what was written into `parts`, after so many `updates` of each group. Collective."""
         for name, tensor in self._optimized():
             adam_state(self.torch_optimizer, tensor)["step"].fill_(updates[name])
+        self._refresh_parameters()
+
+    def _refresh_parameters(self) -> None:
+        """Make the model's parameters those that the optimizer works on, where they are others. Collective."""
 
     def _optimized(self) -> list[tuple[str, Tensor]]:
         """What the optimizer works on, each with the name of its group."""
@@ -227,11 +286,11 @@ class Engine:
         return self.optimizer.optimizer
 
     def _flat(self, parameter: Tensor) -> dict[str, Tensor]:
-        """A parameter and, if it is trained, its moments, as flat views."""
+        """A parameter and, if it is trained, its moments and copies, as flat views."""
         tensors = {"weight": parameter.detach().view(-1)}
         if parameter.requires_grad:
             state = adam_state(self.torch_optimizer, parameter)
-            tensors |= {kind: state[kind].view(-1) for kind in ("exp_avg", "exp_avg_sq")}
+            tensors |= {kind: state[kind].view(-1) for kind in (*MOMENTS, *self.copies)}
         return tensors
 
     def _shards(self) -> list[Shard]:

@@ -14,6 +14,8 @@ from torch import Tensor
 from minbert.trainer.config import OptimizerConfig
 from minbert.trainer.model.multitask import MultitaskModel, head_part
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
 
 def parameter_groups(model: MultitaskModel, config: OptimizerConfig) -> list[dict]:
     """Groups named by the parts of the model, each with and without weight decay (vectors, i.e. biases and norms, have
@@ -35,9 +37,28 @@ def peak_rate(part: str, config: OptimizerConfig) -> float:
 
 
 def rates(step: int, total: int, config: OptimizerConfig, parts: Iterable[str]) -> dict[str, float]:
-    """The learning rate of each part of the model at `step` (from 0) of `total`; zero means frozen."""
-    factor = rate_factor(step, total, config)
-    return {part: peak_rate(part, config) * factor for part in parts}
+    """The learning rate of each part of the model at `step` (from 0) of `total`; zero means frozen.
+
+    `parts`: all that are trained, the encoder's from the embeddings up.
+    """
+    starts = first_steps(total, config, parts)
+    return {part: peak_rate(part, config) * rate_factor(step, total, config, first) for part, first in starts.items()}
+
+
+def first_steps(total: int, config: OptimizerConfig, parts: Iterable[str]) -> dict[str, int]:
+    """The step from which each of `parts` is trained; all are before the last of `total` steps.
+
+    Heads are from the beginning, and after `head_warmup` the encoder: all at once, or from the top down in equal
+    intervals (gradual unfreezing, Howard and Ruder 2018, section 3.3), so that its lowest part joins at
+    `unfreeze_share`.
+    """
+    starts = dict.fromkeys(parts, 0)
+    from_the_top = [part for part in reversed(starts) if not part.startswith(head_part(""))]
+    first, last = (min(total - 1, round(share * total)) for share in (config.head_warmup, config.unfreeze_share))
+    intervals = max(1, len(from_the_top) - 1)
+    for number, part in enumerate(from_the_top):
+        starts[part] = first if config.unfreeze == "at_once" else first + (last - first) * number // intervals
+    return starts
 
 
 def build_optimizer(model: MultitaskModel, config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -45,15 +66,20 @@ def build_optimizer(model: MultitaskModel, config: OptimizerConfig) -> torch.opt
     return torch.optim.AdamW(parameter_groups(model, config), fused=True)
 
 
-def rate_factor(step: int, total: int, config: OptimizerConfig) -> float:
-    """The share of the peak learning rate at `step` (from 0) of `total`: linear warm-up, then the schedule."""
+def rate_factor(step: int, total: int, config: OptimizerConfig, first: int = 0) -> float:
+    """The share of the peak learning rate at `step` (from 0) of `total`, of a part that is trained from step `first`.
+
+    Its own linear warm-up times the schedule, which is the same for all. AdamW's first updates of a part are as large
+    as the rate, whatever its gradients: a part that joins late needs the warm-up as those that begin do.
+    """
+    if step < first:
+        return 0.0
     warmup = round(config.warmup * total)
-    if step < warmup:
-        return (step + 1) / warmup
-    if config.lr_schedule == "constant":
-        return 1.0
+    rise = min(1.0, (step - first + 1) / warmup) if warmup else 1.0
+    if config.lr_schedule == "constant" or step < warmup:
+        return rise
     progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return 1.0 - progress if config.lr_schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return rise * (1.0 - progress if config.lr_schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress)))
 
 
 def adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Tensor]:

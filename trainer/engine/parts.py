@@ -1,7 +1,7 @@
 """What a process holds: shards of the gradient, and parts of the training state. Both are ranges of parameters."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -23,7 +23,8 @@ class Shard:
 @dataclass(frozen=True)
 class Part:
     """Range [start, start + length) of a flattened parameter, and its tensors there: kind -> (length,) fp32, to be read
-    or written in place. `replicated`: every process holds the same range."""
+    or written in place. Kinds are `weight`, AdamW's moments, and the names of the copies of the weights. `replicated`:
+    every process holds the same range."""
 
     name: str
     start: int
@@ -32,13 +33,13 @@ class Part:
 
     @property
     def length(self) -> int:
-        return len(self.tensors["weight"])
+        return len(next(iter(self.tensors.values())))
+
+    def without(self, kinds: Iterable[str]) -> "Part":
+        tensors = {kind: tensor for kind, tensor in self.tensors.items() if kind not in kinds}
+        return replace(self, tensors=tensors)
 
     def slice(self, start: int, stop: int) -> "Part":
         """Coordinates [start, stop) of this part."""
-        return Part(
-            self.name,
-            self.start + start,
-            {kind: tensor[start:stop] for kind, tensor in self.tensors.items()},
-            self.replicated,
-        )
+        cut = {kind: tensor[start:stop] for kind, tensor in self.tensors.items()}
+        return replace(self, start=self.start + start, tensors=cut)

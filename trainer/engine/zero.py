@@ -6,7 +6,7 @@ start afresh; handing a combination back and stepping the engine updates with it
 """
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
@@ -73,7 +73,7 @@ class ShardedEngine(DeepSpeedEngine):
 class ZeroEngine(ShardedEngine):
     """Stages 1 and 2: a parameter group is one flat vector, and each process owns a contiguous part of it."""
 
-    def take(self) -> Gradient:
+    def collect_gradient(self) -> Gradient:
         gradient: Gradient = []
         for group, parameters in enumerate(self.zero.params_in_partition):
             # What follows the parameters' parts is padding.
@@ -100,8 +100,7 @@ class ZeroEngine(ShardedEngine):
             parts += self._cut(self.zero.single_partition_of_fp32_groups[group], own)
         return parts
 
-    def settle(self, updates: Mapping[str, int]) -> None:
-        super().settle(updates)
+    def _refresh_parameters(self) -> None:
         self.zero.update_lp_params()
 
     def _shards(self) -> list[Shard]:
@@ -119,7 +118,7 @@ class ZeroEngine(ShardedEngine):
 class Zero3Engine(ShardedEngine):
     """Stage 3: every parameter is cut into equal parts, one per process; the last may be padded."""
 
-    def take(self) -> Gradient:
+    def collect_gradient(self) -> Gradient:
         padded: list[Tensor] = []
         for group in range(len(self.zero.fp16_groups)):
             padded += [part.clone() for part in self.zero.averaged_gradients[group]]
@@ -168,8 +167,7 @@ class Zero3Engine(ShardedEngine):
             parts += self._cut(self.zero.fp32_partitioned_groups_flat[group], own)
         return parts
 
-    def settle(self, updates: Mapping[str, int]) -> None:
-        super().settle(updates)
+    def _refresh_parameters(self) -> None:
         kept_whole = self.zero.persistent_parameters
         if kept_whole:
             kept_whole[0].partition(kept_whole)

@@ -1,5 +1,6 @@
 """Scores: every example predicted once, over all processes, and the paper's metrics of the predictions."""
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
@@ -13,6 +14,7 @@ from minbert.trainer.objectives.supervised import predictions
 from minbert.trainer.processes.world import World
 
 TOKENS_PER_BATCH = 8192
+LARGEST = sys.float_info.max
 ROUNDING = 1e-6  # relative: a few units in the last place of fp32
 
 
@@ -73,11 +75,16 @@ def score(task: Task, predicted: Tensor, labels: np.ndarray) -> float:
 
     F1 is of the positive class of a binary task, and else the mean over the classes (macro); the accuracy of several
     labels counts examples of which all are right. What is constant, but for rounding, correlates with nothing, and
-    neither does what is not finite: 0. So does a score without examples.
+    neither does what is not finite: 0. So does a score without examples. Perplexity is exp of the mean over all hidden
+    tokens, and what is not finite as high as a number can be.
     """
     truth = torch.from_numpy(labels).double()
     if not len(truth):
         return 0.0
+    if task.metric == "perplexity":
+        likelihood, count = predicted.double().sum(0)
+        value = float((likelihood / count.clamp(min=1)).exp())
+        return value if value < LARGEST else LARGEST  # also in the place of NaN
     if task.metric == "accuracy":
         right = predicted == truth
         return float((right if right.ndim == 1 else right.all(1)).double().mean())
@@ -101,10 +108,17 @@ def score(task: Task, predicted: Tensor, labels: np.ndarray) -> float:
 
 def overall(tasks: Iterable[Task], scores: Mapping[str, float]) -> float:
     """The paper's overall score: the mean over the tasks that have a score, weighted by the tasks' weights, a
-    correlation r counting as (r + 1) / 2."""
-    scored = [task for task in tasks if task.name in scores]
-    parts = [(task.weight, scores[task.name], task.metric in CORRELATIONS) for task in scored]
-    return sum(w * ((r + 1) / 2 if correlation else r) for w, r, correlation in parts) / sum(w for w, _, _ in parts)
+    correlation r counting as (r + 1) / 2 and a perplexity p as 1 / p. It is 0 if none of them has a weight."""
+    parts = [(task.weight, share_of_best(task, scores[task.name])) for task in tasks if task.name in scores]
+    total = sum(weight for weight, _ in parts)
+    return sum(weight * score for weight, score in parts) / total if total else 0.0
+
+
+def share_of_best(task: Task, score: float) -> float:
+    """A task's score as a number from 0 to 1, the higher the better."""
+    if task.metric == "perplexity":
+        return 1 / score
+    return (score + 1) / 2 if task.metric in CORRELATIONS else score
 
 
 def count_batches(split: TokenisedSplit) -> int:

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from minbert.data.layout import Layout, Sentences
-from minbert.trainer.model.linear import Linear
+from minbert.trainer.model.linear import Linear, linear
 
 _Size = Annotated[int, Field(ge=1, lt=2**31)]
 _Share = Annotated[float, Field(ge=0, lt=1)]
@@ -57,12 +57,20 @@ def _attention(qkv: Tensor, heads: int, dropout: float, mask: Tensor | None) -> 
     return context.transpose(1, 2).reshape(sequences * length, width // 3)
 
 
+class WordEmbedding(nn.Embedding):
+    """Embeddings of token ids (N,); or, of states (M, H), their products with the embeddings of all tokens, and a bias
+    (V,): (M, V). Both uses are calls of this module, as sharding gathers a weight for a call of its own module."""
+
+    def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
+        return super().forward(input) if bias is None else linear(input, self.weight, bias)
+
+
 class Embeddings(nn.Module):
     """The sum of word, position and token-type embeddings, normalised."""
 
     def __init__(self, config: BertConfig):
         super().__init__()
-        self.word = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.word = WordEmbedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
         self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -136,6 +144,7 @@ class Bert(nn.Module):
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.pooler = Pooler(config)
+        self.fixed = 0  # so many parts, from the embeddings up, are not to be trained at present
         self.apply(self._initialise)
 
     @property
@@ -159,13 +168,20 @@ class Bert(nn.Module):
 
     def embed(self, sentences: Sentences) -> Tensor:
         """Embeddings (N, H)."""
-        return self.embeddings(sentences.input_ids, sentences.layout.position, sentences.token_type_ids)
+        with self._graph(0):
+            return self.embeddings(sentences.input_ids, sentences.layout.position, sentences.token_type_ids)
 
     def encode(self, hidden: Tensor, layout: Layout) -> Tensor:
         """From what `embed` gives to the last layer's hidden states (N, H)."""
-        for layer in self.layers:
-            hidden = layer(hidden, layout)
+        for number, layer in enumerate(self.layers, 1):
+            with self._graph(number, hidden):
+                hidden = layer(hidden, layout)
         return hidden
+
+    def _graph(self, part: int, *inputs: Tensor) -> torch.set_grad_enabled:
+        """Context of a part: what is fixed, and whose inputs want no gradient either, leaves none to keep for it."""
+        wanted = part >= self.fixed or any(tensor.requires_grad for tensor in inputs)
+        return torch.set_grad_enabled(wanted and torch.is_grad_enabled())
 
     def forward_padded(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None

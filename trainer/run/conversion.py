@@ -20,7 +20,7 @@ from minbert.trainer.checkpoint.format import (
 )
 from minbert.trainer.checkpoint.saving import now, shard_name
 from minbert.trainer.checkpoint.shards import Snapshot
-from minbert.trainer.engine.optimizer import parameter_groups
+from minbert.trainer.engine.optimizer import MOMENTS, parameter_groups
 from minbert.trainer.engine.parts import Part
 from minbert.trainer.processes.random_state import seed_everything, stream
 from minbert.trainer.run.data import build_plan, load_splits
@@ -56,7 +56,7 @@ def from_deepspeed(source: Path, run: RunFolder) -> tuple[Path, list[str]]:
     for name, parameter in own.items():
         tensors = {"weight": weights.get(name, parameter)}
         if name in trained:
-            tensors |= {kind: found.tensors[kind][name] for kind in ("exp_avg", "exp_avg_sq")}
+            tensors |= {kind: found.tensors[kind][name] for kind in MOMENTS}
         flat = {kind: tensor.detach().float().flatten() for kind, tensor in tensors.items()}
         parts.append(Part(name, 0, flat, replicated=True))
     splits = load_splits(config, run, "train")
@@ -101,7 +101,7 @@ def _refuse_other_parameters(
 ) -> None:
     """Raises UserError naming what does not fit; weights that are not trained may be missing."""
     wrong = []
-    for kind, wanted in (("weight", sizes), *((kind, trained) for kind in ("exp_avg", "exp_avg_sq"))):
+    for kind, wanted in (("weight", sizes), *((kind, trained) for kind in MOMENTS)):
         found = tensors.get(kind, {})
         wrong += [
             f"{name}: {found[name].numel():,} values of {kind} in the checkpoint, {sizes[name]:,} here"

@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
+from minbert.data.errors import UserError
 from minbert.data.examples import Examples, limit
 from minbert.data.plan import BatchPlan
 from minbert.data.sources import load_examples
 from minbert.data.split import TokenisedSplit
 from minbert.data.task import Split
-from minbert.data.tokens import Tokenizer, load_tokenizer, tokenise
+from minbert.data.texts import load_texts, training_texts
+from minbert.data.tokens import Tokenizer, default_cache_dir, load_tokenizer, tokenise
 from minbert.trainer.config import RunConfig
 from minbert.trainer.run.budget import Budget
 from minbert.trainer.run.folder import RunFolder
@@ -17,12 +19,32 @@ from minbert.trainer.run.folder import RunFolder
 def load_examples_of(config: RunConfig, task: str, split: Split) -> Examples:
     """A split's examples, as many as the configuration wants."""
     corpus = config.corpus
-    examples = load_examples(corpus.data, corpus.task(task), split, corpus.bad_rows)
-    most = {"train": corpus.train_limit, "dev": corpus.eval_limit}.get(split)
+    examples, most = load_examples(corpus.data, corpus.task(task), split, corpus.bad_rows), _most(config, split)
     return examples if most is None else limit(examples, most)
 
 
+def count_training_examples(config: RunConfig, task: str) -> int:
+    """How many a run would train on, without its tokenizer. Raises UserError where only that can tell."""
+    corpus, most = config.corpus, _most(config, "train")
+    declared = corpus.task(task)
+    if declared.texts is None:
+        return len(load_examples_of(config, task, "train"))
+    if declared.texts.packed:
+        raise UserError(f"how many sequences the packed texts of {task} make depends on the model: give --steps")
+    count = sum(1 for _ in training_texts(declared, corpus.data, corpus.bad_rows))
+    return count if most is None else min(most, count)
+
+
+def _most(config: RunConfig, split: Split) -> int | None:
+    return {"train": config.corpus.train_limit, "dev": config.corpus.eval_limit}.get(split)
+
+
 def load_split(config: RunConfig, task: str, split: Split, tokenizer: Tokenizer) -> TokenisedSplit:
+    corpus = config.corpus
+    if corpus.task(task).kind == "masked_lm":
+        place = corpus.max_length, corpus.cache or default_cache_dir()
+        most = _most(config, split)
+        return load_texts(corpus.task(task), split, corpus.data, tokenizer, *place, corpus.bad_rows, most)
     return tokenise_as(config, load_examples_of(config, task, split), tokenizer)
 
 

@@ -8,6 +8,7 @@ best.safetensors  the model with the best score       predictions/     the cours
 gramians.jsonl    inner products of the tasks' gradients, layer by layer
 aggregator/       the source of an aggregator of the user's own
 slurm/, code/     of a submitted run: its jobs' files and records, and the code that they run
+model/            of pretraining: the best model as a checkpoint for --model and transformers
 saved.json        the step of the newest checkpoint that was written
 """
 
@@ -53,6 +54,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.best_model = path / "best.safetensors"
         self.predictions = path / "predictions"
+        self.pretrained = path / "model"
         self.own_code = path / "aggregator"
         self._metrics, self._gramians = LineFile(self.metrics_file), LineFile(self.gramians_file)
 

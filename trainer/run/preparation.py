@@ -23,6 +23,7 @@ from torch import nn
 from minbert.data.differences import differences, indented, refuse
 from minbert.data.errors import UserError
 from minbert.data.split import TokenisedSplit
+from minbert.data.texts import training_texts
 from minbert.data.tokens import build_vocabulary, default_cache_dir, load_tokenizer, write_vocabulary
 from minbert.trainer.checkpoint.format import SAVED, damaged, folder_name, lost, published, remember, step_of
 from minbert.trainer.config import MAY_CHANGE, OPTIONS, RunConfig, flatten
@@ -35,7 +36,7 @@ from minbert.trainer.surgery.own_code import find_source, keep_source, use_sourc
 
 log = logging.getLogger(__name__)
 
-PLACES = {"files", "builtin", "course", "hub", "title"}  # of a task: where its rows are, not what they are
+PLACES = {"files", "texts", "builtin", "course", "hub", "title"}  # of a task: where its rows are, not what they are
 DEEPSPEED = ">=0.19,<0.20"
 VOCABULARY_SIZE = 8192  # of a model with random weights; its words come from the training data
 
@@ -108,7 +109,15 @@ def _accept_loss(run: RunFolder) -> None:
     aside = next(path for n in count(1) if not (path := run.path / f"earlier-{n}").exists())
     aside.mkdir()
     log.warning("--force starts over, as all checkpoints are gone; what was there is kept in %s", aside)
-    results = run.checkpoints, run.metrics_file, run.gramians_file, run.best_model, run.predictions, run.trackers
+    results = (
+        run.checkpoints,
+        run.metrics_file,
+        run.gramians_file,
+        run.best_model,
+        run.pretrained,
+        run.predictions,
+        run.trackers,
+    )
     for path in (*results, run.path / SAVED):  # which comes last: a kill before leaves the run refused
         if path.exists():
             os.replace(path, aside / path.name)
@@ -301,7 +310,7 @@ def _staging(run: RunFolder) -> Path:
 def _encoder(run: RunFolder, config: RunConfig) -> Iterator[Path]:
     """A folder with the encoder's config.json and tokenizer: the run's own where a checkpoint relies on it, and a new
     one, to take its place, where an earlier start may have had other data or another model. Raises UserError."""
-    missing = [task.name for task in config.corpus.tasks if task.builtin is None and task.files is None]
+    missing = [task.name for task in config.corpus.tasks if not (task.builtin or task.files or task.texts)]
     if missing and config.corpus.data == "builtin":
         raise UserError(f"the built-in corpus has no task {', '.join(missing)}; use --data or other --tasks")
     if _has_checkpoints(run):
@@ -312,13 +321,7 @@ def _encoder(run: RunFolder, config: RunConfig) -> Iterator[Path]:
     shutil.rmtree(encoder, ignore_errors=True)
     try:
         if config.encoder.model == "tiny":
-            texts = (
-                text
-                for task in config.corpus.names
-                for column in load_examples_of(config, task, "train").sentences
-                for text in column
-            )
-            vocabulary = build_vocabulary(texts, VOCABULARY_SIZE)
+            vocabulary = build_vocabulary(_texts(config), VOCABULARY_SIZE)
             encoder.mkdir(parents=True)
             write_vocabulary(encoder, vocabulary)
             write_shape(encoder, BertConfig(vocab_size=len(vocabulary), **TINY))
@@ -330,6 +333,15 @@ def _encoder(run: RunFolder, config: RunConfig) -> Iterator[Path]:
         yield encoder
     finally:
         shutil.rmtree(encoder, ignore_errors=True)
+
+
+def _texts(config: RunConfig) -> Iterator[str]:
+    """All that is trained on."""
+    for task in config.corpus.tasks:
+        if task.kind == "masked_lm":
+            yield from training_texts(task, config.corpus.data, config.corpus.bad_rows)
+        else:
+            yield from chain.from_iterable(load_examples_of(config, task.name, "train").sentences)
 
 
 def _require_fitting(encoder: Path, config: RunConfig) -> None:

@@ -30,6 +30,7 @@ class Progress:
             disable=not enabled or not self.console.is_terminal,
         )
         self.total = total
+        self.trained: tuple[str, ...] | None = None
         self.task = self.bar.add_task("", total=total, completed=done)
 
     def __enter__(self) -> "Progress":
@@ -46,6 +47,14 @@ class Progress:
         self.console.print(f"The dev score still rises: going on to step {total}.")
         self.total = total
         self.bar.update(self.task, total=total)
+
+    def trains(self, step: int, parts: tuple[str, ...], of: tuple[str, ...]) -> None:
+        """Say which `of` the encoder's parts are trained from here on, when they are others than before."""
+        if parts != self.trained:
+            what = f"the encoder from {parts[0]} up" if parts else "the heads alone"
+            what = "all of the encoder" if parts == of else what
+            self.console.print(f"step {step:>6}/{self.total}  trains {what}", highlight=False, soft_wrap=True)
+        self.trained = parts
 
     def scores(self, step: int, scores: Mapping[str, float], best: bool) -> None:
         line = "  ".join(f"{name} {value:.3f}" for name, value in scores.items())
@@ -92,7 +101,7 @@ def score_table(title: str, tasks: Iterable[Task], columns: Mapping[str, Mapping
     names = list(next(iter(columns.values())))
     known = {task.name: task for task in tasks}
     for name in names:
-        metric = known[name].metric if name in known else "mean, r as (r + 1) / 2"
+        metric = known[name].metric if name in known else "mean, r as (r + 1) / 2, perplexity p as 1 / p"
         shown = known[name].title if name in known else name
         table.add_row(shown, metric, *(f"{scores[name]:.3f}" for scores in columns.values()))
     return table

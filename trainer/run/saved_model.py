@@ -18,9 +18,10 @@ from minbert.data.tokens import Tokenizer, load_tokenizer
 from minbert.trainer.checkpoint.format import Damaged, Manifest, folder_name, read_manifest, verify
 from minbert.trainer.checkpoint.shards import open_shards
 from minbert.trainer.config import RunConfig
+from minbert.trainer.engine.copies import AVERAGE
 from minbert.trainer.engine.parts import Part
 from minbert.trainer.model.memory import require_memory
-from minbert.trainer.model.multitask import MultitaskModel
+from minbert.trainer.model.multitask import MultitaskModel, head_part
 from minbert.trainer.model.weights import read_config, save_checkpoint
 from minbert.trainer.run.folder import RunFolder
 
@@ -43,6 +44,18 @@ def save_model(path: Path, state: dict[str, Tensor], step: int, scores: dict[str
         temporary.write_bytes(content.replace(NO_DIGEST.encode(), digest.encode(), 1))
 
 
+def save_best(run: RunFolder, config: RunConfig, state: dict[str, Tensor], step: int, scores: dict) -> None:
+    """Write the best model to its file; of a run that only pretrains, a folder for `--model`, too. Raises OSError."""
+    save_model(run.best_model, state, step, scores)
+    if all(task.kind == "masked_lm" for task in config.corpus.tasks):
+        head = f"{head_part(config.corpus.names[0])}."
+        bert, decoder = (
+            {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+            for prefix in ("bert.", head)
+        )
+        save_checkpoint(run.pretrained, read_config(run.encoder), bert, run.encoder, decoder)
+
+
 def read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Parameters and metadata of such a file. Raises Damaged if it is not as it was written."""
     try:
@@ -61,14 +74,15 @@ def read_model(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_weights(checkpoint: Path) -> tuple[Manifest, dict[str, Tensor]]:
-    """A checkpoint's parameters, whole. Raises Damaged."""
+    """A checkpoint's parameters, whole: those that are evaluated, so averaged where it has them. Raises Damaged."""
     manifest = read_manifest(checkpoint)
     if damage := verify(checkpoint, manifest):
         raise Damaged(damage[0])
     state = {name: torch.empty(shape) for name, shape in manifest.shapes.items()}
     with open_shards(checkpoint / name for name in manifest.files if name.endswith(".safetensors")) as shards:
         for name, tensor in state.items():
-            shards.fill(Part(name, 0, {"weight": tensor.view(-1)}, replicated=True))
+            averaged = AVERAGE in manifest.copies and shards.holds("exp_avg", name)  # what is frozen is its own average
+            shards.fill(Part(name, 0, {AVERAGE if averaged else "weight": tensor.view(-1)}, replicated=True))
     return manifest, state
 
 
@@ -123,6 +137,8 @@ def _best(run: RunFolder) -> tuple[dict[str, Tensor], dict]:
 
 
 def export_encoder(run: RunFolder, folder: Path) -> None:
-    """Write the best model's encoder and tokenizer as a folder for `transformers.AutoModel.from_pretrained`."""
+    """Write the best model's encoder and tokenizer as a folder for `transformers.AutoModel.from_pretrained`, with the
+    head of a masked language model if it was trained as one."""
     model, _, _ = load_model(run, torch.device("cpu"))
-    save_checkpoint(folder, model.bert.config, model.bert.state_dict(), run.encoder)
+    decoder = next((head.state_dict() for head in model.decoders.values()), None)
+    save_checkpoint(folder, model.bert.config, model.bert.state_dict(), run.encoder, decoder)

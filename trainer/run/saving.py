@@ -14,7 +14,7 @@ from minbert.trainer.engine.base import Engine
 from minbert.trainer.processes.world import World
 from minbert.trainer.run.budget import Budget
 from minbert.trainer.run.folder import RunFolder
-from minbert.trainer.run.saved_model import save_model
+from minbert.trainer.run.saved_model import save_best
 from minbert.trainer.surgery.methods import Aggregator
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class RunSaving:
         """Write the model to its file; if the disk does not take it, no checkpoint may say that it is there."""
         parameters = self.engine.full_state()
         if self.world.is_main:
-            self.writer.first = partial(save_model, self.folder.best_model, parameters, state.step, scores)
+            self.writer.first = partial(save_best, self.folder, self.config, parameters, state.step, scores)
             try:
                 self.writer.first()
                 self.writer.first = None
@@ -93,5 +93,6 @@ class RunSaving:
             code=self.code,
             shapes=self.engine.shapes,
             files={},
+            copies=list(self.engine.copies),
             total_steps=self.budget.total_steps(state),
         )

@@ -7,8 +7,9 @@ from typing import Any
 from minbert.data.errors import UserError
 from minbert.data.task import Task
 from minbert.trainer.config import parse_config
-from minbert.tuning.ablation import ABLATION_FILE, BASELINE, TITLES, Ablation
+from minbert.tuning.ablation import ABLATION_FILE, TITLES, Ablation
 from minbert.tuning.comparison import Row, compare
+from minbert.tuning.extensions import BASELINE
 from minbert.tuning.report.page import (
     COLOURS,
     DIVERGING,

@@ -64,15 +64,18 @@ class Answers:
 
 
 def answers(run: RunFolder, config: RunConfig, split: Split = "dev") -> list[Answers]:
-    """Every task's answers on the split that `config` describes, from one process.
+    """Every task's answers on the split that `config` describes, from one process; but a masked language model answers
+    nothing.
 
     Raises UserError if there is no model yet, or no data where the configuration says.
     """
     world = World(0, 1, pick_device(config.parallel))
     model, tokenizer, _ = load_model(run, world.device)
     found = []
-    for name in config.corpus.names:
-        task, examples = config.corpus.task(name), load_examples_of(config, name, split)
+    for task in config.corpus.tasks:
+        if task.kind == "masked_lm":
+            continue
+        examples = load_examples_of(config, task.name, split)
         tokenised = tokenise_as(config, examples, tokenizer)
         raw = outputs(model, task, tokenised, world)
         losses = example_losses(task, raw, torch.from_numpy(tokenised.labels)).numpy()

@@ -50,7 +50,8 @@ def run_report(run: RunFolder, config: RunConfig, split: Split = "dev", mistakes
         found = answers(run, config, split)
     except UserError as error:
         warnings.append(f"The model's answers are missing: {error}")
-    sections = [Section("The run", _summary(run, found, split)), Section("Curves", _curves(records))]
+    perplexities = [f"dev/{task.name}" for task in run.read_config().corpus.tasks if task.metric == "perplexity"]
+    sections = [Section("The run", _summary(run, found, split)), Section("Curves", _curves(records, perplexities))]
     sections += [
         Section(f"{answer.task.title[0].upper()}{answer.task.title[1:]}", _task(answer, mistakes)) for answer in found
     ]
@@ -75,11 +76,13 @@ def _summary(run: RunFolder, found: Sequence[Answers], split: Split) -> list[Any
     return parts
 
 
-def _curves(records: Sequence[dict]) -> list[Chart]:
+def _curves(records: Sequence[dict], perplexities: Sequence[str]) -> list[Chart]:
     charts = []
     names = list(dict.fromkeys(name for record in records for name in record))
+    scores = [name for name in names if name.startswith("dev/") and name not in perplexities]
     groups = [
-        ("Score on dev while training", [name for name in names if name.startswith("dev/")], "score", False),
+        ("Score on dev while training", scores, "score", False),
+        ("Perplexity on held-out text while training", perplexities, "perplexity", True),
         ("Training loss", [name for name in names if name.startswith("loss/")], "mean loss since the last line", True),
         ("Learning rates", [name for name in names if name in ("lr", "head_lr")], "learning rate", False),
         ("Gradient norm before clipping", ["grad_norm"], "norm", True),

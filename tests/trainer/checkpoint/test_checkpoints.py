@@ -189,7 +189,7 @@ def test_any_change_to_any_file_is_found(tmp_path_factory, name, data):
 def test_another_version_of_the_format_is_no_damage(tmp_path):
     path = write(tmp_path, 3)
     replace(read_manifest(path), format=99).write(path)
-    with pytest.raises(UserError, match="has format 99; this version of minbert reads format 2"):
+    with pytest.raises(UserError, match="has format 99; this version of minbert reads format 3"):
         read_manifest(path)
 
 

@@ -65,6 +65,7 @@ def test_one_two_four_processes_and_every_kind_of_engine_within_one_run(tmp_path
     as sums are made of other parts."""
     whole, moved = tmp_path / "whole", tmp_path / "moved"
     still = ["--encoder-dropout", 0, "--head-dropout", 0, "--freeze", "embeddings", "--aggregator", "pcgrad"]
+    still += ["--average-decay", 0.8]  # the average carries over, too, and is what the scores are of
     arguments = [*SMALL, *still, "--steps", 18, "--eval-every", 9, "--save-every", 3]
     assert main(["train", "--run", str(whole), *map(str, arguments)]) == 0
     assert main(["train", "--run", str(moved), *map(str, arguments), "--keep", "9"]) == 0
@@ -80,7 +81,7 @@ def test_one_two_four_processes_and_every_kind_of_engine_within_one_run(tmp_path
     for expected, found in zip(logged(whole), logged(moved), strict=True):
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
     expected, found = (tensors_of(published(run / "checkpoints")[-1]) for run in (whole, moved))
-    assert found.keys() == expected.keys()
+    assert found.keys() == expected.keys() and "average/bert.layers.1.attention.qkv.weight" in found
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=2e-5, msg=name)
 

@@ -152,6 +152,60 @@ def test_a_killed_run_logs_every_step_once(whole, after, tmp_path):
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+# Averaged weights
+
+
+AVERAGED = [*BUDGET, "--average-decay", 0.7, "--freeze", 1]
+
+
+def test_a_killed_run_goes_on_with_its_average_to_the_bit(after, tmp_path, capsys):
+    """What is evaluated, saved as the best model, exported and converted is the average, and training does not notice:
+    the weights and the losses are those of a run without one."""
+    plain, whole, run = tmp_path / "plain", tmp_path / "whole", tmp_path / "run"
+    assert train(plain, *BUDGET, "--freeze", 1) == 0
+    assert train(whole, *AVERAGED) == 0
+    after(11, crash)
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(run, *AVERAGED)
+    assert train(run) == 0
+    assert_same_end(run, whole)
+    losses = [[record for record in logged(path) if "loss/sst" in record] for path in (plain, whole)]
+    assert losses[0] == losses[1]
+    tensors, without = final_weights(whole), final_weights(plain)
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in without.items())
+    names = {name for name in tensors if name.startswith("exp_avg/")}
+    assert tensors.keys() - without.keys() == {name.replace("exp_avg/", "average/") for name in names}
+    converted = tmp_path / "converted.safetensors"
+    assert main(["checkpoint", "convert", str(whole), str(converted)]) == 0
+    for name, tensor in load_file(converted).items():
+        average = tensors.get(f"average/{name}")
+        assert torch.equal(tensor.flatten(), tensors[f"weight/{name}"] if average is None else average)
+        assert (average is None) == name.startswith(("bert.embeddings.", "bert.layers.0.", "bert.pooler.")), name
+    if read_manifest(published(whole / "checkpoints")[-1]).state.best_step == 12:
+        best = load_file(whole / "best.safetensors")
+        assert all(torch.equal(tensor, best[name]) for name, tensor in load_file(converted).items())
+
+
+def test_another_average_is_refused_by_name_or_forced(tmp_path, capsys):
+    """A checkpoint without one starts it from its weights; one with another decay goes on from there."""
+    run = tmp_path / "run"
+    assert train(run, *SMALL, "--steps", 3) == 0
+    capsys.readouterr()
+    again = ["--steps", 5, "--average-decay", 0.5]
+    assert train(run, *again) == ExitCode.USER_MISTAKE
+    assert "average_decay: None in the folder, 0.5 asked for" in capsys.readouterr().err
+    assert train(run, *again, "--force") == 0
+    assert "has no average of the weights: it starts from the weights of its step" in capsys.readouterr().err
+    assert train(run, "--steps", 6, "--average-decay", 0.25, "--force") == 0
+    assert "has no average" not in capsys.readouterr().err
+    before, after_it = (tensors_of(path) for path in published(run / "checkpoints")[-2:])
+    name = "heads.sst.layers.1.weight"
+    expected = 0.25 * before[f"average/{name}"] + 0.75 * after_it[f"weight/{name}"]
+    torch.testing.assert_close(after_it[f"average/{name}"], expected)
+    assert train(run, "--steps", 7, "--average-decay", "None", "--force") == 0
+    assert not any(name.startswith("average/") for name in final_weights(run))
+
+
 def test_a_run_without_a_checkpoint_starts_over(after, tmp_path, capsys):
     """Its vocabulary and its log were of other data, which it is told to forget."""
     run = tmp_path / "run"

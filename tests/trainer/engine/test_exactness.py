@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from exactness_worker import OPTIMIZERS
+from exactness_worker import OPTIMIZERS, configured
 from safetensors.torch import load_file
+from torch.optim.swa_utils import AveragedModel
 from torchjd.aggregation import PCGrad, UPGrad
 from toy_objectives import OBJECTIVES
 
@@ -22,7 +23,7 @@ from minbert.data.batch import Portion, make_batch
 from minbert.data.tokens import load_tokenizer
 from minbert.launch.options import parse_run_config
 from minbert.launch.processes import launch
-from minbert.trainer.engine.optimizer import parameter_groups
+from minbert.trainer.engine.optimizer import parameter_groups, rates
 from minbert.trainer.processes.random_state import seed_everything, stream
 from minbert.trainer.run.data import build_plan, load_split
 from minbert.trainer.run.folder import RunFolder
@@ -49,6 +50,11 @@ EVERYWHERE = [case(stage, "pcgrad", optimizer) for stage, optimizer in product(S
 EVERYWHERE += [case(stage, "sum") for stage in STAGES]
 # A head is trained at every third step, and is not there for the optimizer at the others.
 EVERYWHERE += [case(stage, "sum", "adamw", task_schedule="round_robin", steps=7) for stage in STAGES]
+EVERYWHERE += [
+    case(stage, aggregator, "adamw", unfreezing=True, steps=5, **more)
+    for stage in STAGES
+    for aggregator, more in [("sum", {}), ("pcgrad", {}), ("pcgrad", {"accumulation": 2})]
+]
 ODD = [
     case(stage, aggregator, **more)
     for stage in (None, 1, 2, 3)
@@ -68,9 +74,20 @@ ODD = [
 OBJECTIVE = [
     case(stage, "pcgrad", objective=objective) for stage in (None, 2, 3) for objective in ("adversarial", "masked")
 ]
+# The average is evaluated after every step, in the place of the weights, and the training does not notice.
+AVERAGED = [
+    case(stage, aggregator, optimizer, average=0.6, freeze=1, steps=6)
+    for stage, (aggregator, optimizer) in product(STAGES, [("pcgrad", "sgd"), ("sum", "adamw")])
+]
 # The order of a pair is drawn: by its place in the batch, whoever has it.
 JOINT = [case(stage, "pcgrad", pair_encoding="joint", accumulation=2) for stage in (None, 2, 3)]
-CASES = EVERYWHERE + ODD + OBJECTIVE + JOINT
+# The tied embeddings have a part in every task's gradient; hidden tokens are few, and not as many on every process.
+MASKED = [
+    case(stage, aggregator, tasks=["sst", "mlm"], **more)
+    for stage in (None, 2, 3)
+    for aggregator, more in [("pcgrad", {}), ("sum", {"accumulation": 2}), ("pcgrad", {"batch_size": 3})]
+]
+CASES = EVERYWHERE + ODD + OBJECTIVE + JOINT + AVERAGED + MASKED
 
 
 @pytest.fixture(scope="session")
@@ -98,19 +115,17 @@ class Dense:
     """One process with whole batches and whole gradients."""
 
     def __init__(self, prepared: RunFolder, case: dict):
-        config = prepared.read_config()
-        batch = config.batch.model_copy(
-            update={key: case[key] for key in ("batch_size", "task_schedule") if key in case}
-        )
-        heads = config.heads.model_copy(update={key: case[key] for key in ("pair_encoding",) if key in case})
-        self.config = config.model_copy(update={"batch": batch, "heads": heads})
+        self.config = configured(prepared.read_config(), case | {"zero_stage": None})
+        self.steps = case["steps"]
         tokenizer = load_tokenizer(prepared.encoder)
         self.objective = OBJECTIVES[case.get("objective", "supervised")]
-        self.splits = {name: load_split(self.config, name, "train", tokenizer) for name in config.corpus.names}
+        names = self.config.corpus.names
+        self.splits = {name: load_split(self.config, name, "train", tokenizer) for name in names}
         self.plan = build_plan(self.config, self.splits)
         seed_everything(0)
         self.model = build_model(self.config, prepared).train()
         self.optimizer = OPTIMIZERS[case["optimizer"]](parameter_groups(self.model, self.config.optimizer))
+        self.average = averaged(self.model, case["average"]) if "average" in case else None
         self.trunk = [p for p in self.model.bert.parameters() if p.requires_grad]
 
     def losses(self, step: int, some=slice(None)) -> list[torch.Tensor]:
@@ -119,24 +134,48 @@ class Dense:
             rows = self.plan.rows(name, step)
             portion = Portion(rows[some], np.arange(len(rows))[some], len(rows[some]))
             batch = make_batch(self.splits, {name: portion}, draw=(self.plan.seed, step))
-            found.append(self.model(batch, self.objective, step)[name].mean())
+            losses, weights = self.model(batch, self.objective, step)[name], batch.tasks[name].weights
+            found.append(torch.dot(losses, weights) / weights.sum())
         return found
 
     def jacobian(self, losses: list[torch.Tensor]) -> torch.Tensor:
         rows = [torch.autograd.grad(loss, self.trunk, retain_graph=True) for loss in losses]
         return torch.stack([torch.cat([part.flatten() for part in row]) for row in rows])
 
+    def frozen(self, step: int) -> set[int]:
+        """The encoder's parameters that are not trained yet at a step, which of all others is at the peak rate."""
+        joined = rates(step, self.steps, self.config.optimizer, [g["name"] for g in self.optimizer.param_groups])
+        return {id(p) for g in self.optimizer.param_groups if not joined[g["name"]] for p in g["params"]}
+
     def step(self, step: int, aggregate, clip: float = 0.0) -> list[float]:
-        losses = self.losses(step)
-        combined = aggregate(self.jacobian(losses), step)
+        losses, frozen = self.losses(step), self.frozen(step)
+        jacobian = self.jacobian(losses)
+        sizes = [p.numel() for p in self.trunk]
+        for parameter, columns in zip(self.trunk, jacobian.split(sizes, dim=1)):
+            columns.mul_(id(parameter) not in frozen)
+        combined = aggregate(jacobian, step)
         self.optimizer.zero_grad()
         sum(losses).backward()
-        for parameter, part in zip(self.trunk, combined.split([p.numel() for p in self.trunk])):
-            parameter.grad = part.view_as(parameter)
+        for parameter, part in zip(self.trunk, combined.split(sizes)):
+            parameter.grad = None if id(parameter) in frozen else part.view_as(parameter)
         if clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
         return [loss.item() for loss in losses]
+
+
+def averaged(model: torch.nn.Module, decay: float) -> AveragedModel:
+    """PyTorch's own average, from the first weights on."""
+
+    def follow(average: torch.Tensor, weight: torch.Tensor, updates: torch.Tensor) -> torch.Tensor:
+        now = min(decay, updates / (9 + updates))  # it counts the first weights, too
+        return now * average + (1 - now) * weight
+
+    average = AveragedModel(model, avg_fn=follow)
+    average.update_parameters(model)
+    return average
 
 
 def dense_pcgrad(jacobian: torch.Tensor, step: int) -> torch.Tensor:
@@ -171,7 +210,8 @@ def dense_result(path: Path, text: str):
         for step in range(wanted["steps"])
         if step != wanted.get("broken_step")
     }
-    return before, losses, dense.model.state_dict()
+    average = None if dense.average is None else dense.average.module.state_dict()
+    return before, losses, dense.model.state_dict(), average
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
@@ -182,11 +222,17 @@ def test_every_stage_equals_the_dense_process(prepared, processes):
         if wanted["aggregator"] not in DENSE or wanted.keys() & {"surgery_scope", "frozen_at"}:
             continue
         key = {k: v for k, v in wanted.items() if k not in ("name", "zero_stage", "accumulation")}
-        before, losses, expected = dense_result(prepared.path, json.dumps(key))
+        before, losses, expected, average = dense_result(prepared.path, json.dumps(key))
         state = load_file(folder / f"{wanted['name']}.safetensors")
         assert_same_weights(state, expected, TOLERANCE[wanted["optimizer"]])
         moved = max(float((state[name] - before[name]).abs().max()) for name in before)
         assert moved > 100 * TOLERANCE[wanted["optimizer"]], wanted["name"]
+        if average is not None:
+            found = load_file(folder / f"{wanted['name']}.average")
+            assert_same_weights(found, average, TOLERANCE[wanted["optimizer"]])
+            for name in average:
+                fixed = name.startswith(("bert.embeddings.", "bert.layers.0.", "bert.pooler."))
+                assert torch.equal(found[name], state[name]) == fixed, name
         if "objective" in wanted:
             plain = load_file(folder / f"stage{wanted['zero_stage']}-pcgrad-sgd.safetensors")
             assert max(float((state[name] - plain[name]).abs().max()) for name in plain) > 100 * TOLERANCE["sgd"]
@@ -238,7 +284,7 @@ def test_projecting_local_gradients_differs(prepared):
     """What data-parallel ports of PCGrad do (each rank projects the gradients of its own slice, the results are
     averaged) is another method, with visibly other weights after as many steps."""
     wanted = case(None)
-    _, _, expected = dense_result(
+    _, _, expected, _ = dense_result(
         prepared.path, json.dumps({k: v for k, v in wanted.items() if k not in ("name", "zero_stage")})
     )
     dense = Dense(prepared, wanted)

@@ -187,7 +187,7 @@ def test_bf16_keeps_gradients_in_fp32(folder):
         assert second.losses[name] != loss
     assert all(parameter.dtype == torch.float32 for parameter in low.engine.parameters.values())
     low.engine.backward(low._losses(low.batches(low.plan.names, 1, 0), 1)["sts"], True)
-    assert {part.dtype for part in low.engine.take() if part is not None} == {torch.float32}
+    assert {part.dtype for part in low.engine.collect_gradient() if part is not None} == {torch.float32}
 
 
 def silence(step, task):

@@ -1,0 +1,108 @@
+"""Extensions of the baseline: named changes of a run's configuration, the paper's and those that came after it."""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+
+from minbert.data.errors import UserError
+from minbert.data.task import Task
+from minbert.trainer.config import parse_config
+from minbert.trainer.surgery.methods import METHODS
+from minbert.tuning.space import Parameters, read_value
+
+# The paper's baseline: sentence embeddings side by side, one hidden layer, the encoder frozen.
+BASELINE = "baseline"
+PAPER_BASELINE: Parameters = {"features": "baseline", "hidden_layers": 1, "freeze": "encoder", "aggregator": "sum"}
+
+# The paper's in its order, then further ones; an aggregator's name is one more.
+EXTENSIONS: dict[str, Parameters] = {
+    "siamese": {"features": "siamese"},
+    "two_hidden_layers": {"hidden_layers": 2},
+    "back_translation": {"augment_mode": "append"},
+    "smart": {},
+    "unfrozen": {"freeze": "none"},
+    "gradual_unfreezing": {"freeze": "none", "unfreeze": "gradual"},
+    "pretrained": {},
+    "joint_pairs": {"pair_encoding": "joint"},
+    "averaged_weights": {"average_decay": 0.999},
+}
+DEFAULT = ("siamese", "two_hidden_layers", "smart", "unfrozen", "pcgrad")
+
+# What is given behind the name, as in `back_translation=FILE`: the option that it is, and what it is.
+ARGUMENTS = {
+    "back_translation": ("augmented", "a file that `minbert augment` has written"),
+    "pretrained": ("model", "a folder that `minbert pretrain` has written"),
+    "smart": ("smart_weight", "its weight"),
+}
+SMART_WEIGHT = 0.02  # the paper's
+
+
+def extension(word: str, tasks: Sequence[Task]) -> tuple[str, Parameters]:
+    """Name and change of what `word` names: an extension (`pretrained=FOLDER`), an aggregator, or
+    NAME=OPTION:VALUE,... defined on the spot.
+
+    `tasks` are those of the runs. Raises UserError for an unknown name, with those that exist.
+    """
+    name, given, text = word.partition("=")
+    known = name.replace("-", "_")
+    if known in EXTENSIONS and (known in ARGUMENTS or not given):
+        return known, EXTENSIONS[known] | _argument(known, text, tasks)
+    if given:
+        return name, _defined(word, name, text)
+    if known in METHODS and known != "sum":
+        return known, {"aggregator": known}
+    names = [*EXTENSIONS, *(method for method in METHODS if method != "sum")]
+    near = difflib.get_close_matches(known, names, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise UserError(f"there is no extension {word!r}; {hint}There are {', '.join(names)}, and NAME=OPTION:VALUE")
+
+
+def combination(word: str, known: Mapping[str, Parameters], tasks: Sequence[Task]) -> dict[str, Parameters]:
+    """The members of `siamese+pcgrad`, each a name in `known` or what `extension` takes. Raises UserError."""
+    return dict((part, known[part]) if part in known else extension(part, tasks) for part in word.split("+"))
+
+
+def combine(members: Sequence[str], extensions: Mapping[str, Parameters]) -> Parameters:
+    """The change that several extensions make together. Raises UserError if two of them contradict each other."""
+    change: Parameters = {}
+    for member in members:
+        wanted = extensions[member]
+        if twice := [name for name in change.keys() & wanted.keys() if change[name] != wanted[name]]:
+            raise UserError(f"{'+'.join(members)} would set {', '.join(sorted(twice))} twice; leave one of them out")
+        change |= wanted
+    return change
+
+
+def _argument(name: str, text: str, tasks: Sequence[Task]) -> Parameters:
+    """What the text behind an extension's name adds to it. Raises UserError if it needs one."""
+    if name not in ARGUMENTS:
+        return {}
+    option, what = ARGUMENTS[name]
+    if name == "smart":
+        return {option: _smart_weights(text, tasks)}
+    if not text:
+        raise UserError(f"{name} needs {what}: {name}={option.upper()}")
+    return {option: [text] if name == "back_translation" else text}
+
+
+def _smart_weights(text: str, tasks: Sequence[Task]) -> list[float]:
+    """A weight for every task: as in the paper, only classes of single sentences (sentiment) are smoothed."""
+    try:
+        weight = float(text) if text else SMART_WEIGHT
+    except ValueError:
+        raise UserError(f"smart={text}: its weight is a number, {SMART_WEIGHT} if left out") from None
+    weights = [weight if task.kind == "classification" and not task.is_pair else 0.0 for task in tasks]
+    if not any(weights):
+        raise UserError("smart is for classes of single sentences, which no task has; NAME=smart_weight:VALUE sets all")
+    return weights
+
+
+def _defined(word: str, name: str, text: str) -> Parameters:
+    change: Parameters = {}
+    for part in text.split(","):
+        option, colon, value = part.partition(":")
+        if not colon or not re.fullmatch(r"\w[\w.-]*", name) or name == BASELINE:
+            raise UserError(f"an extension is defined as NAME=OPTION:VALUE,OPTION:VALUE, not {word!r}")
+        change[option.strip().replace("-", "_")] = read_value(value)
+    parse_config(change, f"extension {name}")
+    return change
