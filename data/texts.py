@@ -29,7 +29,6 @@ from minbert.data.examples import BadRows, fingerprint
 from minbert.data.files import replacing
 from minbert.data.masking import Masking, evaluation_key, training_key
 from minbert.data.ragged import Ragged
-from minbert.data.reading import read_json
 from minbert.data.sources import load_examples
 from minbert.data.split import Encoded, TokenisedSplit
 from minbert.data.task import Split, Task
@@ -311,21 +310,21 @@ def _is_whole(folder: Path) -> bool:
     if not (folder / _ABOUT).exists():
         return False
     try:
-        about = read_json(folder / _ABOUT)
+        about = json.loads((folder / _ABOUT).read_bytes())
         size = np.dtype(about["ids"]).itemsize
         return all(
             (folder / _IDS.format(split)).stat().st_size == size * about[split]["tokens"]
             and (folder / _OFFSETS.format(split)).stat().st_size == 8 * (about[split]["rows"] + 1)
             for split in ("train", "dev")
         )
-    except (OSError, UserError, KeyError, TypeError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         logger.warning("token cache %s cannot be read and is made anew: %s", folder, error)
         return False
 
 
 def _map(folder: Path, split: Split) -> tuple[Ragged, str]:
     """The tokens of a split, mapped into memory, and their digest."""
-    about = read_json(folder / _ABOUT)
+    about = json.loads((folder / _ABOUT).read_bytes())
     ids: np.ndarray = np.empty(0, np.int32)
     if about[split]["tokens"]:  # nothing cannot be mapped
         ids = np.memmap(folder / _IDS.format(split), about["ids"], mode="r")

@@ -21,8 +21,9 @@ def masking(**more) -> Masking:
 @st.composite
 def batches(draw):
     """Sentences as the tokenizer gives them, with unknown words amid them and cuts inside of words."""
-    inner = draw(st.lists(st.lists(st.integers(0, SIZE - 1), max_size=30), min_size=1, max_size=6))
-    return [[CLS, *words, SEP] for words in inner]
+    lengths = draw(st.lists(st.integers(0, 30), min_size=1, max_size=6))
+    rng = np.random.default_rng(draw(st.integers(0, 10**6)))
+    return [[CLS, *rng.integers(0, SIZE, length).tolist(), SEP] for length in lengths]
 
 
 def flat(sentences: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -64,7 +64,7 @@ WRONG = {
     "loss": ("squared_error", r"loss: a classification task takes cross_entropy"),
     "label": (None, r"label: field required"),
     "range": ([0, 5], r"range: only a regression has one"),
-    "weight": (0, r"weight: input should be greater than 0, not 0"),
+    "weight": (-1, r"weight: input should be greater than or equal to 0, not -1"),
     "sentences": (["a", "b", "c"], r"sentences: .*at most 2"),
     "metrik": ("f1", r"unknown key 'metrik'; did you mean 'metric'\?"),
     "files": ({"train": "a.csv", "dev": "b.xls"}, r"files\.dev: .*b\.xls must end in \.csv, \.tsv, \.jsonl, \.parquet"),

@@ -226,7 +226,7 @@ FILES = {
 SST = "predict {run} --task sst"
 MISTAKES = [
     ("trainn", "no command 'trainn'; did you mean 'train'?"),
-    ("fly", "there are train, resume"),
+    ("fly", "there are train, pretrain, resume"),
     ("train --batchsize 3", "no option --batchsize; did you mean --batch-size?"),
     ("train --optimizer.lr 3", "did you mean --lr?"),
     ("train --quite-another 3", "`minbert train --help` lists all"),

@@ -140,6 +140,7 @@ def test_beside_supervised_tasks_it_has_a_row_in_surgery_and_no_weight_in_the_sc
     declared = {"name": "mlm", "kind": "masked_lm", "weight": 0, "texts": {"files": ["reviews.txt"]}}
     (lines.parent / "aid.yaml").write_text(yaml.safe_dump(declared))
     arguments = ["--tasks", "sst", "sts", lines.parent / "aid.yaml", "--aggregator", "pcgrad", "--steps", 2]
+    arguments += ["--smart-weight", 0.1, "--proximal-weight", 0.1]  # which have nothing to say of it
     minbert("train", "--run", tmp_path / "run", *SMALL, *arguments)
     run = RunFolder(tmp_path / "run")
     *_, scores = (record for record in run.read_metrics() if "dev/overall" in record)

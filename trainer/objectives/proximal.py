@@ -15,7 +15,8 @@ from minbert.trainer.objectives.divergence import divergence
 
 @dataclass(frozen=True)
 class Proximal:
-    """Adds `weight` (the paper's mu) times the divergence of the model's outputs from the teacher's to every loss."""
+    """Adds `weight` (the paper's mu) times the divergence of the model's outputs from the teacher's to every loss but
+    those of hidden tokens, which have no outputs to compare."""
 
     weight: float
 
@@ -24,4 +25,5 @@ class Proximal:
         return {
             name: self.weight * divergence(tasks[name], outputs, forward.targets[name])
             for name, outputs in forward.outputs.items()
+            if tasks[name].kind != "masked_lm"
         }
