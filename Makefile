@@ -22,8 +22,8 @@ test: $(VENV)/.installed-dev
 # The processes that tests start have other working directories: paths are absolute.
 coverage: $(VENV)/.installed-dev
 	mkdir -p build
-	COVERAGE_ROOT=$(CURDIR) COVERAGE_FILE=$(CURDIR)/build/coverage COVERAGE_PROCESS_START=$(CURDIR)/pyproject.toml \
-		$(PYTEST) --cov $(PYTEST_OPTIONS)
+	COVERAGE_ROOT=$(CURDIR) COVERAGE_FILE=$(CURDIR)/build/coverage COVERAGE_CHILDREN=$(CURDIR)/pyproject.toml \
+		$(PYTEST) $(PYTEST_OPTIONS) --cov
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

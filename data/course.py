@@ -40,12 +40,12 @@ def read_course(folder: Path, task: Task, split: Split, bad_rows: BadRows = "ref
 
 def read_delimited(path: Path, task: Task, split: Split, delimiter: str) -> Iterator[Row | BadRow]:
     """The rows of a file, sentences stripped; without a column of ids, the row numbers are the ids."""
-    records = _records(path, delimiter)
-    _, _, header = next(records, (1, 1, None))
+    lines = records(path, delimiter)
+    _, _, header = next(lines, (1, 1, None))
     if header is None:
         raise DataError(f"{path} is empty")
     id_at, sentences_at, label_at = _find_columns(path, header, task, split, delimiter)
-    for number, (line, last_line, record) in enumerate(records):
+    for number, (line, last_line, record) in enumerate(lines):
         where = f"{path.name}:{line}"
         if len(record) != len(header):
             reason = f"{len(record)} fields where the header has {len(header)}"
@@ -76,8 +76,8 @@ def _find_columns(
     return at.get(task.id), [at[name] for name in task.sentences], at.get(task.label)
 
 
-def _records(path: Path, delimiter: str) -> Iterator[tuple[int, int, list[str]]]:
-    """(first line, last line, fields) of each record that is not blank; lines count from 1."""
+def records(path: Path, delimiter: str) -> Iterator[tuple[int, int, list[str]]]:
+    """(first line, last line, fields) of each record that is not blank; lines count from 1. Raises DataError."""
     # newline="\n": a lone carriage return in a quoted field is text and must not count as a line.
     reader = csv.reader(io.StringIO(read_text(path, None), newline="\n"), delimiter=delimiter, strict=True)
     while True:

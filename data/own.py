@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from minbert.data.course import read_delimited
+from minbert.data.course import read_delimited, records
 from minbert.data.errors import DataError
 from minbert.data.examples import BadRow, BadRows, Examples, Row, collect
 from minbert.data.reading import read_text
@@ -27,6 +27,24 @@ def read_own(task: Task, split: Split, bad_rows: BadRows = "refuse") -> Examples
     else:
         rows = _rows(path, task, split, _read_jsonl(path) if kind == ".jsonl" else _read_parquet(path))
     return collect(task, split, str(path), rows, bad_rows)
+
+
+Record = tuple[str, dict[str, Any]]  # place, and value by column
+
+
+def read_columns(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    """Every row of a file of any of the formats as (place, value by column, or what is wrong with the row). Raises
+    DataError for a file that cannot be read."""
+    kind = path.suffix.lower()
+    if kind not in (".csv", ".tsv"):
+        yield from _read_jsonl(path) if kind == ".jsonl" else _read_parquet(path)
+        return
+    lines = records(path, "," if kind == ".csv" else "\t")
+    _, _, header = next(lines, (1, 1, []))
+    for line, _, fields in lines:
+        fits = len(fields) == len(header)
+        reason = f"{len(fields)} fields where the header has {len(header)}"
+        yield f"{path.name}:{line}", dict(zip(header, fields)) if fits else reason
 
 
 def _rows(

@@ -18,6 +18,7 @@ from minbert.launch.help import RUN_OPTIONS, Option, show_help, show_help_with_r
 from minbert.launch.words import convert, read_options, takes_several
 from minbert.slurm.settings import JobSettings, parse_parameters
 from minbert.trainer.config import OPTIONS, SECTIONS, RunConfig, flat_options, parse_config
+from minbert.trainer.recipe import with_recipes
 from minbert.trainer.run.folder import RunFolder
 
 T = TypeVar("T")
@@ -122,11 +123,15 @@ def _types_of(model: type[BaseModel]) -> dict[str, Any]:
 
 
 def build_run_config(options: Mapping[str, Any]) -> RunConfig:
-    """A run's configuration: defaults < the run folder's own < the file `config` < `options`. Raises UserError."""
+    """A run's configuration: defaults < the run folder's own < recipes < the file `config` < `options`.
+
+    Raises UserError; the recipe `list` prints all and ends the program.
+    """
     file = options.get("config")
     where = "options" if file is None else str(file)
     options = {name: value for name, value in options.items() if name not in RUN_OPTIONS}
     layers = [options] if file is None else [flat_options(read_yaml(file), where), options]
+    layers = with_recipes(layers)
     aggregator = next((layer["aggregator"] for layer in reversed(layers) if "aggregator" in layer), None)
     run = next((layer["run"] for layer in reversed(layers) if layer.get("run")), None)
     if isinstance(run, str | Path) and (folder := RunFolder(Path(run))).config_file.exists():
@@ -136,6 +141,8 @@ def build_run_config(options: Mapping[str, Any]) -> RunConfig:
         given = dict(layer)
         if given.get("epochs") is not None and given.get("steps") is None:
             given["steps"] = None  # a later word on the budget replaces an earlier one, in whichever unit
+        elif given.get("steps") is not None and given.get("extend_to") is None:
+            given["extend_to"] = None
         for name, other in (("eval_every", "evaluations"), ("evaluations", "eval_every")):
             if given.get(name) is not None and given.get(other) is None:
                 given[other] = None

@@ -18,6 +18,10 @@ from hypothesis import settings
 settings.register_profile("suite", deadline=None)  # the machine may be slow, or busy
 settings.load_profile("suite")
 
+# `make coverage`: the processes that tests start count their lines, too. Ours are counted by pytest-cov.
+if "PYTEST_XDIST_WORKER" in os.environ and "COVERAGE_CHILDREN" in os.environ:
+    os.environ["COVERAGE_PROCESS_START"] = os.environ["COVERAGE_CHILDREN"]
+
 # A shell starts its background jobs with SIGINT ignored, and that is inherited: the runs under test must see Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

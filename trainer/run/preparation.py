@@ -129,6 +129,7 @@ def resolve(config: RunConfig) -> RunConfig:
     pretrained = config.encoder.model != "tiny"
     lr = config.optimizer.lr or (5e-5 if pretrained else 1e-3)
     head_lr = config.optimizer.head_lr or (1e-3 if config.encoder.freeze == "encoder" else lr)
+    augmented = tuple(path.expanduser().absolute() for path in config.corpus.augmented)
     cache = (config.corpus.cache or default_cache_dir()).expanduser().absolute()
     data, model = config.corpus.data, config.encoder.model
     if data.startswith("hub:") and data != "hub:":
@@ -140,7 +141,7 @@ def resolve(config: RunConfig) -> RunConfig:
     return config.model_copy(
         update={
             "optimizer": config.optimizer.model_copy(update={"lr": lr, "head_lr": head_lr}),
-            "corpus": config.corpus.model_copy(update={"cache": cache, "data": data}),
+            "corpus": config.corpus.model_copy(update={"cache": cache, "data": data, "augmented": augmented}),
             "encoder": config.encoder.model_copy(update={"model": model}),
             "budget": config.budget.model_copy(update={"epochs": config.budget.epochs or (3 if pretrained else 5)}),
         }
@@ -198,7 +199,7 @@ def settings(config: RunConfig) -> dict[str, Any]:
     sections = config.model_dump(mode="json", exclude={"run"})
     flat = {name: sections[name] if section is None else sections[section][name] for name, section in _fixed(config)}
     flat["tasks"] = [task.model_dump(mode="json", exclude=PLACES) for task in config.corpus.tasks]
-    return {name: value for name, value in flat.items() if name not in ("data", "model")}
+    return {name: value for name, value in flat.items() if name not in ("data", "model", "augmented")}
 
 
 def _fixed(config: RunConfig) -> list[tuple[str, str | None]]:

@@ -143,6 +143,7 @@ def test_it_goes_on_elsewhere(whole_without_dropout, tmp_path, step, processes, 
         "--surgery-scope layer --aggregator upgrad",
         "--task-schedule round_robin --aggregator sum",
         "--freeze 1 --pooling cls",
+        "--smart-weight 0.1 --proximal-weight 0.1",
     ],
 )
 def test_it_goes_with_what_else_says_what_a_step_trains(tmp_path, more):

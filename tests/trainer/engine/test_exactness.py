@@ -17,7 +17,7 @@ from exactness_worker import OPTIMIZERS, configured
 from safetensors.torch import load_file
 from torch.optim.swa_utils import AveragedModel
 from torchjd.aggregation import PCGrad, UPGrad
-from toy_objectives import OBJECTIVES
+from toy_objectives import OBJECTIVES, TAUGHT, TEACHERS_DECAY
 
 from minbert.data.batch import Portion, make_batch
 from minbert.data.tokens import load_tokenizer
@@ -69,10 +69,19 @@ ODD = [
         ("pcgrad", {"frozen_at": 1}),  # the lowest layer stays as it is at that step
         ("pcgrad", {"broken_step": 1}),  # NaN in one task: the step is skipped by all, as if it had not been
         ("sum", {"broken_step": 1}),
+        ("famo", {"objective": "proximal"}),  # asks for the losses again, without gradients
     ]
 ]  # fmt: skip
 OBJECTIVE = [
-    case(stage, "pcgrad", objective=objective) for stage in (None, 2, 3) for objective in ("adversarial", "masked")
+    case(stage, "pcgrad", objective=objective)
+    for stage in (None, 2, 3)
+    for objective in ("adversarial", "masked", "proximal")
+]
+# The perturbation of an example and what the teacher says of it are the same wherever it is.
+OBJECTIVE += [
+    case(stage, "sum", objective=objective, accumulation=2)
+    for stage in (None, 1, 2, 3)
+    for objective in ("adversarial", "proximal")
 ]
 # The average is evaluated after every step, in the place of the weights, and the training does not notice.
 AVERAGED = [
@@ -118,7 +127,7 @@ class Dense:
         self.config = configured(prepared.read_config(), case | {"zero_stage": None})
         self.steps = case["steps"]
         tokenizer = load_tokenizer(prepared.encoder)
-        self.objective = OBJECTIVES[case.get("objective", "supervised")]
+        self.objective = (OBJECTIVES | TAUGHT)[case.get("objective", "supervised")]
         names = self.config.corpus.names
         self.splits = {name: load_split(self.config, name, "train", tokenizer) for name in names}
         self.plan = build_plan(self.config, self.splits)
@@ -126,6 +135,7 @@ class Dense:
         self.model = build_model(self.config, prepared).train()
         self.optimizer = OPTIMIZERS[case["optimizer"]](parameter_groups(self.model, self.config.optimizer))
         self.average = averaged(self.model, case["average"]) if "average" in case else None
+        self.teacher = averaged(self.model, TEACHERS_DECAY, warm_up=False) if case.get("objective") in TAUGHT else None
         self.trunk = [p for p in self.model.bert.parameters() if p.requires_grad]
 
     def losses(self, step: int, some=slice(None)) -> list[torch.Tensor]:
@@ -134,7 +144,10 @@ class Dense:
             rows = self.plan.rows(name, step)
             portion = Portion(rows[some], np.arange(len(rows))[some], len(rows[some]))
             batch = make_batch(self.splits, {name: portion}, draw=(self.plan.seed, step))
-            losses, weights = self.model(batch, self.objective, step)[name], batch.tasks[name].weights
+            targets = None
+            if self.teacher is not None:
+                targets = {name: said.detach() for name, said in self.teacher.eval()(batch).items()}
+            losses, weights = self.model(batch, self.objective, step, targets)[name], batch.tasks[name].weights
             found.append(torch.dot(losses, weights) / weights.sum())
         return found
 
@@ -161,16 +174,17 @@ class Dense:
         if clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), clip)
         self.optimizer.step()
-        if self.average is not None:
-            self.average.update_parameters(self.model)
+        for copy in (self.average, self.teacher):
+            if copy is not None:
+                copy.update_parameters(self.model)
         return [loss.item() for loss in losses]
 
 
-def averaged(model: torch.nn.Module, decay: float) -> AveragedModel:
+def averaged(model: torch.nn.Module, decay: float, warm_up: bool = True) -> AveragedModel:
     """PyTorch's own average, from the first weights on."""
 
     def follow(average: torch.Tensor, weight: torch.Tensor, updates: torch.Tensor) -> torch.Tensor:
-        now = min(decay, updates / (9 + updates))  # it counts the first weights, too
+        now = min(decay, updates / (9 + updates)) if warm_up else decay  # it counts the first weights, too
         return now * average + (1 - now) * weight
 
     average = AveragedModel(model, avg_fn=follow)
@@ -234,7 +248,7 @@ def test_every_stage_equals_the_dense_process(prepared, processes):
                 fixed = name.startswith(("bert.embeddings.", "bert.layers.0.", "bert.pooler."))
                 assert torch.equal(found[name], state[name]) == fixed, name
         if "objective" in wanted:
-            plain = load_file(folder / f"stage{wanted['zero_stage']}-pcgrad-sgd.safetensors")
+            plain = load_file(folder / f"stage{wanted['zero_stage']}-{wanted['aggregator']}-sgd.safetensors")
             assert max(float((state[name] - plain[name]).abs().max()) for name in plain) > 100 * TOLERANCE["sgd"]
         for rank in range(processes):
             history = load_file(folder / f"{wanted['name']}-rank{rank}.safetensors")

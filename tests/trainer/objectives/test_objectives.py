@@ -1,45 +1,14 @@
 """The seam for objectives, in one process: each toy does what it says, and stages are computed once. That they are the
 same on several processes and under ZeRO is shown with the exactness of the step."""
 
-import numpy as np
 import pytest
 import torch
-from known_tasks import QUORA, SST
+from small_model import build, build_batch
 from torch import Tensor
-from toy_objectives import OBJECTIVES, Taught, adversarial, masked, twice
+from toy_objectives import OBJECTIVES, Taught, masked, twice
 
-from minbert.data.batch import Batch, Portion, make_batch
-from minbert.data.ragged import Ragged, ends
-from minbert.data.split import TokenisedSplit
-from minbert.trainer.config import EncoderConfig, HeadsConfig
-from minbert.trainer.model.bert import BertConfig
-from minbert.trainer.model.multitask import Forward, MultitaskModel
+from minbert.trainer.model.multitask import Forward
 from minbert.trainer.objectives.supervised import supervised
-
-SHAPE = dict(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
-
-
-def build(dropout: float = 0.0) -> MultitaskModel:
-    torch.manual_seed(0)
-    shape = BertConfig(**SHAPE, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
-    model = MultitaskModel([SST, QUORA], shape, EncoderConfig(), HeadsConfig(head_dropout=dropout))
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.5)
-    return model.train()
-
-
-def build_batch() -> Batch:
-    generator = np.random.default_rng(1)
-
-    def split(lengths: list[int], columns: int, labels: list[float]) -> TokenisedSplit:
-        tokens = Ragged(generator.integers(5, 50, sum(lengths)), ends([np.array(lengths)]))
-        rows = np.arange(len(labels))
-        parts = tuple(tokens.take(rows + side * len(rows)) for side in range(columns))
-        return TokenisedSplit([str(row) for row in rows], parts, np.array(labels, np.float32))
-
-    splits = {"sst": split([4, 7, 3], 1, [0.0, 4.0, 2.0]), "quora": split([5, 6, 8, 2], 2, [1.0, 0.0])}
-    return make_batch(splits, {name: Portion.whole(np.arange(len(part))) for name, part in splits.items()})
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -71,22 +40,6 @@ def _counted(function, calls: list):
         return function(*arguments)
 
     return call
-
-
-def test_the_ascent_step_raises_the_distance():
-    """The perturbation along the gradient moves the outputs further than one against it."""
-    model, batch = build(), build_batch()
-    forward = Forward(model, batch)
-    start = (forward.embeddings + 0.01 * torch.sin(1000 * forward.embeddings)).detach()
-
-    def distance(embeddings: Tensor) -> Tensor:
-        other = forward.again(embeddings=embeddings).outputs
-        return sum((other[name] - forward.outputs[name].detach()).square().sum() for name in other)
-
-    (gradient,) = torch.autograd.grad(distance(start.requires_grad_()), start)
-    assert distance(start + 1e-3 * gradient) > distance(start) > distance(start - 1e-3 * gradient)
-    plain, more = supervised(forward), adversarial(Forward(model, batch))
-    assert all((more[name] >= plain[name]).all() for name in plain) and more["sst"].sum() > plain["sst"].sum()
 
 
 def test_targets_made_from_the_step_change_with_it():

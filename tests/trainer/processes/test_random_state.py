@@ -3,9 +3,10 @@
 from itertools import product
 
 from minbert.launch.options import parse_run_config
-from minbert.trainer import train as training
+from minbert.trainer import assembly
 from minbert.trainer.processes.random_state import stream
 from minbert.trainer.run.preparation import prepare
+from minbert.trainer.train import train
 
 
 def test_every_use_has_a_stream_of_its_own():
@@ -19,9 +20,9 @@ def test_every_use_has_a_stream_of_its_own():
 
 
 def test_weights_and_dropout_of_neighbouring_seeds_differ(tmp_path, monkeypatch):
-    seeds, original = [], training.seed_everything
-    monkeypatch.setattr(training, "seed_everything", lambda seed: (seeds.append(seed), original(seed)))
+    seeds, original = [], assembly.seed_everything
+    monkeypatch.setattr(assembly, "seed_everything", lambda seed: (seeds.append(seed), original(seed)))
     for seed in range(2):
         text = f"--train-limit 20 --eval-limit 10 --batch-size 4 --steps 1 --seed {seed} --trackers"
-        training.train(prepare(parse_run_config([*text.split(), "--run", str(tmp_path / str(seed))])))
+        train(prepare(parse_run_config([*text.split(), "--run", str(tmp_path / str(seed))])))
     assert len(seeds) == len(set(seeds)) == 4
