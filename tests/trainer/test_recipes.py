@@ -52,6 +52,7 @@ def test_the_milestones_are_those_of_the_paper():
         "paper-baseline": {"freeze": "encoder", "features": "baseline", "hidden_layers": 1},
         "paper-siamese": {"freeze": "encoder", "hidden_layers": 1},
         "paper-two-layers": {"freeze": "encoder"},
+        "paper-back-translation": {"freeze": "encoder", "augmented": (Path("rows.jsonl"),)},
         "paper-smart": {"freeze": "encoder"} | smart,
         "paper-full": smart,
     }
