@@ -47,11 +47,13 @@ def test_every_recipe_comes_in_every_size(name, size):
 
 
 def test_the_milestones_are_those_of_the_paper():
-    smart = {"smart_weight": (0.02, 0.0, 0.0)}
+    appended = {"augment_mode": "append"}
+    smart = {"smart_weight": (0.02, 0.0, 0.0)} | appended
     milestones = {
         "paper-baseline": {"freeze": "encoder", "features": "baseline", "hidden_layers": 1},
         "paper-siamese": {"freeze": "encoder", "hidden_layers": 1},
         "paper-two-layers": {"freeze": "encoder"},
+        "paper-back-translation": {"freeze": "encoder", "augmented": (Path("rows.jsonl"),)} | appended,
         "paper-smart": {"freeze": "encoder"} | smart,
         "paper-full": smart,
     }
