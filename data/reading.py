@@ -18,6 +18,7 @@ from minbert.data.errors import DataError, UserError, shown
 
 LARGEST = 1 << 30  # bytes of a log, which grows with the run
 LARGEST_YAML = 1 << 20  # of a configuration; PyYAML reads about 100 kB a second
+_PIECE = 1 << 20  # bytes that are read at a time
 MOST_NODES = 100_000  # values that a configuration may stand for, aliases written out
 
 
@@ -38,12 +39,14 @@ def read_small(path: Path, limit: int | None = LARGEST) -> bytes:
         if not stat.S_ISREG(kind) and not from_shell:
             raise OSError(errno.EINVAL, "it is no regular file", str(path))
         with os.fdopen(descriptor, "rb", closefd=False) as file:
-            content = file.read(-1 if limit is None else limit + 1)
+            content = bytearray()
+            while piece := file.read(_PIECE):  # not limit + 1 at once, for which Python would reserve as much memory
+                content += piece
+                if limit is not None and len(content) > limit:
+                    raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes", str(path))
     finally:
         os.close(descriptor)
-    if limit is not None and len(content) > limit:
-        raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes", str(path))
-    return content
+    return bytes(content)
 
 
 def decode(content: bytes, path: Path) -> str:
