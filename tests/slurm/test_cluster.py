@@ -275,7 +275,9 @@ def test_a_lost_node_costs_the_steps_since_the_last_checkpoint(cluster, runs, wh
     finally:
         cluster.start_node("n2")
     assert_finished_like(run, whole)
-    assert [attempt.ending for attempt in attempts(run)] == [Ending.NODE_FAILURE, Ending.FINISHED]
+    first, *between, last = [attempt.ending for attempt in attempts(run)]
+    assert (first, last) == (Ending.NODE_FAILURE, Ending.FINISHED)
+    assert set(between) <= {Ending.STOPPED}  # a busy controller may take the node that returns for lost once more
     assert attempts(run)[-1].first_step >= 20
 
 
