@@ -32,7 +32,7 @@ def with_recipes(layers: Sequence[Options]) -> list[Options]:
     option that nobody gives.
     """
     named = next((layer["recipe"] for layer in reversed(layers) if layer.get("recipe") is not None), ())
-    names = (named,) if isinstance(named, str) else tuple(named)
+    names = (named,) if isinstance(named, str) or not isinstance(named, Sequence) else tuple(named)
     if not names:
         return list(layers)
     if names == ("list",):
@@ -56,7 +56,7 @@ def read_recipe(name: str) -> dict[str, Any]:
 
 def _read(name: Any) -> dict[str, Any]:
     known = recipes()
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         near = difflib.get_close_matches(str(name)[:80], known, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise UserError(f"no recipe is called {shown(name)}; {hint}There are {', '.join(known)}")

@@ -58,6 +58,7 @@ def test_a_table_and_the_prediction_files_agree(run, tmp_path, capsys):
     assert main(["predict", str(run.path), "--task", "sts", "--csv", str(table)]) == 0
     rows = capsys.readouterr().out.splitlines()
     assert rows[1] == f"{PAIR[1]},{PAIR[0]},{similarity(run, *PAIR):.3f}"
+    capsys.readouterr()  # what `similarity` has printed
     assert main(["evaluate", str(run.path), "--json"]) == 0
     scores = json.loads(capsys.readouterr().out)
     best = [record for record in run.read_metrics() if "dev/overall" in record][-1]

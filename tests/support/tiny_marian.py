@@ -25,7 +25,12 @@ def write_models(folder: Path, directions: tuple[str, ...] = ("en-xx", "xx-en"))
     text = folder / "sentences.txt"
     text.write_text("\n".join(SENTENCES * 4))
     sentencepiece.SentencePieceTrainer.train(
-        input=str(text), model_prefix=str(folder / "pieces"), vocab_size=90, hard_vocab_limit=False, minloglevel=2
+        input=str(text),
+        model_prefix=str(folder / "pieces"),
+        vocab_size=90,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        num_threads=1,
     )
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "pieces.model"))
     words = ["</s>", "<unk>", *(pieces.id_to_piece(number) for number in range(3, pieces.vocab_size())), "<pad>"]
