@@ -17,7 +17,7 @@ from minbert.trainer.config import parse_config
 from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.processes.stop import StopRequest
 from minbert.tuning.ablation import ABLATION_FILE, Ablation
-from minbert.tuning.background import BackgroundTraining, free_memory, tells_of_disk
+from minbert.tuning.background import BackgroundTraining, free_memory, line_on_disk
 from minbert.tuning.trial import METRIC, Trial, better, score_of
 
 
@@ -29,14 +29,12 @@ def run_here(ablation: Ablation, trials: Sequence[Trial]) -> int:
                 continue
             print(f"[{number}/{len(trials)}] {trial.name}", flush=True)
             code, error = _train(trial, ablation.options(trial), stop)
-            full = code != ExitCode.FINISHED and tells_of_disk(error)
+            full = line_on_disk(error) if code != ExitCode.FINISHED else None
             if full or code == ExitCode.INTERRUPTED:
                 trial.status = "pending"
                 trial.write()
             if full:
-                raise UserError(
-                    f"{trial.folder}: {error.strip().splitlines()[-1]}\nMake room, then repeat the command."
-                )
+                raise UserError(f"{trial.folder}: {full}\nMake room, then repeat the command.")
             if code == ExitCode.INTERRUPTED:
                 stop.exit_code = ExitCode.INTERRUPTED
                 return ExitCode.INTERRUPTED

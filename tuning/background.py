@@ -39,9 +39,11 @@ def free_memory() -> None:
         trim(0)
 
 
-def tells_of_disk(text: str) -> bool:
-    """Whether an error, of which there is only the text, is that a disk is full or read-only."""
-    return any(os.strerror(number) in text for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS))
+def line_on_disk(text: str) -> str | None:
+    """Of an error, of which there is only the text, the line that says that a disk is full or read-only; None if it is
+    another error."""
+    words = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)]
+    return next((line.strip() for line in reversed(text.splitlines()) if any(word in line for word in words)), None)
 
 
 class BackgroundTraining:

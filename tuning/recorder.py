@@ -13,7 +13,7 @@ from ray.tune import Callback
 from minbert.data.errors import disk_trouble
 from minbert.trainer.processes.stop import StopRequest
 from minbert.trainer.run.folder import RunFolder
-from minbert.tuning.background import tells_of_disk
+from minbert.tuning.background import line_on_disk
 from minbert.tuning.population import record_take_over
 from minbert.tuning.proposals import Proposals
 from minbert.tuning.space import Parameters
@@ -90,7 +90,7 @@ class Recorder(Callback):
 
     def on_trial_recover(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         ours, error = self.trials[trial.config["name"]], _error_of(trial)
-        if tells_of_disk(error):
+        if line_on_disk(error):
             self._interrupt(ours, error)
             return
         ours.error = _last_line(error)
@@ -98,14 +98,14 @@ class Recorder(Callback):
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         ours, error = self.trials[trial.config["name"]], _error_of(trial)
-        if self.no_room or tells_of_disk(error):  # the others cannot save, either
+        if self.no_room or line_on_disk(error):  # the others cannot save, either
             self._interrupt(ours, error)
         else:
             self._end(ours, "failed", error)
 
     def _interrupt(self, ours: Trial, error: str) -> None:
         """A disk that is full is nobody's failure: the search stops, and goes on when there is room."""
-        self.no_room = self.no_room or f"{ours.folder}: {_last_line(error)}"
+        self.no_room = self.no_room or f"{ours.folder}: {line_on_disk(error) or _last_line(error)}"
         ours.status = "pending"
         with self._room():
             ours.write()

@@ -9,7 +9,7 @@ from ray import tune
 
 from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.run.folder import RunFolder
-from minbert.tuning.background import BackgroundTraining, Train, free_memory, tells_of_disk
+from minbert.tuning.background import BackgroundTraining, Train, free_memory, line_on_disk
 from minbert.tuning.scheduler import REACHED, WORST
 from minbert.tuning.take_over import take_over
 from minbert.tuning.trial import METRIC, Trial, better, score_of
@@ -79,7 +79,7 @@ class TrialWorker(tune.Trainable):
         code, error = training.ending
         if code == ExitCode.FINISHED:
             return result | {"done": True, "ending": "finished"}
-        if tells_of_disk(error):
+        if line_on_disk(error):
             return result | {"done": True, "ending": "no room", "error": error}
         if code == ExitCode.USER_MISTAKE:
             return result | {"done": True, "ending": "failed", "error": error}

@@ -34,6 +34,7 @@ from minbert.trainer.config import ParallelConfig, RunConfig, parse_config
 from minbert.trainer.processes.stop import StopRequest
 from minbert.trainer.run.folder import RunFolder, read_config_file
 from minbert.tuning.ablation import plan
+from minbert.tuning.background import line_on_disk
 from minbert.tuning.cluster import _base, _family
 from minbert.tuning.comparison import paired
 from minbert.tuning.extensions import DEFAULT, EXTENSIONS, PAPER_BASELINE, extension
@@ -565,6 +566,12 @@ def disk(tmp_path):
         pytest.skip(f"a file system cannot be mounted here: {mounted.stderr.strip()}")
     yield disk
     subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def test_of_a_long_error_the_line_on_the_disk_is_told():
+    said = "step 4 could not be saved: No space left on device\nThis was failure 3 in a row. Make room, then resume."
+    assert line_on_disk(said) == "step 4 could not be saved: No space left on device"
+    assert line_on_disk("Traceback\nValueError: no room for another word") is None
 
 
 @ray
