@@ -1,4 +1,4 @@
-"""Search spaces, searches that are killed and go on, ablations, and what they do with mistakes."""
+"""Trials, searches that are killed and go on, and what they do with mistakes."""
 
 import contextlib
 import json
@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,38 +20,24 @@ import psutil
 import pytest
 import yaml
 from filelock import FileLock, Timeout
-from hypothesis import given
-from hypothesis import strategies as st
-from known_tasks import TASKS
 from ray.tune.schedulers import TrialScheduler
 
 from minbert.data.errors import UserError
 from minbert.launch.main import main
 from minbert.slurm.status import inspect_runs
 from minbert.trainer.checkpoint.format import published
-from minbert.trainer.config import ParallelConfig, RunConfig, parse_config
+from minbert.trainer.config import ParallelConfig, RunConfig
 from minbert.trainer.processes.stop import StopRequest
 from minbert.trainer.run.folder import RunFolder, read_config_file
-from minbert.tuning.ablation import plan
 from minbert.tuning.background import line_on_disk
 from minbert.tuning.cluster import _base, _family
-from minbert.tuning.comparison import paired
-from minbert.tuning.extensions import DEFAULT, EXTENSIONS, PAPER_BASELINE, extension
 from minbert.tuning.proposals import TpeProposals
 from minbert.tuning.room import limits_of
 from minbert.tuning.scheduler import REACHED, WORST, RememberingASHA
-from minbert.tuning.search import NextTrial, Resources, Search
+from minbert.tuning.search import Resources, Search
 from minbert.tuning.space import (
-    Choice,
     check_space,
-    combination,
-    draw,
-    fingerprint,
-    grid_size,
-    paper_space,
     parse_space,
-    read_space,
-    refuse_ranges,
 )
 from minbert.tuning.trainable import TrialWorker
 from minbert.tuning.trial import METRIC, Trial, best, better, ranked, read_trials, score_of
@@ -60,109 +45,6 @@ from minbert.tuning.trial import METRIC, Trial, best, better, ranked, read_trial
 TINY = ["--train-limit", "60", "--eval-limit", "20", "--batch-size", "8", "--trackers"]
 TOKEN = "0123456789abcdef" * 4
 ray = pytest.mark.xdist_group("ray")  # two clusters of Ray at once would starve each other
-
-
-# Space
-
-
-def test_words_and_files_say_the_same():
-    words = parse_space(["lr=loguniform(1e-5,1e-4)", "--batch-size=16,32", "head_dropout=uniform(0,0.3)"])
-    file = read_space(
-        {
-            "lr": "loguniform(1e-5, 1e-4)",
-            "batch_size": [16, 32],
-            "head_dropout": {"kind": "uniform", "low": 0, "high": 0.3},
-        },
-        "file",
-    )
-    assert words == file
-    assert check_space(words, {})["batch_size"] == Choice(values=(16, 32))
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["dropot=uniform(0,0.3)"], "no option dropot; did you mean head_dropout"),
-        (["lr=uniform(1e-4,1e-5)"], "is not below"),
-        (["lr=loguniform(0,1)"], "above zero"),
-        (["lr=normal(0,1)"], "none of uniform"),
-        (["batch_size=16,many"], "batch_size"),
-        (["batch_size=uniform(8,32)"], "whole number"),
-        (["batch_size=8,8"], "twice"),
-        (["aggregator=sum,pcgard"], "did you mean 'pcgrad'"),
-        (["head_dropout=uniform(0,1.5)"], "head_dropout"),
-        (["features=int(0,1)"], "features"),
-        (["run=a,b"], "cannot be searched"),
-        (["lr"], "OPTION=VALUES"),
-        (["lr=1e-3", "lr=1e-4"], "names lr twice"),
-        (["lr=1e-3,inf"], "lr must be finite, not inf"),
-        (["weight_decay=0.1,.nan"], "weight_decay must be finite, not nan"),
-        (["lr=loguniform(1e-5,inf)"], "lr must be finite, not inf"),
-        (["device=cpu,cuda"], "cannot be searched"),
-    ],
-)
-def test_impossible_spaces_are_refused_before_a_trial(words, message):
-    with pytest.raises(UserError, match=message):
-        check_space(parse_space(words), {})
-
-
-def test_an_impossible_combination_is_refused_before_a_trial():
-    space = check_space(parse_space(["aggregator=sum,pcgrad", "task_schedule=all,round_robin"]), {})
-    with pytest.raises(UserError, match="needs task_schedule=all"):
-        Search(samples=20, space=space).check()
-
-
-@given(seed=st.integers(0, 2**31), number=st.integers(0, 10_000))
-def test_draws_are_a_function_of_seed_and_number_and_within_the_space(seed, number):
-    space = paper_space(RunConfig())
-    drawn = draw(space, seed, number)
-    assert drawn == draw(space, seed, number)
-    assert drawn["lr"] == draw({"lr": space["lr"]}, seed, number)["lr"]  # whatever else is searched
-    for name, kind in space.items():
-        low_or_values = kind.extremes()
-        inside = drawn[name] in low_or_values if isinstance(kind, Choice) else kind.low <= drawn[name] <= kind.high
-        assert inside, (name, drawn[name])
-    parse_config(drawn, "drawn")
-
-
-def test_draws_fill_the_space():
-    space = check_space(parse_space(["lr=loguniform(1e-5,1e-3)", "hidden_layers=int(1,3)", "batch_size=8,16"]), {})
-    drawn = [draw(space, 0, number) for number in range(600)]
-    assert 0.42 < sum(parameters["lr"] < 1e-4 for parameters in drawn) / 600 < 0.58
-    for name, count in (("hidden_layers", 3), ("batch_size", 2)):
-        shares = Counter(parameters[name] for parameters in drawn)
-        assert len(shares) == count
-        assert min(shares.values()) > 0.8 * 600 / count
-
-
-def test_a_grid_has_every_combination_and_no_ranges():
-    space = check_space(parse_space(["hidden_layers=1,2", "features=baseline,siamese", "batch_size=8"]), {})
-    drawn = [combination(space, number) for number in range(grid_size(space))]
-    assert len({fingerprint(parameters) for parameters in drawn}) == 4
-    with pytest.raises(UserError, match="lr has a range"):
-        refuse_ranges(parse_space(["lr=uniform(0.1,0.2)"]))
-
-
-def next_trials(search: Search, folder: Path, count: int, known: list[Trial]) -> list[dict]:
-    make = NextTrial(search, folder, known)
-    return [trial.parameters for trial in (make() for _ in range(count)) if trial is not None]
-
-
-def test_a_random_search_draws_nothing_twice_and_ends_with_the_combinations(tmp_path):
-    space = check_space(parse_space(["batch_size=8,16", "hidden_layers=int(1,3)", "features=baseline,siamese"]))
-    search = Search(samples=100, space=space).limited()
-    assert search.samples == 12
-    drawn = next_trials(search, tmp_path, 100, [])
-    assert len({fingerprint(parameters) for parameters in drawn}) == len(drawn) == 12
-    # The same after another start, whatever was there; and what a population changed stands for what it began with.
-    there = [search.new_trial(tmp_path, number, drawn[number]) for number in range(5)]
-    there[2].taken_over, there[2].parameters = [{"left": {"parameters": drawn[2]}}], drawn[7]
-    assert next_trials(search, tmp_path, 100, there) == drawn[5:]
-    assert Search(samples=100, space=space, scheduler="pbt").limited().samples == 100
-    assert len(next_trials(Search(samples=20, space=space, scheduler="pbt"), tmp_path, 100, [])) == 20
-    endless = check_space(parse_space(["lr=uniform(0.1,0.2)", "batch_size=8,16"]))
-    assert Search(samples=10**9, space=endless).limited().samples == 10**9
-    assert not list(tmp_path.iterdir())  # a trial has a folder when its turn comes
 
 
 # Trials
@@ -274,108 +156,6 @@ def test_a_gpu_is_used_where_there_is_one(resources, parallel, nodes, limits):
             limits_of(*asked)
     else:
         assert limits_of(*asked) == limits
-
-
-# Ablations
-
-
-def test_variants_that_groups_share_exist_once():
-    extensions = dict(extension(word, RunConfig().corpus.tasks) for word in DEFAULT)
-    variants, groups = plan(extensions, ["alone", "added", "left_out"], [])
-    assert groups["alone"] == ["baseline", "siamese", "two_hidden_layers", "smart", "unfrozen", "pcgrad"]
-    assert groups["added"][:3] == ["baseline", "siamese", "siamese+two_hidden_layers"]
-    assert groups["left_out"][0] == groups["added"][-1] == "siamese+two_hidden_layers+smart+unfrozen+pcgrad"
-    assert len(variants) == 1 + 5 + 4 + 4  # baseline, alone, added from two on, left out (one is the sum of four)
-    for change in variants.values():
-        parse_config(PAPER_BASELINE | change, "variant")
-
-
-@pytest.mark.parametrize(
-    ("word", "message"),
-    [
-        ("back_translation", "needs a file that `minbert augment` has written: back_translation=AUGMENTED"),
-        ("pretrained", "needs a folder"),
-        ("smart=much", "its weight is a number"),
-        ("unfrozen=1", "NAME=OPTION:VALUE"),
-        ("siamse", "did you mean 'siamese'"),
-        ("x=y", "NAME"),
-    ],
-)
-def test_unknown_extensions_are_refused_with_those_that_exist(word, message):
-    with pytest.raises(UserError, match=message):
-        extension(word, TASKS.values())
-
-
-def test_extensions_can_be_defined():
-    assert extension("slow=lr:1.0e-6,warmup:0.2", []) == ("slow", {"lr": 1e-6, "warmup": 0.2})
-
-
-def test_extensions_take_what_stands_behind_their_name():
-    tasks = [TASKS[name] for name in ("sst", "quora", "sts")]
-    assert extension("smart", tasks)[1] == {"smart_weight": [0.02, 0.0, 0.0]}  # sentiment alone, as in the paper
-    assert extension("smart=1", tasks[::-1])[1] == {"smart_weight": [0.0, 0.0, 1.0]}
-    assert extension("pretrained=/models/a=b:c", tasks)[1] == {"model": "/models/a=b:c"}
-    with pytest.raises(UserError, match="which no task has"):
-        extension("smart", tasks[1:])
-
-
-def test_every_extension_is_a_configuration():
-    given = {"back_translation": "=new.tsv", "pretrained": "=folder"}
-    for name in EXTENSIONS:
-        _, change = extension(name + given.get(name, ""), TASKS.values())
-        parse_config(PAPER_BASELINE | {"tasks": [*TASKS]} | change, name)
-
-
-def test_extensions_may_agree():
-    extensions = dict(extension(word, []) for word in ("unfrozen", "gradual_unfreezing"))
-    variants, _ = plan(extensions, ["added"], [])
-    assert variants["unfrozen+gradual_unfreezing"] == {"freeze": "none", "unfreeze": "gradual"}
-
-
-def test_combinations_that_contradict_themselves_are_refused():
-    extensions = dict(extension(word, []) for word in ("pcgrad", "upgrad"))
-    with pytest.raises(UserError, match="aggregator twice"):
-        plan(extensions, ["added"], [])
-
-
-@given(st.lists(st.floats(-0.5, 0.5), min_size=2, max_size=8))
-def test_the_interval_of_a_paired_difference_holds_its_mean(differences):
-    result = paired(differences)
-    assert result.low <= result.mean + 1e-12
-    assert result.high >= result.mean - 1e-12
-    assert result.wins == sum(value > 0 for value in differences)
-
-
-def test_the_interval_is_students():
-    result = paired([0.01, 0.02, 0.03])
-    assert result.low == pytest.approx(0.02 - 4.303 * 0.01 / 3**0.5, abs=1e-5)
-    assert paired([0.1]).low is None
-
-
-def test_an_ablation_here_goes_on_and_compares(tmp_path, capsys):
-    folder = tmp_path / "a"
-    words = ["ablate", "--ablation", str(folder), *TINY, "--steps", "3", "--seeds", "0", "1", "--combine"]
-    words += ["siamese+unfrozen", "--extensions", "siamese", "unfrozen", "--groups", "alone"]
-    assert main(words) == 0
-    shown = capsys.readouterr().out
-    assert "Named combinations" in shown
-    summary = {row["variant"]: row for row in json.loads((folder / "summary.json").read_text())}
-    assert set(summary) == {"baseline", "siamese", "unfrozen", "siamese+unfrozen"}
-    assert summary["unfrozen"]["difference"]["count"] == 2
-    written = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/*/metrics.jsonl")}
-    assert len(written) == 8
-
-    lost = folder / "runs" / "unfrozen" / "seed-1"
-    trial = Trial.read(lost)
-    trial.status = "running"  # as a kill leaves it
-    trial.write()
-    assert main(["ablate", "--ablation", str(folder)]) == 0
-    assert "8 runs, 7 are over" in capsys.readouterr().out
-    assert Trial.read(lost).status == "finished"
-    assert all(path.stat().st_mtime_ns == before for path, before in written.items() if lost not in path.parents)
-
-    assert main(["ablate", "--ablation", str(folder), "--batch-size", "4"]) == 2
-    assert "batch_size: 8 in the folder, 4 asked for" in capsys.readouterr().err
 
 
 # Searches
