@@ -99,6 +99,17 @@ def lock(path: Path) -> int:
         os.close(descriptor)
 
 
+@contextmanager
+def holding(path: Path) -> Iterator[None]:
+    """`lock(path)` to the end of the block, with which the file goes. Raises BlockingIOError."""
+    descriptor = lock(path)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
 def to_json(value: Any, indent: int | None = None) -> str:
     """As JSON, which has no word for what is not finite: that becomes null."""
     return json.dumps(finite(value), indent=indent, allow_nan=False)

@@ -4,7 +4,6 @@
 command that is typed while the array runs.
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,12 @@ from rich.console import Console
 
 from minbert.data.augmentation.work import local_devices, missing, translate
 from minbert.data.errors import UserError
+from minbert.launch.job import run_task
 from minbert.launch.ownership import lock_runs
-from minbert.launch.processes import ERROR_FILE, record_errors
 from minbert.launch.submitting import job_settings, submit_tasks
 from minbert.launch.translation import SentenceProgress, Work, finish, require_output
 from minbert.slurm.allocation import Allocation
-from minbert.slurm.records import Records
 from minbert.slurm.submission import Task
-from minbert.slurm.supervisor import stand_in
 from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.processes.stop import StopRequest
 
@@ -37,31 +34,21 @@ class AugmentJob:
         self.work, self.folder, self.part, self.parts = work, folder, part, parts
 
     def __call__(self) -> int:
-        with StopRequest(patient=True) as stop:  # in place of submitit's handlers
-            allocation = Allocation.current()
-            logs = self.folder / "logs"
-            logs.mkdir(exist_ok=True)
-            os.environ[ERROR_FILE] = str(logs / f"rank-{allocation.rank}.error")
-            with record_errors():
-                code = self._translate(stop)
-            Records(self.folder).note_return(allocation.job_id, allocation.restart, code, stop.signal)
-            stand_in(self.folder, allocation)
-            return code
+        return run_task(self.folder, self._translate)
 
-    def _translate(self, stop: StopRequest) -> int:
+    def _translate(self, allocation: Allocation, stop: StopRequest) -> int:
         work, console = self.work, Console(stderr=True)
-        share = work.units[self.part :: self.parts]
-        total = sum(count for _, count in missing(work.store, share))
-
+        left = missing(work.store, work.units[self.part :: self.parts])
+        devices = local_devices(work.translator_model, work.processes)
         try:
-            with SentenceProgress(total, console) as progress:
+            with SentenceProgress(sum(count for _, count in left), console) as progress:
 
                 def advance(count: int) -> None:
                     progress(count)
                     if stop.signal is not None:
                         raise Stop
 
-                translate(work.workshop, share, local_devices(work.translator_model, work.processes), advance)
+                translate(work.workshop, [unit for unit, _ in left], devices, advance)
         except Stop:
             return ExitCode.INTERRUPTED
         if not missing(work.store, work.units):

@@ -1,4 +1,5 @@
-"""What every process of a submitted job executes: meet the others, train, and tell the record how it ended.
+"""What every process of a submitted job executes: meet the others, train, and tell the record how it ended. Jobs that
+do something else have their frame here (`run_task`).
 
 `RunJob` is what is pickled. It holds the run folder's path, and whether --force was given for what that says, so that a
 job that starts again, perhaps days later, takes everything from the folder. This module imports little: a signal may
@@ -8,6 +9,7 @@ come at any moment.
 import os
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from minbert.launch.processes import ERROR_FILE, record_errors
 from minbert.slurm.allocation import Allocation
 from minbert.slurm.endings import Ending
 from minbert.slurm.records import Records
-from minbert.slurm.supervisor import stand_in
+from minbert.slurm.supervisor import hand_over
 from minbert.slurm.verdict import Error
 from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.processes.stop import StopRequest
@@ -43,8 +45,7 @@ class RunJob:
                 return self._supervised(allocation, stop)
             code = self._train(allocation, stop)
             if allocation.rank == 0:
-                Records(self.run).note_return(allocation.job_id, allocation.restart, code, stop.signal)
-                stand_in(self.run, allocation)
+                hand_over(self.run, allocation, code, stop.signal)
             if code == ExitCode.INTERRUPTED:  # time is short, and the interpreter's farewell takes seconds
                 sys.stdout.flush()
                 sys.stderr.flush()
@@ -105,6 +106,21 @@ class RunJob:
         records.end(attempt, ending, then=Ending.REQUEUED if goes_on else "")
         if goes_on:
             sys.exit(LOCAL_REQUEUE)
+        return code
+
+
+def run_task(folder: Path, work: Callable[[Allocation, StopRequest], int]) -> int:
+    """`work` as a process of a job that does not train one run: its errors end the process with their exit code and are
+    left in the folder's logs, and what rank 0 returns, which is returned here, is in the folder's record."""
+    with StopRequest(patient=True) as stop:  # in place of submitit's handlers
+        allocation = Allocation.current()
+        logs = folder / "logs"
+        logs.mkdir(exist_ok=True)
+        os.environ[ERROR_FILE] = str(logs / f"rank-{allocation.rank}.error")
+        with record_errors():
+            code = work(allocation, stop)
+        if allocation.rank == 0:
+            hand_over(folder, allocation, code, stop.signal)
         return code
 
 

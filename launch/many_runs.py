@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from minbert.data.errors import UserError
 from minbert.launch.help import Option
-from minbert.launch.options import CommandLine, read_command_line
+from minbert.launch.options import CommandLine, read_command_line, refuse_job_options
 from minbert.slurm.status import inspect_runs
 from minbert.trainer.config import RunConfig
 from minbert.trainer.processes.exit_codes import ExitCode
@@ -26,8 +26,8 @@ def read_many_runs(command: str, description: str, arguments: list[str], options
     """The command line of a search or an ablation. Raises UserError for a wrong option or value, or two that do not go
     together; --help ends the program."""
     line = read_command_line(command, description, arguments, options, {"resources": Resources})
-    if line.job and not line.command.get("slurm"):
-        raise UserError(f"--{next(iter(line.job)).replace('_', '-')} is about a job; add --slurm")
+    if not line.command.get("slurm"):
+        refuse_job_options(line.job)
     if "address" in line.command and line.command.get("slurm"):
         raise UserError("--address and --slurm are two places to run; choose one")
     return line

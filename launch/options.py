@@ -77,8 +77,7 @@ def read_command_line(
     own_types = {name: option.type for name, option in options.items()}
     for group in groups.values():
         own_types |= _types_of(group)
-    parameters = Annotated[tuple[str, ...], AfterValidator(parse_parameters)]
-    job_types = _types_of(JobSettings) | {"slurm_parameters": parameters}
+    job_types = job_option_types()
     given, words = read_options(run_option_types() | job_types | own_types, arguments, command)
     _refuse_words(words)
     line = CommandLine({}, {}, {})
@@ -116,6 +115,18 @@ def run_option_types() -> dict[str, Any]:
     types = {name: kind for name, kind in types.items() if name in OPTIONS}
     types |= {name: option.type for name, option in RUN_OPTIONS.items()}
     return types | {"tasks": Annotated[tuple[str, ...], Field(min_length=1)]}
+
+
+def job_option_types() -> dict[str, Any]:
+    """The type of every option of a job, by its name."""
+    parameters = Annotated[tuple[str, ...], AfterValidator(parse_parameters)]
+    return _types_of(JobSettings) | {"slurm_parameters": parameters}
+
+
+def refuse_job_options(job: Mapping[str, Any]) -> None:
+    """Raises UserError for options of a job, where there is none without --slurm."""
+    if job:
+        raise UserError(f"--{next(iter(job)).replace('_', '-')} is about a job; add --slurm")
 
 
 def _types_of(model: type[BaseModel]) -> dict[str, Any]:

@@ -19,10 +19,9 @@ from typing import NoReturn
 
 from minbert.data.errors import UserError
 from minbert.data.files import replacing
-from minbert.launch.processes import ERROR_FILE, record_errors
+from minbert.launch.job import run_task
 from minbert.slurm.allocation import Allocation, address
 from minbert.slurm.records import Records
-from minbert.slurm.supervisor import stand_in
 from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.processes.stop import StopRequest
 
@@ -39,19 +38,13 @@ class SearchJob:
         self.folder = folder
 
     def __call__(self) -> int:
-        with StopRequest(patient=True) as stop:  # in place of submitit's handlers
-            allocation = Allocation.current()
-            logs = self.folder / "logs"
-            logs.mkdir(exist_ok=True)
-            os.environ[ERROR_FILE] = str(logs / f"rank-{allocation.rank}.error")
-            place = self.folder / "slurm" / f"ray-{allocation.job_id}-{allocation.restart}.json"
-            with record_errors():
-                if allocation.rank:
-                    return _join(place, allocation, logs / f"ray-{allocation.rank}.log")
-                code = self._lead(place, allocation, stop)
-            Records(self.folder).note_return(allocation.job_id, allocation.restart, code, stop.signal)
-            stand_in(self.folder, allocation)
-            return code
+        return run_task(self.folder, self._work)
+
+    def _work(self, allocation: Allocation, stop: StopRequest) -> int:
+        place = self.folder / "slurm" / f"ray-{allocation.job_id}-{allocation.restart}.json"
+        if allocation.rank:
+            return _join(place, allocation, self.folder / "logs" / f"ray-{allocation.rank}.log")
+        return self._lead(place, allocation, stop)
 
     def _lead(self, place: Path, allocation: Allocation, stop: StopRequest) -> int:
         from minbert.launch.many_runs import leave_without_ray, only_driver

@@ -5,7 +5,8 @@ what is done already lies in the output folder.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,7 @@ from minbert.data.augmentation.store import Store, Translation
 from minbert.data.augmentation.work import Unit, Workshop, units
 from minbert.data.errors import UserError
 from minbert.data.examples import BadRows, Examples, limit
-from minbert.data.files import lock, replacing, to_json
+from minbert.data.files import holding, replacing, to_json
 from minbert.data.sources import load_examples
 from minbert.data.task import DECLARATIONS, Task, resolve_task
 from minbert.trainer.config import Count, Seed
@@ -258,28 +259,20 @@ def _report(work: Work, selection: Selection, held: HeldOut, tasks: Mapping[str,
     }
 
 
-class _alone:
-    """The files of an output folder are written by one command at a time; the next waits for it."""
-
-    def __init__(self, folder: Path):
-        self.path = folder / ".lock"
-
-    def __enter__(self) -> None:
-        deadline = time.monotonic() + LOCK_PATIENCE
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """The files of an output folder are written by one command at a time; the next waits for it. Raises UserError."""
+    deadline = time.monotonic() + LOCK_PATIENCE
+    with ExitStack() as ours:
         while True:
             try:
-                self.descriptor = lock(self.path)
-                return
+                ours.enter_context(holding(folder / ".lock"))
+                break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise UserError(f"another command writes into {self.path.parent}; wait for it") from None
+                    raise UserError(f"another command writes into {folder}; wait for it") from None
                 time.sleep(0.2)
-
-    def __exit__(self, *exception: object) -> None:
-        import os
-
-        self.path.unlink(missing_ok=True)
-        os.close(self.descriptor)
+        yield
 
 
 def require_output(folder: Path, tasks: Sequence[str]) -> None:

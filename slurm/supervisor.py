@@ -160,9 +160,12 @@ def end(run: Path, allocation: Allocation, status: int, script_killed: bool = Fa
     return go_on(run, records, attempt, bounded(verdict, records, attempt, settings.max_requeues))
 
 
-def stand_in(run: Path, allocation: Allocation) -> None:
-    """To be called by rank 0 at its end: does what the batch script would do, if that was killed meanwhile."""
-    attempt = Records(run).attempt(allocation.job_id, allocation.restart)
+def hand_over(run: Path, allocation: Allocation, code: int, signal_number: int | None) -> None:
+    """To be called by rank 0 at its end, with what it returns and the signal that it got: the batch script goes on from
+    there; if that was killed meanwhile, rank 0 stands in for it."""
+    records = Records(run)
+    records.note_return(allocation.job_id, allocation.restart, code, signal_number)
+    attempt = records.attempt(allocation.job_id, allocation.restart)
     if attempt and attempt.ended is None and attempt.script and not Path(f"/proc/{attempt.script}").exists():
         end(run, allocation, 128 + signal.SIGKILL, script_killed=True)
 

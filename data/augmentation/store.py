@@ -7,14 +7,13 @@ is the SHA-256 of its bytes: a shard that is not as it was written is noticed, d
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from minbert.data.augmentation.recipe import Recipe
-from minbert.data.files import lock, replacing
+from minbert.data.files import holding, replacing
 
 log = logging.getLogger(__name__)
 
@@ -80,18 +79,14 @@ class Store:
     def claim(self, name: str) -> Iterator[bool]:
         """Whether the piece of work `name` is ours; it stays so to the end of the block, or of this process."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{name}.lock"
-        try:
-            descriptor = lock(path)
-        except BlockingIOError:
-            yield False
-            return
-        try:
+        with ExitStack() as ours:
+            try:
+                ours.enter_context(holding(self.folder / f"{name}.lock"))
+            except BlockingIOError:
+                yield False
+                return
             self.refresh()  # somebody else may have finished it meanwhile
             yield True
-        finally:
-            path.unlink(missing_ok=True)
-            os.close(descriptor)
 
 
 def _digest(content: bytes) -> str:

@@ -58,7 +58,7 @@ def units(texts: Sequence[str], recipes: Sequence[Recipe]) -> list[Unit]:
 
 def missing(root: Path, work: Sequence[Unit]) -> list[tuple[Unit, int]]:
     """The units that are not done, with the number of texts that they lack."""
-    stores = {unit.recipe: Store(root, unit.recipe) for unit in work}
+    stores = {recipe: Store(root, recipe) for recipe in {unit.recipe for unit in work}}
     counted = [(unit, len(stores[unit.recipe].missing(unit.texts))) for unit in work]
     return [(unit, count) for unit, count in counted if count]
 
@@ -76,14 +76,13 @@ def local_devices(model: Model, processes: int | None = None) -> list[str]:
 
 
 def translate(workshop: Workshop, work: Sequence[Unit], devices: Sequence[str], progress: Progress) -> None:
-    """Translate what is missing of `work`, in this process or in one for each device. Raises UserError."""
-    left = missing(workshop.root, work)
-    if not left:
+    """Translate `work`, units that are `missing`, in this process or in one for each device. Raises UserError."""
+    if not work:
         return
-    if len(devices) == 1 or len(left) == 1:
-        _translate_here(workshop, [unit for unit, _ in left], devices[0], progress)
+    if len(devices) == 1 or len(work) == 1:
+        _translate_here(workshop, work, devices[0], progress)
     else:
-        _translate_apart(workshop, [unit for unit, _ in left], devices[: len(left)], progress)
+        _translate_apart(workshop, work, devices[: len(work)], progress)
 
 
 class Worker:

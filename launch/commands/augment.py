@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import tyro
-from pydantic import AfterValidator
 from rich.console import Console
 from rich.table import Table
 
@@ -15,10 +14,9 @@ from minbert.data.augmentation.filters import FILTERS, SIMILARITY
 from minbert.data.augmentation.selection import REPEATED
 from minbert.data.augmentation.work import local_devices, missing, translate
 from minbert.data.errors import UserError
-from minbert.launch.options import asks_for_help, parse
+from minbert.launch.options import asks_for_help, job_option_types, parse, refuse_job_options
 from minbert.launch.translation import REPORT, SentenceProgress, Work, finish, require_output
 from minbert.launch.words import read_options
-from minbert.slurm.settings import JobSettings, parse_parameters
 from minbert.trainer.config import Count
 from minbert.trainer.processes.exit_codes import ExitCode
 
@@ -57,8 +55,9 @@ def main(arguments: list[str]) -> int:
     while left := missing(work.store, work.units):  # once more, if a shard was damaged meanwhile
         total = sum(count for _, count in left)
         console.print(f"{total:,} of {len(work.texts) * len(work.recipes):,} translations are missing", highlight=False)
+        devices = local_devices(work.translator_model, work.processes)
         with SentenceProgress(total, console) as progress:
-            translate(work.workshop, work.units, local_devices(work.translator_model, work.processes), progress)
+            translate(work.workshop, [unit for unit, _ in left], devices, progress)
     report = finish(work, console)
     show(report, Console())
     files = [str(work.output / task["file"]) for task in report["tasks"].values() if task["new_rows"]]
@@ -70,8 +69,7 @@ def main(arguments: list[str]) -> int:
 
 def _read(arguments: list[str]) -> tuple[AugmentOptions, dict[str, Any]]:
     """The command's options, and those of a job. Raises UserError."""
-    job_types = {name: field.rebuild_annotation() for name, field in JobSettings.model_fields.items()}
-    job_types["slurm_parameters"] = Annotated[tuple[str, ...], AfterValidator(parse_parameters)]
+    job_types = job_option_types()
     own = [field.name for field in fields(AugmentOptions) if field.name != "tasks"]
     if asks_for_help(arguments):
         parse(AugmentOptions, arguments, "augment")
@@ -81,8 +79,8 @@ def _read(arguments: list[str]) -> tuple[AugmentOptions, dict[str, Any]]:
     if "output" not in given or not words:
         raise UserError("usage: minbert augment TASK|FILE ... --output FOLDER [options]; --help tells more")
     options = AugmentOptions(tuple(words), **{name: value for name, value in given.items() if name not in job})
-    if job and not options.slurm:
-        raise UserError(f"--{next(iter(job)).replace('_', '-')} is about a job; add --slurm")
+    if not options.slurm:
+        refuse_job_options(job)
     return options, job
 
 
