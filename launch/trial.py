@@ -53,6 +53,7 @@ def train_trial(config: RunConfig, stop: StopRequest, begin: Callable[[int], Non
 
 def count_steps(config: RunConfig) -> int:
     """Optimizer steps of a resolved configuration's budget; reads data only where the budget is in epochs, and once."""
+    from minbert.trainer.run.budget import Budget
     from minbert.trainer.run.data import build_plan, count_training_examples
 
     if config.budget.steps is not None:
@@ -60,7 +61,7 @@ def count_steps(config: RunConfig) -> int:
     key = config.corpus.model_dump_json()
     if key not in _sizes:
         _sizes[key] = {name: range(count_training_examples(config, name)) for name in config.corpus.names}
-    return max(1, round(config.budget.epochs * build_plan(config, _sizes[key]).steps_per_epoch))
+    return Budget(config.budget, build_plan(config, _sizes[key]).steps_per_epoch).planned_steps
 
 
 def _train_elsewhere(run: RunFolder, stop: StopRequest, lock: int | None) -> tuple[int, str]:

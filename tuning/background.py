@@ -46,6 +46,12 @@ def line_on_disk(text: str) -> str | None:
     return next((line.strip() for line in reversed(text.splitlines()) if any(word in line for word in words)), None)
 
 
+def last_line(text: str | None) -> str | None:
+    """Of an error, the line that says most; None if there is none."""
+    lines = [line for line in (text or "").strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else None
+
+
 class BackgroundTraining:
     """Training under way. `options` without the run folder; evaluations up to step `known` are not told again."""
 

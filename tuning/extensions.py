@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from minbert.data.errors import UserError
 from minbert.data.task import Task
@@ -18,22 +18,16 @@ PAPER_BASELINE: Parameters = {"features": "baseline", "hidden_layers": 1, "freez
 EXTENSIONS: dict[str, Parameters] = {
     "siamese": {"features": "siamese"},
     "two_hidden_layers": {"hidden_layers": 2},
-    "back_translation": {"augment_mode": "append"},
-    "smart": {},
+    "back_translation": {"augment_mode": "append"},  # and its file
+    "smart": {},  # its weight
     "unfrozen": {"freeze": "none"},
     "gradual_unfreezing": {"freeze": "none", "unfreeze": "gradual"},
-    "pretrained": {},
+    "pretrained": {},  # its folder
     "joint_pairs": {"pair_encoding": "joint"},
     "averaged_weights": {"average_decay": 0.999},
 }
 DEFAULT = ("siamese", "two_hidden_layers", "smart", "unfrozen", "pcgrad")
 
-# What is given behind the name, as in `back_translation=FILE`: the option that it is, and what it is.
-ARGUMENTS = {
-    "back_translation": ("augmented", "a file that `minbert augment` has written"),
-    "pretrained": ("model", "a folder that `minbert pretrain` has written"),
-    "smart": ("smart_weight", "its weight"),
-}
 SMART_WEIGHT = 0.02  # the paper's
 
 
@@ -45,8 +39,10 @@ def extension(word: str, tasks: Sequence[Task]) -> tuple[str, Parameters]:
     """
     name, given, text = word.partition("=")
     known = name.replace("-", "_")
-    if known in EXTENSIONS and (known in ARGUMENTS or not given):
-        return known, EXTENSIONS[known] | _argument(known, text, tasks)
+    if known in ARGUMENTS:
+        return known, EXTENSIONS[known] | ARGUMENTS[known](text, tasks)
+    if known in EXTENSIONS and not given:
+        return known, EXTENSIONS[known]
     if given:
         return name, _defined(word, name, text)
     if known in METHODS and known != "sum":
@@ -73,19 +69,19 @@ def combine(members: Sequence[str], extensions: Mapping[str, Parameters]) -> Par
     return change
 
 
-def _argument(name: str, text: str, tasks: Sequence[Task]) -> Parameters:
-    """What the text behind an extension's name adds to it. Raises UserError if it needs one."""
-    if name not in ARGUMENTS:
-        return {}
-    option, what = ARGUMENTS[name]
-    if name == "smart":
-        return {option: _smart_weights(text, tasks)}
+def _back_translation(text: str, tasks: Sequence[Task]) -> Parameters:
     if not text:
-        raise UserError(f"{name} needs {what}: {name}={option.upper()}")
-    return {option: [text] if name == "back_translation" else text}
+        raise UserError("back_translation needs a file that `minbert augment` has written: back_translation=AUGMENTED")
+    return {"augmented": [text]}
 
 
-def _smart_weights(text: str, tasks: Sequence[Task]) -> list[float]:
+def _pretrained(text: str, tasks: Sequence[Task]) -> Parameters:
+    if not text:
+        raise UserError("pretrained needs a folder that `minbert pretrain` has written: pretrained=MODEL")
+    return {"model": text}
+
+
+def _smart(text: str, tasks: Sequence[Task]) -> Parameters:
     """A weight for every task: as in the paper, only classes of single sentences (sentiment) are smoothed."""
     try:
         weight = float(text) if text else SMART_WEIGHT
@@ -94,7 +90,15 @@ def _smart_weights(text: str, tasks: Sequence[Task]) -> list[float]:
     weights = [weight if task.kind == "classification" and not task.is_pair else 0.0 for task in tasks]
     if not any(weights):
         raise UserError("smart is for classes of single sentences, which no task has; NAME=smart_weight:VALUE sets all")
-    return weights
+    return {"smart_weight": weights}
+
+
+# What the text behind an extension's name, as in `back_translation=FILE`, adds to it. Raises UserError if it needs one.
+ARGUMENTS: dict[str, Callable[[str, Sequence[Task]], Parameters]] = {
+    "back_translation": _back_translation,
+    "pretrained": _pretrained,
+    "smart": _smart,
+}
 
 
 def _defined(word: str, name: str, text: str) -> Parameters:

@@ -13,7 +13,7 @@ from ray.tune import Callback
 from minbert.data.errors import disk_trouble
 from minbert.trainer.processes.stop import StopRequest
 from minbert.trainer.run.folder import RunFolder
-from minbert.tuning.background import line_on_disk
+from minbert.tuning.background import last_line, line_on_disk
 from minbert.tuning.population import record_take_over
 from minbert.tuning.proposals import Proposals
 from minbert.tuning.space import Parameters
@@ -93,7 +93,7 @@ class Recorder(Callback):
         if line_on_disk(error):
             self._interrupt(ours, error)
             return
-        ours.error = _last_line(error)
+        ours.error = last_line(error)
         self._write(ours)
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
@@ -105,13 +105,13 @@ class Recorder(Callback):
 
     def _interrupt(self, ours: Trial, error: str) -> None:
         """A disk that is full is nobody's failure: the search stops, and goes on when there is room."""
-        self.no_room = self.no_room or f"{ours.folder}: {line_on_disk(error) or _last_line(error)}"
+        self.no_room = self.no_room or f"{ours.folder}: {line_on_disk(error) or last_line(error)}"
         ours.status = "pending"
         with self._room():
             ours.write()
 
     def _end(self, ours: Trial, status: str, error: str | None = None) -> None:
-        ours.status, ours.ended, ours.error = status, time.time(), _last_line(error)
+        ours.status, ours.ended, ours.error = status, time.time(), last_line(error)
         if error and status == "failed":
             with self._room():
                 (ours.folder / "error.txt").write_text(error.rstrip() + "\n")
@@ -140,8 +140,3 @@ def _error_of(trial: Any) -> str:
     file = trial.error_file
     text = Path(file).read_text() if file and os.path.exists(file) else "the process that trained it was lost"
     return COLOURS.sub("", text)
-
-
-def _last_line(text: str | None) -> str | None:
-    lines = [line for line in (text or "").strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else None
