@@ -144,7 +144,7 @@ def tokenise(
 ) -> TokenisedSplit:
     """Tokenise every sentence column, at most `max_length` ids a sentence, through the cache in `cache_dir` if given.
 
-    `joint`, which is for pairs, makes one sequence of at most `max_length` ids of each, of the same cached tokens.
+    `joint` makes one sequence of at most `max_length` ids of a pair, of the same cached tokens.
 
     Of several processes that ask for the same split at once, one tokenises and the others wait for its file. A cache
     that is locked for long, broken or not writable costs a warning and time, never the run.
@@ -160,7 +160,7 @@ def tokenise(
         name = f"{examples.task.name}-{examples.split}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
         shape = _Shape(len(examples.sentences), len(examples), tokenizer.vocabulary_size, max_length)
         columns = _through_cache(cache_dir / name, compute, shape)
-    pairs = JointPairs(max_length, examples.task.symmetric) if joint else None
+    pairs = JointPairs(max_length, examples.task.symmetric) if joint and examples.task.is_pair else None
     return TokenisedSplit(examples.ids, columns, examples.labels, pairs)
 
 

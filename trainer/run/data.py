@@ -65,8 +65,8 @@ def _augmentation(config: RunConfig, examples: Examples) -> Augmentation:
 
 def tokenise_as(config: RunConfig, examples: Examples, tokenizer: Tokenizer) -> TokenisedSplit:
     """Examples as the run's model is to see them."""
-    corpus = config.corpus
-    return tokenise(examples, tokenizer, corpus.max_length, corpus.cache, config.heads.joins(examples.task))
+    corpus, joint = config.corpus, config.heads.pair_encoding == "joint"
+    return tokenise(examples, tokenizer, corpus.max_length, corpus.cache, joint)
 
 
 def load_splits(config: RunConfig, run: RunFolder, split: Split) -> dict[str, TokenisedSplit]:
