@@ -135,7 +135,7 @@ def worker(folder: Path, task: dict) -> None:
 
 
 def _build(run, config, world):
-    from minbert.data.tokens import load_tokenizer
+    from minbert.data.sequences.tokens import load_tokenizer
     from minbert.trainer.engine.base import build_accelerator, build_engine
     from minbert.trainer.engine.optimizer import build_optimizer
     from minbert.trainer.model.weights import find_checkpoint, load_weights

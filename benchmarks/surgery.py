@@ -130,7 +130,7 @@ def _build(way: str, task: dict, world):
     """A function of the step number that carries out one training step in this way."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
-    from minbert.data.tokens import load_tokenizer
+    from minbert.data.sequences.tokens import load_tokenizer
     from minbert.trainer.engine.base import build_accelerator, build_engine
     from minbert.trainer.engine.optimizer import build_optimizer
     from minbert.trainer.model.weights import find_checkpoint, load_weights
@@ -170,7 +170,7 @@ def _torchjd_step(method: str, model, optimizer, plan, splits, world):
     from torchjd import autojac
     from torchjd.aggregation import PCGrad, UPGrad
 
-    from minbert.data.batch import Portion, make_batch
+    from minbert.data.batches.batch import Portion, make_batch
     from minbert.trainer.model.multitask import Forward
     from minbert.trainer.objectives.supervised import example_losses
 

@@ -45,7 +45,7 @@ class Options:
 
 def ours(options: Options, folder: Path):
     """The project's own step: one forward pass over all sentences, without padding."""
-    from minbert.data.tokens import load_tokenizer
+    from minbert.data.sequences.tokens import load_tokenizer
     from minbert.trainer.engine.base import build_accelerator, build_engine
     from minbert.trainer.engine.optimizer import build_optimizer
     from minbert.trainer.model.weights import find_checkpoint, load_weights
@@ -76,7 +76,7 @@ def peer(options: Options, folder: Path):
     from torch import nn
     from transformers import BertConfig, BertModel
 
-    from minbert.data.tokens import load_tokenizer
+    from minbert.data.sequences.tokens import load_tokenizer
     from minbert.trainer.model.multitask import Head
     from minbert.trainer.model.weights import find_checkpoint
     from minbert.trainer.objectives.supervised import example_losses

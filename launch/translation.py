@@ -24,9 +24,9 @@ from minbert.data.augmentation.selection import Cosines, HeldOut, Selection, hel
 from minbert.data.augmentation.store import Store, Translation
 from minbert.data.augmentation.work import Unit, Workshop, units
 from minbert.data.errors import UserError
-from minbert.data.examples import BadRows, Examples, limit
 from minbert.data.files import holding, replacing, to_json
-from minbert.data.sources import load_examples
+from minbert.data.sources.examples import BadRows, Examples, limit
+from minbert.data.sources.loading import load_examples
 from minbert.data.task import DECLARATIONS, Task, resolve_task
 from minbert.trainer.config import Count, Seed
 

@@ -10,6 +10,10 @@ ROOT = Path(__file__).parents[1]
 # From the ground up: a room may import those above it in this list, and itself.
 FLOORS = (
     "data",
+    "data.sources",
+    "data.sequences",
+    "data.batches",
+    "data.augmentation",
     "trainer.processes.random_state",
     "trainer.surgery.methods",
     "trainer.config",

@@ -5,8 +5,8 @@ import io
 import logging
 from collections.abc import Iterator, Mapping
 
-from minbert.data.plan import BatchPlan
-from minbert.data.split import TokenisedSplit
+from minbert.data.batches.plan import BatchPlan
+from minbert.data.sequences.split import TokenisedSplit
 from minbert.trainer.config import RunConfig
 from minbert.trainer.engine.base import Engine, build_accelerator, build_engine
 from minbert.trainer.engine.copies import copies_of

@@ -22,9 +22,9 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails
 
+from minbert.data.batches.plan import Schedule
 from minbert.data.errors import UserError, explain, shown
-from minbert.data.examples import BadRows
-from minbert.data.plan import Schedule
+from minbert.data.sources.examples import BadRows
 from minbert.data.task import Task, resolve_task
 
 

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minbert.data.batch import Batch, Portion, make_batch
-from minbert.data.draw import Draw
-from minbert.data.plan import BatchPlan, share
-from minbert.data.split import TokenisedSplit
+from minbert.data.batches.batch import Batch, Portion, make_batch
+from minbert.data.batches.plan import BatchPlan, share
+from minbert.data.sequences.draw import Draw
+from minbert.data.sequences.split import TokenisedSplit
 from minbert.trainer.engine.base import Engine, gradient_norm
 from minbert.trainer.engine.copies import TEACHER, Decays
 from minbert.trainer.engine.parts import Gradient

@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from minbert.data.augmentation.rows import ORIGIN, row_digest
-from minbert.data.draw import Draw
 from minbert.data.errors import DataError
-from minbert.data.examples import Examples, parse_label
-from minbert.data.own import Record, read_columns
-from minbert.data.ragged import Ragged
-from minbert.data.split import Encoded, TokenisedSplit
+from minbert.data.sequences.draw import Draw
+from minbert.data.sequences.ragged import Ragged
+from minbert.data.sequences.split import Encoded, TokenisedSplit
+from minbert.data.sources.examples import Examples, parse_label
+from minbert.data.sources.own import Record, read_columns
 from minbert.data.task import FORMATS
 
 

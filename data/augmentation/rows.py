@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minbert.data.augmentation.filters import plain
-from minbert.data.examples import Examples
 from minbert.data.files import replacing
+from minbert.data.sources.examples import Examples
 from minbert.data.task import Task, named
 
 # source: id of the row that it was made of; source_digest: of that row's sentences and label; replaced: columns that

@@ -9,8 +9,8 @@ from minbert.data.augmentation.recipe import Recipe
 from minbert.data.augmentation.rows import Variant
 from minbert.data.augmentation.store import Translation
 from minbert.data.errors import DataError
-from minbert.data.examples import BadRows
-from minbert.data.sources import load_examples
+from minbert.data.sources.examples import BadRows
+from minbert.data.sources.loading import load_examples
 from minbert.data.task import Split, Task
 
 SHOWN = 10  # dropped texts of each reason in a report

@@ -219,7 +219,7 @@ def back_ends() -> Iterator[Check]:
 
 def cache_folder() -> Path:
     try:
-        from minbert.data.tokens import default_cache_dir
+        from minbert.data.sequences.tokens import default_cache_dir
     except ImportError:  # another row says which package is missing
         return Path.home() / ".cache"
     return default_cache_dir()

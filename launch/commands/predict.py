@@ -11,7 +11,7 @@ import tyro
 from rich.console import Console
 
 from minbert.data.errors import UserError
-from minbert.data.examples import Examples
+from minbert.data.sources.examples import Examples
 from minbert.data.task import Split, Task
 from minbert.launch.help import open_option
 from minbert.launch.options import parse

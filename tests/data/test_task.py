@@ -15,7 +15,7 @@ from scipy.stats import spearmanr
 from sklearn.metrics import f1_score, matthews_corrcoef
 
 from minbert.data.errors import DataError, UserError
-from minbert.data.sources import load_examples
+from minbert.data.sources.loading import load_examples
 from minbert.data.task import Task, resolve_task
 from minbert.launch.main import main
 from minbert.trainer.config import RunConfig

@@ -33,7 +33,7 @@ from scipy.stats import pearsonr
 
 from minbert.data.errors import UserError, disk_trouble
 from minbert.data.files import replacing
-from minbert.data.sources import load_examples
+from minbert.data.sources.loading import load_examples
 from minbert.launch.main import main
 from minbert.launch.options import parse_run_config
 from minbert.launch.results import predict_splits, whole_splits

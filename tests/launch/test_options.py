@@ -15,9 +15,9 @@ import yaml
 from known_tasks import TASKS
 from pydantic import Field
 
-from minbert.data.course import read_course
 from minbert.data.errors import DataError, UserError
 from minbert.data.reading import read_small, read_yaml
+from minbert.data.sources.course import read_course
 from minbert.launch.commands.evaluate import EvaluateOptions
 from minbert.launch.main import main
 from minbert.launch.options import build_run_config, parse, read_run_options

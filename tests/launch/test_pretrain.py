@@ -14,9 +14,9 @@ from known_tasks import MLM, QUORA, SST, STS
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer, BertForMaskedLM
 
-from minbert.data.builtin import builtin_examples
-from minbert.data.layout import Sentences
-from minbert.data.tokens import load_tokenizer
+from minbert.data.batches.layout import Sentences
+from minbert.data.sequences.tokens import load_tokenizer
+from minbert.data.sources.builtin import builtin_examples
 from minbert.launch.commands import pretrain
 from minbert.launch.main import main
 from minbert.trainer.checkpoint.format import SAVED

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModel, AutoTokenizer
 
-from minbert.data.sources import load_examples
+from minbert.data.sources.loading import load_examples
 from minbert.launch.main import main
 from minbert.trainer.run.folder import RunFolder
 

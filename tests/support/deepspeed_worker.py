@@ -11,7 +11,7 @@ from pathlib import Path
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import save_file
 
-from minbert.data.tokens import load_tokenizer
+from minbert.data.sequences.tokens import load_tokenizer
 from minbert.launch.processes import record_errors
 from minbert.trainer.checkpoint.shards import owned
 from minbert.trainer.engine.base import build_accelerator, build_engine

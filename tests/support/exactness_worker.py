@@ -19,7 +19,7 @@ from known_tasks import MLM, TASKS
 from safetensors.torch import save_file
 from toy_objectives import OBJECTIVES, TAUGHT, TEACHERS_DECAY
 
-from minbert.data.tokens import load_tokenizer
+from minbert.data.sequences.tokens import load_tokenizer
 from minbert.launch.processes import record_errors
 from minbert.trainer.config import RunConfig
 from minbert.trainer.engine.base import build_accelerator, build_engine

@@ -4,9 +4,9 @@ import numpy as np
 import torch
 from known_tasks import QUORA, SST
 
-from minbert.data.batch import Batch, Portion, make_batch
-from minbert.data.ragged import Ragged, ends
-from minbert.data.split import TokenisedSplit
+from minbert.data.batches.batch import Batch, Portion, make_batch
+from minbert.data.sequences.ragged import Ragged, ends
+from minbert.data.sequences.split import TokenisedSplit
 from minbert.trainer.config import EncoderConfig, HeadsConfig
 from minbert.trainer.model.bert import BertConfig
 from minbert.trainer.model.multitask import MultitaskModel

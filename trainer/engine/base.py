@@ -15,7 +15,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs
 from torch import Tensor, nn
 
-from minbert.data.batch import Batch
+from minbert.data.batches.batch import Batch
 from minbert.trainer.config import RunConfig
 from minbert.trainer.engine.copies import AVERAGE, swap
 from minbert.trainer.engine.optimizer import MOMENTS, adam_state

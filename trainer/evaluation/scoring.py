@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minbert.data.batch import Portion, make_batch
-from minbert.data.split import TokenisedSplit
+from minbert.data.batches.batch import Portion, make_batch
+from minbert.data.sequences.split import TokenisedSplit
 from minbert.data.task import CORRELATIONS, Task
 from minbert.trainer.objectives.supervised import predictions
 from minbert.trainer.processes.world import World

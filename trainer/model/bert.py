@@ -2,7 +2,7 @@
 
 Every part but attention works token by token, so a batch of S sequences is one matrix of N real tokens, never an
 (S, L) rectangle with padding in it. Attention alone must know where a sequence begins and ends; the batch's layout
-(`minbert.data.layout`) tells it. `Bert.forward_padded` takes and gives the usual rectangles.
+(`minbert.data.batches.layout`) tells it. `Bert.forward_padded` takes and gives the usual rectangles.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from minbert.data.layout import Layout, Sentences
+from minbert.data.batches.layout import Layout, Sentences
 from minbert.trainer.model.linear import Linear, linear
 
 _Size = Annotated[int, Field(ge=1, lt=2**31)]

@@ -11,8 +11,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from minbert.data.batch import Batch
-from minbert.data.layout import Sentences
+from minbert.data.batches.batch import Batch
+from minbert.data.batches.layout import Sentences
 from minbert.data.task import Task
 from minbert.trainer.config import EncoderConfig, HeadsConfig
 from minbert.trainer.model.bert import Bert, BertConfig, mean_pool

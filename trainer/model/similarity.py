@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from minbert.data.tokens import load_tokenizer
+from minbert.data.sequences.tokens import load_tokenizer
 from minbert.trainer.model.bert import Bert
 from minbert.trainer.model.weights import find_checkpoint, load_weights, read_config
 

@@ -10,7 +10,7 @@ from math import pi
 import torch
 from torch import Tensor
 
-from minbert.data.batch import Batch
+from minbert.data.batches.batch import Batch
 from minbert.trainer.processes.random_state import stream
 
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # as the signed number that int64 wraps around to

@@ -4,14 +4,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from minbert.data.augmentation.augmented import Augmentation, AugmentedSplit, appended, read_augmentation
+from minbert.data.batches.plan import BatchPlan
 from minbert.data.errors import UserError
-from minbert.data.examples import Examples, limit
-from minbert.data.plan import BatchPlan
-from minbert.data.sources import load_examples
-from minbert.data.split import TokenisedSplit
+from minbert.data.sequences.split import TokenisedSplit
+from minbert.data.sequences.texts import load_texts, training_texts
+from minbert.data.sequences.tokens import Tokenizer, default_cache_dir, load_tokenizer, tokenise
+from minbert.data.sources.examples import Examples, limit
+from minbert.data.sources.loading import load_examples
 from minbert.data.task import Split
-from minbert.data.texts import load_texts, training_texts
-from minbert.data.tokens import Tokenizer, default_cache_dir, load_tokenizer, tokenise
 from minbert.trainer.config import RunConfig
 from minbert.trainer.run.budget import Budget
 from minbert.trainer.run.folder import RunFolder

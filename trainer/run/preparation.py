@@ -22,9 +22,9 @@ from torch import nn
 
 from minbert.data.differences import differences, indented, refuse
 from minbert.data.errors import UserError
-from minbert.data.split import TokenisedSplit
-from minbert.data.texts import training_texts
-from minbert.data.tokens import build_vocabulary, default_cache_dir, load_tokenizer, write_vocabulary
+from minbert.data.sequences.split import TokenisedSplit
+from minbert.data.sequences.texts import training_texts
+from minbert.data.sequences.tokens import build_vocabulary, default_cache_dir, load_tokenizer, write_vocabulary
 from minbert.trainer.checkpoint.format import SAVED, damaged, folder_name, lost, published, remember, step_of
 from minbert.trainer.config import MAY_CHANGE, OPTIONS, RunConfig, flatten
 from minbert.trainer.model.bert import BertConfig

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from minbert.data.errors import UserError
 from minbert.data.files import replacing, to_json
-from minbert.data.tokens import Tokenizer, load_tokenizer
+from minbert.data.sequences.tokens import Tokenizer, load_tokenizer
 from minbert.trainer.checkpoint.format import Damaged, Manifest, folder_name, read_manifest, verify
 from minbert.trainer.checkpoint.shards import open_shards
 from minbert.trainer.config import RunConfig

@@ -5,7 +5,7 @@ from copy import deepcopy
 from functools import partial
 from typing import Any
 
-from minbert.data.plan import BatchPlan
+from minbert.data.batches.plan import BatchPlan
 from minbert.trainer.checkpoint.format import Manifest, TrainingState, damaged, remember
 from minbert.trainer.checkpoint.resuming import newest_intact, refuse_another, restore
 from minbert.trainer.checkpoint.saving import CheckpointWriter, now

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from minbert.data.examples import Examples
+from minbert.data.sources.examples import Examples
 from minbert.data.task import Split, Task
 from minbert.trainer.config import RunConfig
 from minbert.trainer.evaluation.scoring import outputs, score

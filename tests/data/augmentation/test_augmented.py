@@ -9,15 +9,15 @@ import pytest
 
 from minbert.data.augmentation.augmented import AugmentedSplit, appended, read_augmentation
 from minbert.data.augmentation.rows import Variant, new_rows, write_rows
-from minbert.data.batch import Portion, make_batch
-from minbert.data.draw import Draw
+from minbert.data.batches.batch import Portion, make_batch
+from minbert.data.batches.plan import BatchPlan, share
 from minbert.data.errors import DataError
-from minbert.data.examples import Examples, limit
-from minbert.data.plan import BatchPlan, share
-from minbert.data.sources import load_examples
-from minbert.data.split import TokenisedSplit
+from minbert.data.sequences.draw import Draw
+from minbert.data.sequences.split import TokenisedSplit
+from minbert.data.sequences.tokens import build_vocabulary, load_tokenizer, tokenise, write_vocabulary
+from minbert.data.sources.examples import Examples, limit
+from minbert.data.sources.loading import load_examples
 from minbert.data.task import resolve_task
-from minbert.data.tokens import build_vocabulary, load_tokenizer, tokenise, write_vocabulary
 
 STS = resolve_task("sts")
 VARIANTS = 2

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from minbert.data.augmentation.filters import plain
 from minbert.data.augmentation.rows import ORIGIN, Variant, new_rows, write_rows
-from minbert.data.examples import Examples
-from minbert.data.own import read_columns, read_own
+from minbert.data.sources.examples import Examples
+from minbert.data.sources.own import read_columns, read_own
 from minbert.data.task import Task, resolve_task
 
 STS, SST = resolve_task("sts"), resolve_task("sst")

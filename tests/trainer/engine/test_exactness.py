@@ -19,8 +19,8 @@ from torch.optim.swa_utils import AveragedModel
 from torchjd.aggregation import PCGrad, UPGrad
 from toy_objectives import OBJECTIVES, TAUGHT, TEACHERS_DECAY
 
-from minbert.data.batch import Portion, make_batch
-from minbert.data.tokens import load_tokenizer
+from minbert.data.batches.batch import Portion, make_batch
+from minbert.data.sequences.tokens import load_tokenizer
 from minbert.launch.options import parse_run_config
 from minbert.launch.processes import launch
 from minbert.trainer.engine.optimizer import parameter_groups, rates

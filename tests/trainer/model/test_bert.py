@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from known_tasks import QUORA
 from transformers import AutoModel, BertModel, BertTokenizer
 
-from minbert.data.batch import Portion, make_batch
+from minbert.data.batches.batch import Portion, make_batch
+from minbert.data.batches.layout import Layout, Sentences
 from minbert.data.errors import UserError
-from minbert.data.examples import Examples
-from minbert.data.layout import Layout, Sentences
-from minbert.data.ragged import Ragged, ends
-from minbert.data.tokens import load_tokenizer, tokenise
+from minbert.data.sequences.ragged import Ragged, ends
+from minbert.data.sequences.tokens import load_tokenizer, tokenise
+from minbert.data.sources.examples import Examples
 from minbert.launch.options import parse_run_config
 from minbert.trainer.model.bert import Bert, BertConfig, attend, mean_pool
 from minbert.trainer.model.linear import _OneDnnLinear

@@ -10,12 +10,12 @@ from known_tasks import MLM, SST
 from transformers import AutoModel, AutoTokenizer, BertForMaskedLM, BertForPreTraining
 from transformers import BertConfig as TheirConfig
 
-from minbert.data.batch import Batch, Portion, make_batch
-from minbert.data.masking import Masking
-from minbert.data.ragged import Ragged, ends
-from minbert.data.split import TokenisedSplit
-from minbert.data.texts import RowNumbers, TextSplit
-from minbert.data.tokens import SPECIAL_TOKENS, write_vocabulary
+from minbert.data.batches.batch import Batch, Portion, make_batch
+from minbert.data.sequences.masking import Masking
+from minbert.data.sequences.ragged import Ragged, ends
+from minbert.data.sequences.split import TokenisedSplit
+from minbert.data.sequences.texts import RowNumbers, TextSplit
+from minbert.data.sequences.tokens import SPECIAL_TOKENS, write_vocabulary
 from minbert.trainer.config import EncoderConfig, HeadsConfig
 from minbert.trainer.evaluation.scoring import overall, score
 from minbert.trainer.model.bert import BertConfig

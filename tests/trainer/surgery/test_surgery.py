@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minbert.data.errors import UserError
-from minbert.data.tokens import load_tokenizer
+from minbert.data.sequences.tokens import load_tokenizer
 from minbert.launch.options import parse_run_config
 from minbert.trainer import train as training
 from minbert.trainer.engine.base import build_accelerator, build_engine

@@ -5,10 +5,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from minbert.data.course import read_delimited, records
 from minbert.data.errors import DataError
-from minbert.data.examples import BadRow, BadRows, Examples, Row, collect
 from minbert.data.reading import read_text
+from minbert.data.sources.course import read_delimited, records
+from minbert.data.sources.examples import BadRow, BadRows, Examples, Row, collect
 from minbert.data.task import Split, Task
 
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from known_tasks import QUORA, SST
 
-from minbert.data import texts as module
-from minbert.data.builtin import builtin_examples
 from minbert.data.errors import DataError, UserError
+from minbert.data.sequences import texts as module
+from minbert.data.sequences.texts import load_texts, read_lines, training_texts
+from minbert.data.sequences.tokens import Tokenizer, build_vocabulary, load_tokenizer, write_vocabulary
+from minbert.data.sources.builtin import builtin_examples
 from minbert.data.task import Task, resolve_task
-from minbert.data.texts import load_texts, read_lines, training_texts
-from minbert.data.tokens import Tokenizer, build_vocabulary, load_tokenizer, write_vocabulary
 
 LENGTH = 24
 

@@ -23,16 +23,16 @@ from uuid import uuid4
 import numpy as np
 from filelock import FileLock
 
-from minbert.data.draw import Draw
 from minbert.data.errors import DataError, UserError
-from minbert.data.examples import BadRows, fingerprint
 from minbert.data.files import replacing
-from minbert.data.masking import Masking, evaluation_key, training_key
-from minbert.data.ragged import Ragged
-from minbert.data.sources import load_examples
-from minbert.data.split import Encoded, TokenisedSplit
+from minbert.data.sequences.draw import Draw
+from minbert.data.sequences.masking import Masking, evaluation_key, training_key
+from minbert.data.sequences.ragged import Ragged
+from minbert.data.sequences.split import Encoded, TokenisedSplit
+from minbert.data.sequences.tokens import LOCK_SECONDS, Tokenizer
+from minbert.data.sources.examples import BadRows, fingerprint
+from minbert.data.sources.loading import load_examples
 from minbert.data.task import Split, Task
-from minbert.data.tokens import LOCK_SECONDS, Tokenizer
 
 logger = logging.getLogger(__name__)
 

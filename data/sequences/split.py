@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minbert.data.draw import Draw
-from minbert.data.pairs import JointPairs, cut, join
-from minbert.data.ragged import Ragged
+from minbert.data.sequences.draw import Draw
+from minbert.data.sequences.pairs import JointPairs, cut, join
+from minbert.data.sequences.ragged import Ragged
 
 
 @dataclass(frozen=True)

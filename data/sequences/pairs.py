@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minbert.data.ragged import Ragged, gather
+from minbert.data.sequences.ragged import Ragged, gather
 
 
 @dataclass(frozen=True)

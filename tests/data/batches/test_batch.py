@@ -8,12 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minbert.data.batch import Batch, Portion, make_batch
-from minbert.data.draw import Draw
-from minbert.data.layout import Layout
-from minbert.data.plan import share
-from minbert.data.ragged import Ragged, ends
-from minbert.data.split import Encoded, TokenisedSplit
+from minbert.data.batches.batch import Batch, Portion, make_batch
+from minbert.data.batches.layout import Layout
+from minbert.data.batches.plan import share
+from minbert.data.sequences.draw import Draw
+from minbert.data.sequences.ragged import Ragged, ends
+from minbert.data.sequences.split import Encoded, TokenisedSplit
 
 LENGTHS = st.lists(st.integers(2, 9), min_size=1, max_size=8)
 

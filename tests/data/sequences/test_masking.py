@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from minbert.data.masking import Masking, evaluation_key, training_key, uniform
+from minbert.data.sequences.masking import Masking, evaluation_key, training_key, uniform
 
 # A vocabulary of 60: five special tokens, of which 4 is [MASK], and every third of the others continues a word.
 SIZE, SPECIAL, CLS, SEP, MASK = 60, 5, 2, 3, 4
@@ -119,7 +119,7 @@ def test_draws_are_uniform_and_unrelated():
 
 
 def test_a_word_that_goes_on_is_told_from_the_vocabulary(minilm):
-    from minbert.data.tokens import load_tokenizer
+    from minbert.data.sequences.tokens import load_tokenizer
 
     tokenizer = load_tokenizer(minilm)
     hide = Masking.of(tokenizer)

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minbert.data.draw import Draw
-from minbert.data.layout import Layout, Sentences
-from minbert.data.ragged import Ragged
-from minbert.data.split import Encoded, TokenisedSplit
+from minbert.data.batches.layout import Layout, Sentences
+from minbert.data.sequences.draw import Draw
+from minbert.data.sequences.ragged import Ragged
+from minbert.data.sequences.split import Encoded, TokenisedSplit
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from known_tasks import QUORA, SST, STS, TASKS
 
-from minbert.data.course import read_course
 from minbert.data.errors import DataError
-from minbert.data.examples import BadRow, Examples, fingerprint, limit
-from minbert.data.sources import load_examples
+from minbert.data.sources.course import read_course
+from minbert.data.sources.examples import BadRow, Examples, fingerprint, limit
+from minbert.data.sources.loading import load_examples
 from minbert.data.task import SPLITS
 
 COUNTS = {

@@ -6,12 +6,12 @@ task whose declaration names files has its rows there, whatever the source.
 
 from pathlib import Path
 
-from minbert.data.builtin import builtin_examples
-from minbert.data.course import read_course
 from minbert.data.errors import DataError
-from minbert.data.examples import SOURCES, BadRows, Examples
-from minbert.data.hub import read_hub
-from minbert.data.own import read_own
+from minbert.data.sources.builtin import builtin_examples
+from minbert.data.sources.course import read_course
+from minbert.data.sources.examples import SOURCES, BadRows, Examples
+from minbert.data.sources.hub import read_hub
+from minbert.data.sources.own import read_own
 from minbert.data.task import Split, Task
 
 

@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from minbert.data.errors import DataError, UserError
-from minbert.data.examples import SOURCES, BadRows, Examples, Row, collect
+from minbert.data.sources.examples import SOURCES, BadRows, Examples, Row, collect
 from minbert.data.task import HubDataset, Split, Task
 
 if TYPE_CHECKING:

@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 from known_tasks import QUORA, SST, STS
 from transformers import BertTokenizer
 
-from minbert.data.batch import Portion, make_batch
-from minbert.data.examples import Examples
-from minbert.data.pairs import cut, join
-from minbert.data.plan import share
-from minbert.data.ragged import Ragged, ends
-from minbert.data.split import TokenisedSplit
-from minbert.data.tokens import load_tokenizer, tokenise
+from minbert.data.batches.batch import Portion, make_batch
+from minbert.data.batches.plan import share
+from minbert.data.sequences.pairs import cut, join
+from minbert.data.sequences.ragged import Ragged, ends
+from minbert.data.sequences.split import TokenisedSplit
+from minbert.data.sequences.tokens import load_tokenizer, tokenise
+from minbert.data.sources.examples import Examples
 
 WORDS = ("", "cat", "unbelievably", "What's up?", "Ünïcode 漢字", "a b c d e f g", "antidisestablishment!", "x" * 120)
 TEXT = st.lists(st.sampled_from(WORDS), max_size=6).map(" ".join)

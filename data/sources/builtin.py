@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 
 from minbert.data.errors import DataError
-from minbert.data.examples import Examples
+from minbert.data.sources.examples import Examples
 from minbert.data.task import SPLITS, Split, Task
 
 SIZES: dict[str, dict[Split, int]] = {

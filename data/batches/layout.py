@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minbert.data.ragged import Ragged
+from minbert.data.sequences.ragged import Ragged
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from minbert.data.tokens import SPECIAL_TOKENS, Tokenizer
+from minbert.data.sequences.tokens import SPECIAL_TOKENS, Tokenizer
 
 MASKED, REPLACED = 0.8, 0.1  # shares of the hidden tokens that become [MASK], and a random token; the others stay
 

@@ -23,11 +23,11 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
 from minbert.data.errors import UserError
-from minbert.data.examples import Examples, fingerprint
 from minbert.data.files import replacing
-from minbert.data.pairs import JointPairs
-from minbert.data.ragged import Ragged
-from minbert.data.split import TokenisedSplit
+from minbert.data.sequences.pairs import JointPairs
+from minbert.data.sequences.ragged import Ragged
+from minbert.data.sequences.split import TokenisedSplit
+from minbert.data.sources.examples import Examples, fingerprint
 
 logger = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from known_tasks import CFIMDB, TASKS
 
-from minbert.data.builtin import SIZES, builtin_examples
 from minbert.data.errors import DataError
-from minbert.data.examples import fingerprint, limit
-from minbert.data.sources import load_examples
+from minbert.data.sources.builtin import SIZES, builtin_examples
+from minbert.data.sources.examples import fingerprint, limit
+from minbert.data.sources.loading import load_examples
 from minbert.data.task import SPLITS
 
 # A change here changes every figure measured on the corpus.
@@ -47,7 +47,8 @@ def test_corpus_is_pinned_and_depends_on_the_seed(name):
 
 def test_corpus_is_the_same_in_another_process():
     program = (
-        "from minbert.data.builtin import *; from minbert.data.examples import *; from minbert.data.task import *\n"
+        "from minbert.data.sources.builtin import *; from minbert.data.sources.examples import *\n"
+        "from minbert.data.task import *\n"
         "print(*(fingerprint(builtin_examples(resolve_task(name), 'dev', 3)) for name in SIZES))"
     )
     environment = {**os.environ, "PYTHONHASHSEED": "7"}

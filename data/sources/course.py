@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from minbert.data.errors import DataError, shown
-from minbert.data.examples import SOURCES, BadRow, BadRows, Examples, Row, collect
 from minbert.data.reading import read_text
+from minbert.data.sources.examples import SOURCES, BadRow, BadRows, Examples, Row, collect
 from minbert.data.task import SPLITS, Split, Task
 
 MOST_NAMES = 10  # of columns in a message

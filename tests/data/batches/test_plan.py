@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minbert.data.plan import BatchPlan, _order, share
+from minbert.data.batches.plan import BatchPlan, _order, share
 
 SCHEDULES = ["all", "round_robin", "proportional", "square_root", "annealed"]
 plans = st.builds(

@@ -14,12 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from known_tasks import QUORA, SST
 
-from minbert.data import tokens
-from minbert.data.builtin import builtin_examples
 from minbert.data.errors import UserError
-from minbert.data.examples import limit
-from minbert.data.ragged import Ragged
-from minbert.data.tokens import (
+from minbert.data.sequences import tokens
+from minbert.data.sequences.ragged import Ragged
+from minbert.data.sequences.tokens import (
     SPECIAL_TOKENS,
     Tokenizer,
     build_vocabulary,
@@ -28,6 +26,8 @@ from minbert.data.tokens import (
     tokenise,
     write_vocabulary,
 )
+from minbert.data.sources.builtin import builtin_examples
+from minbert.data.sources.examples import limit
 
 AWKWARD = [
     "The Rock is destined to be the 21st Century 's new `` Conan ''",
@@ -77,7 +77,7 @@ def test_tokens_are_those_of_transformers(minilm, max_length):
 def test_tokens_are_those_of_transformers_on_real_sentences(minilm, course_data):
     from transformers import BertTokenizerFast
 
-    from minbert.data.sources import load_examples
+    from minbert.data.sources.loading import load_examples
 
     texts = limit(load_examples(str(course_data), QUORA, "train"), 3000).sentences[1]
     theirs = BertTokenizerFast.from_pretrained(minilm)(texts, truncation=True, max_length=40)["input_ids"]
@@ -263,8 +263,8 @@ def test_a_lock_that_is_never_released_is_waited_for_and_left(small, tmp_path, c
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from minbert.data import tokens
-from minbert.data.builtin import builtin_examples
+from minbert.data.sequences import tokens
+from minbert.data.sources.builtin import builtin_examples
 from minbert.data.task import resolve_task
 
 encode = tokens.Tokenizer.encode

@@ -7,8 +7,8 @@ import pytest
 from known_tasks import QUORA, SST, STS
 
 from minbert.data.errors import DataError, UserError
-from minbert.data.examples import BadRow
-from minbert.data.sources import load_examples
+from minbert.data.sources.examples import BadRow
+from minbert.data.sources.loading import load_examples
 
 datasets = pytest.importorskip("datasets", reason="the optional library `datasets` is not installed")
 
