@@ -8,8 +8,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
-# Three of them keep two cores busy, as one mostly waits for SLURM.
-PYTEST := $(BIN)/pytest --numprocesses 3 --dist loadgroup
+# Four of them keep two cores busy, as two mostly wait for SLURM.
+PYTEST := $(BIN)/pytest --numprocesses 4 --dist loadgroup
 
 .PHONY: train test coverage lint clean
 

@@ -50,7 +50,8 @@ def minilm() -> Path:
 def devcluster():
     """A real SLURM cluster of two nodes with four CPUs each.
 
-    Mark its tests with `xdist_group("slurm")`: then one process runs them, and one cluster serves them all.
+    Mark its tests with `xdist_group("slurm")`: then one process runs them, and one cluster serves all. Those that are
+    about the cluster itself have a group, and a cluster, of their own: both groups mostly wait.
     """
     from minbert.slurm.devcluster.cluster import DevCluster, missing_programs
 

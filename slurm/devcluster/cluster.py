@@ -17,7 +17,7 @@ from pathlib import Path
 
 from minbert.data.errors import UserError
 from minbert.slurm.devcluster.config import Config, reserve_slot, user_name
-from minbert.slurm.devcluster.members import CONTROLLER, Process, end, members
+from minbert.slurm.devcluster.members import CONTROLLER, Process, end, hold, members
 
 POLL = 0.1  # seconds between two looks at what is awaited
 PATIENCE = 60.0  # seconds for a daemon to serve: far more than it takes, as the machine may be busy
@@ -144,6 +144,7 @@ class DevCluster:
         The controller notices after SlurmdTimeout: then the node is down, and its jobs are requeued or NODE_FAIL.
         """
         self._require_node(name)
+        hold(self.config.slurm_conf, name)  # or the last to die would report how a job's processes died
         while found := members(self.config.slurm_conf, name):
             end(found)
         self._reap()

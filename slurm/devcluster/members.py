@@ -41,8 +41,8 @@ class Process:
     def alive(self) -> bool:
         return Process.find(self.pid) == self
 
-    def kill(self) -> int | None:
-        """Sends SIGKILL; returns a file descriptor that becomes readable when the process is gone, to be closed."""
+    def send(self, number: signal.Signals) -> int | None:
+        """Sends a signal; returns a file descriptor that becomes readable when the process is gone, to be closed."""
         try:
             handle = os.pidfd_open(self.pid)
         except ProcessLookupError:
@@ -51,7 +51,7 @@ class Process:
             os.close(handle)
             return None
         with suppress(ProcessLookupError):
-            signal.pidfd_send_signal(handle, signal.SIGKILL)
+            signal.pidfd_send_signal(handle, number)
         return handle
 
 
@@ -78,12 +78,22 @@ def members(slurm_conf: Path, node: str | None = None) -> set[Process]:
     return result
 
 
+def hold(slurm_conf: Path, node: str) -> None:
+    """Stops all processes of a node, so that none of them sees another die."""
+    held: set[Process] = set()
+    while new := members(slurm_conf, node) - held:
+        for process in new:
+            if (handle := process.send(signal.SIGSTOP)) is not None:
+                os.close(handle)
+        held |= new
+
+
 def end(processes: set[Process]) -> None:
     """Kills them, and returns when they are gone.
 
     Raises: UserError if one does not die.
     """
-    handles = {process: handle for process in processes if (handle := process.kill()) is not None}
+    handles = {process: handle for process in processes if (handle := process.send(signal.SIGKILL)) is not None}
     try:
         for process, handle in handles.items():
             waiting = select.poll()

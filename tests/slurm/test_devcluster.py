@@ -19,7 +19,7 @@ from minbert.slurm.devcluster.config import SLOT, Config, host_address, listens_
 from minbert.slurm.devcluster.members import Process, members
 
 pytestmark = [
-    pytest.mark.xdist_group("slurm"),
+    pytest.mark.xdist_group("devcluster"),
     pytest.mark.skipif(bool(cluster.missing_programs()), reason="SLURM's programs are not installed"),
 ]
 
@@ -34,10 +34,11 @@ with DevCluster.start(Path(sys.argv[1])) as cluster:
 """
 
 
-def wait_until(ready: Callable[[], bool], what: str) -> None:
+def wait_until(ready: Callable[[], bool], what: str, seen: Callable[[], str] = str) -> None:
+    """Fails after minutes, with what is `seen` then."""
     deadline = time.monotonic() + 150
     while not ready():
-        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        assert time.monotonic() < deadline, f"waited in vain for {what}\n{seen()}"
         time.sleep(0.3)
 
 
@@ -50,7 +51,12 @@ def states(slurm: DevCluster, *jobs: str) -> list[str]:
 
 
 def await_state(slurm: DevCluster, state: str, *jobs: str) -> None:
-    wait_until(lambda: set(states(slurm, *jobs)) == {state}, f"{state} of jobs {jobs}")
+    def seen() -> str:
+        log = [line for line in slurm.log("slurmctld").splitlines() if any(f"={job}" in line for job in jobs)]
+        shown = [slurm.run("scontrol", "show", "job", job) for job in jobs]
+        return "\n".join([*shown, slurm.run("scontrol", "show", "node"), *log[-40:]])
+
+    wait_until(lambda: set(states(slurm, *jobs)) == {state}, f"{state} of jobs {jobs}", seen)
 
 
 def await_accounting(slurm: DevCluster, job: str, *expected: str) -> None:
