@@ -151,6 +151,9 @@ class OptimizerConfig(Section):
     """Peak learning rate; the default is 1e-3 for random and 5e-5 for pretrained weights."""
     head_lr: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate of the heads; the default is `lr`, and 1e-3 over a frozen encoder."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Each layer of the encoder has this times the learning rate of the one above it (.95, say); the top one has `lr`,
+    and the heads `head_lr`."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Decoupled weight decay, on matrices only."""
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"

@@ -25,6 +25,7 @@ EXTENSIONS: dict[str, Parameters] = {
     "pretrained": {},  # its folder
     "joint_pairs": {"pair_encoding": "joint"},
     "averaged_weights": {"average_decay": 0.999},
+    "layer_decay": {"layer_decay": 0.95},
 }
 DEFAULT = ("siamese", "two_hidden_layers", "smart", "unfrozen", "pcgrad")
 
