@@ -20,15 +20,17 @@ Split = Literal["train", "dev", "test"]
 SPLITS: tuple[Split, ...] = ("train", "dev", "test")
 
 Kind = Literal["classification", "binary", "regression", "multilabel", "masked_lm"]
-Loss = Literal["cross_entropy", "binary_cross_entropy", "squared_error", "absolute_error"]
+Loss = Literal[
+    "cross_entropy", "squared_emd", "binary_cross_entropy", "squared_error", "absolute_error", "pearson", "cosent"
+]
 Metric = Literal["accuracy", "f1", "matthews", "pearson", "spearman", "perplexity"]
 Values = Literal["index", "name", "float"]
 
 # What goes with each kind; the first is the default.
 LOSSES: Mapping[Kind, tuple[Loss, ...]] = {
-    "classification": ("cross_entropy",),
+    "classification": ("cross_entropy", "squared_emd"),
     "binary": ("binary_cross_entropy",),
-    "regression": ("squared_error", "absolute_error"),
+    "regression": ("squared_error", "absolute_error", "pearson", "cosent"),
     "multilabel": ("binary_cross_entropy",),
     "masked_lm": ("cross_entropy",),
 }
@@ -148,7 +150,8 @@ class Task(Section):
     """One task. `sentences` are one or two column names; `classes` name the labels 0, 1, ...; `range` is inclusive.
 
     In a file a label is a class's number or name; of several labels (`multilabel`), names joined by commas, or a list.
-    A `symmetric` pair means the same in either order. `weight` is the task's in the mean over tasks that is the overall
+    Classes that are `ordered` stand from the lowest to the highest. A `symmetric` pair means the same in either order.
+    `weight` is the task's in the mean over tasks that is the overall
     score; 0 is for one that only helps the others. A masked language model (`masked_lm`) has `texts` in the place of
     columns and labels.
     """
@@ -161,6 +164,7 @@ class Task(Section):
     label: str
     id: str = "id"
     classes: tuple[str, ...] = ()
+    ordered: bool = False
     range: tuple[float, float] | None = None
     loss: Loss | None = None
     metric: Metric | None = None
@@ -212,6 +216,8 @@ class Task(Section):
             raise ValueError(f"classes: a {self.kind} task has none")
         if self.kind == "multilabel" and any("," in name for name in self.classes):
             raise ValueError("classes: a name with a comma cannot be told from two labels")
+        if self.ordered and self.kind != "classification":
+            raise ValueError(f"ordered: only the classes of a classification have an order, not a {self.kind} task")
         if len({*self.sentences, self.label}) < len(self.sentences) + 1:
             raise ValueError(
                 f"sentences and label must be different columns, not {', '.join((*self.sentences, self.label))}"
@@ -225,6 +231,10 @@ class Task(Section):
         ):
             if value not in allowed:
                 raise ValueError(f"{key}: a {self.kind} task takes {' or '.join(allowed)}, not {value}")
+        if self.loss == "squared_emd" and not self.ordered:
+            raise ValueError("loss: squared_emd is for classes in an order; say `ordered: true` if they are")
+        if self.loss == "cosent" and not self.is_pair:
+            raise ValueError("loss: cosent compares the embeddings of a pair, and the task has one sentence")
         for split in SPLITS:
             path = self.files and self.files.name(split)
             if path and path.suffix.lower() not in FORMATS:
@@ -245,6 +255,16 @@ class Task(Section):
     @property
     def is_pair(self) -> bool:
         return len(self.sentences) == 2
+
+    @property
+    def couples_batch(self) -> bool:
+        """Whether its loss compares the examples of a batch with each other."""
+        return self.loss in ("pearson", "cosent")
+
+    @property
+    def is_cosine(self) -> bool:
+        """Whether its number is the cosine of the embeddings of a pair, in the place of a head's output."""
+        return self.loss == "cosent"
 
     @property
     def label_range(self) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from minbert.data.task import Split, Task
 from minbert.trainer.checkpoint.saving import now
 from minbert.trainer.config import RunConfig
 from minbert.trainer.evaluation.prediction_files import prediction_file_name, write_predictions
-from minbert.trainer.evaluation.scoring import count_batches, overall, predict, score
+from minbert.trainer.evaluation.scoring import beside, count_batches, overall, predict, score
 from minbert.trainer.processes.stop import StopRequest
 from minbert.trainer.processes.world import World, pick_device
 from minbert.trainer.run.data import load_split
@@ -101,6 +101,8 @@ def predict_splits(
                 return None
             if tokenised.labels is not None:
                 results[split][name] = score(task, found, tokenised.labels)
+                more = beside(task, found, tokenised.labels)
+                results[split] |= {f"{name}/{metric}": value for metric, value in more.items()}
             if folder and name in predicted:
                 path = folder / prediction_file_name(config, task, split)
                 write_predictions(path, task, tokenised.ids, found.tolist())

@@ -67,6 +67,9 @@ class CorpusConfig(Section):
     """`builtin` (a small generated corpus), a folder with the course's files, `hub`, or `hub:DIR` (saved data sets)."""
     task_folder: Folder | None = None
     """A folder with declarations of tasks of one's own, NAME.yaml, which `tasks` may name."""
+    losses: tuple[Annotated[str, Field(pattern=r"^\w+=\w+$")], ...] = ()
+    """TASK=LOSS: another loss than the task declares, such as squared_emd for ordered classes, pearson or cosent for a
+    regression."""
     tasks: Annotated[tuple[Task, ...], Field(min_length=1, validate_default=True)] = _TASKS
     """Tasks to train, in this order: names, or YAML files with the declaration of one's own (docs/tasks.md)."""
     bad_rows: BadRows = "refuse"
@@ -92,7 +95,8 @@ class CorpusConfig(Section):
         if isinstance(words, str) or not isinstance(words, Iterable):
             words = [words]
         try:
-            return tuple(resolve_task(word, info.data.get("task_folder")) for word in words)
+            tasks = tuple(resolve_task(word, info.data.get("task_folder")) for word in words)
+            return _with_losses(tasks, dict(loss.split("=") for loss in info.data.get("losses", ())))
         except UserError as error:
             raise ValueError(str(error)) from None
 
@@ -102,6 +106,16 @@ class CorpusConfig(Section):
 
     def task(self, name: str) -> Task:
         return self.tasks[self.names.index(name)]
+
+
+def _with_losses(tasks: tuple[Task, ...], losses: Mapping[str, str]) -> tuple[Task, ...]:
+    """Tasks, some with another loss than they declare. Raises UserError."""
+    names = [task.name for task in tasks]
+    if unknown := losses.keys() - set(names):
+        raise UserError(f"losses names {min(unknown)}, which is no task of the run; there are {', '.join(names)}")
+    return tuple(
+        resolve_task(task.model_dump() | {"loss": losses[task.name]}) if task.name in losses else task for task in tasks
+    )
 
 
 class EncoderConfig(Section):
@@ -151,6 +165,9 @@ class OptimizerConfig(Section):
     """Peak learning rate; the default is 1e-3 for random and 5e-5 for pretrained weights."""
     head_lr: Annotated[float, Field(gt=0)] | None = None
     """Peak learning rate of the heads; the default is `lr`, and 1e-3 over a frozen encoder."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Each layer of the encoder has this times the learning rate of the one above it (.95, say); the top one has `lr`,
+    and the heads `head_lr`."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Decoupled weight decay, on matrices only."""
     lr_schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -176,9 +193,29 @@ class OptimizerConfig(Section):
         return self.lr, self.head_lr
 
 
-class ObjectiveConfig(Section):
-    """What is added to the tasks' losses: the two halves of SMART (docs/techniques.md)."""
+# Options of ObjectiveConfig that are one number for all tasks or one for each, and what a task must have for it.
+BY_TASK = {
+    "label_smoothing": "cross entropy over labels",
+    "rdrop_weight": "outputs to compare",
+    "smart_weight": "outputs that could stay the same",
+}
 
+
+def _takes(option: str, task: Task) -> bool:
+    """Whether an option of BY_TASK is for a task."""
+    smoothed = task.loss in ("cross_entropy", "binary_cross_entropy")
+    return task.kind != "masked_lm" and (smoothed or option != "label_smoothing")
+
+
+class ObjectiveConfig(Section):
+    """What is added to the tasks' losses, or changed in them (docs/techniques.md)."""
+
+    label_smoothing: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = ()
+    """Share of each label that goes to all classes alike: one number for all tasks, or one for each in the order of
+    `tasks`."""
+    rdrop_weight: tuple[Annotated[float, Field(ge=0)], ...] = ()
+    """Weight of the divergence between two passes with different dropout (R-Drop): one number for all tasks, or one for
+    each in the order of `tasks`."""
     smart_weight: tuple[Annotated[float, Field(ge=0)], ...] = ()
     """Weight of adversarial smoothness: one number for all tasks, or one for each in the order of `tasks`."""
     smart_noise: Annotated[float, Field(gt=0)] = 1e-5
@@ -198,7 +235,7 @@ class ObjectiveConfig(Section):
     teacher_change: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Share of the planned steps after which the later one holds."""
 
-    @field_validator("smart_weight", mode="before")
+    @field_validator(*BY_TASK, mode="before")
     @classmethod
     def _one_for_all(cls, given: Any) -> Any:
         return (given,) if isinstance(given, int | float) else given
@@ -209,6 +246,8 @@ class BatchConfig(Section):
 
     batch_size: Count = 32
     """Examples per task and optimizer step, over all processes."""
+    batch_power: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share out the examples of a step by the size of the tasks' data to this power: 0 alike, 1 in proportion."""
     accumulation: Count = 1
     """Parts in which a step's batch goes through the model, to save memory; the result is the same."""
     task_schedule: Schedule = "all"
@@ -339,29 +378,56 @@ class RunConfig(Section):
         if self.batch.aggregator != "sum" and self.batch.task_schedule != "all":
             raise ValueError(
                 f"aggregator={self.batch.aggregator} weighs the tasks of a step against each other, "
-                f"so it needs task_schedule=all, not {self.batch.task_schedule}"
+                f"so it needs task_schedule=all, not {self.batch.task_schedule}, which trains one task a step. "
+                "To see more of the tasks with more data, give batch_power: .5 is square_root, 1 proportional"
+            )
+        if self.batch.batch_power and self.batch.task_schedule not in ("all", "round_robin"):
+            raise ValueError(
+                f"task_schedule={self.batch.task_schedule} draws tasks by their size, and batch_power shares out "
+                "batches by it: leave out one of them"
             )
         if self.batch.surgery_scope == "layer" and source != "gramian":
             raise ValueError(f"surgery_scope=layer needs gradient surgery, which {self.batch.aggregator} is not")
         if self.batch.task_weights is not None and len(self.batch.task_weights) != len(self.corpus.tasks):
             raise ValueError(f"task_weights needs one number for each of {', '.join(self.corpus.names)}")
-        if len(self.objective.smart_weight) not in (0, 1, len(self.corpus.tasks)):
-            raise ValueError(f"smart_weight needs one number, or one for each of {', '.join(self.corpus.names)}")
+        for option, needed in BY_TASK.items():
+            if len(getattr(self.objective, option)) not in (0, 1, len(self.corpus.tasks)):
+                raise ValueError(f"{option} needs one number, or one for each of {', '.join(self.corpus.names)}")
+            for task in self.corpus.tasks:
+                if not _takes(option, task) and self.by_task(option)[task.name]:
+                    raise ValueError(f"{option} of {task.name} must be 0: it has no {needed}")
+        if any(self.objective.rdrop_weight) and self.encoder.encoder_dropout == self.heads.head_dropout == 0:
+            raise ValueError("rdrop_weight compares two passes that differ by dropout: without it they are the same")
         for task in self.corpus.tasks:
-            if task.kind == "masked_lm" and self.smart_weights[task.name]:
-                raise ValueError(f"smart_weight of {task.name} must be 0: it has no outputs that could stay the same")
+            self._require_whole_batch(task)
         if not any(task.weight for task in self.corpus.tasks):
             raise ValueError("tasks: at least one needs a weight, or nothing tells which model is the best")
         if len(set(self.corpus.names)) < len(self.corpus.tasks):
             raise ValueError(f"tasks names a task twice: {', '.join(self.corpus.names)}")
         return self
 
-    @property
-    def smart_weights(self) -> dict[str, float]:
-        """The weight of adversarial smoothness for each task; it is not for hidden tokens."""
-        given, tasks = self.objective.smart_weight or (0.0,), self.corpus.tasks
+    def _require_whole_batch(self, task: Task) -> None:
+        """Raises ValueError if a loss that compares examples or embeddings would miss some of them."""
+        if task.couples_batch and self.batch.accumulation > 1:
+            raise ValueError(
+                f"the loss {task.loss} of {task.name} compares all examples of a batch, and accumulation="
+                f"{self.batch.accumulation} would compare those of a part: use more processes, or a smaller batch_size"
+            )
+        if task.is_cosine and self.heads.joins(task):
+            raise ValueError(
+                f"the loss {task.loss} of {task.name} compares the embeddings of two sentences, which "
+                "pair_encoding=joint does not have"
+            )
+        if task.is_cosine and (self.encoder.freeze == "encoder" or self.optimizer.head_warmup):
+            raise ValueError(
+                f"the loss {task.loss} of {task.name} has no head to train: leave out freeze=encoder and head_warmup"
+            )
+
+    def by_task(self, option: str) -> dict[str, float]:
+        """What an option of BY_TASK is for each task; one number for all is for those that can have it."""
+        given, tasks = getattr(self.objective, option) or (0.0,), self.corpus.tasks
         if len(given) == 1:
-            given = tuple(0.0 if task.kind == "masked_lm" else given[0] for task in tasks)
+            given = tuple(given[0] if _takes(option, task) else 0.0 for task in tasks)
         return dict(zip(self.corpus.names, given, strict=True))
 
     def _weights_from(self) -> str:

@@ -128,7 +128,7 @@ class Training:
         step, layers = self.state.step, self.training_step.layers
         rates = self.training_step.rates(step - 1)
         shown = {"lr": max((rates[part] for part in layers), default=0.0)}
-        shown["head_lr"] = max(rate for part, rate in rates.items() if part not in layers)
+        shown["head_lr"] = max((rate for part, rate in rates.items() if part not in layers), default=0.0)
         if self.config.unfreezes:
             shown["trained_parts"] = sum(rates[part] > 0 for part in layers)
         self.reporter.log(step, self.window.close() | shown | result.measurements)

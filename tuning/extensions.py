@@ -25,10 +25,20 @@ EXTENSIONS: dict[str, Parameters] = {
     "pretrained": {},  # its folder
     "joint_pairs": {"pair_encoding": "joint"},
     "averaged_weights": {"average_decay": 0.999},
+    "layer_decay": {"layer_decay": 0.95},
+    "rdrop": {},  # its weight
+    "label_smoothing": {"label_smoothing": [0.1]},
+    "ordinal": {},  # of which tasks
+    "pearson_loss": {},
+    "cosent": {},
+    "square_root_batches": {"batch_power": 0.5},
+    "square_root_sampling": {"task_schedule": "square_root"},
+    "annealed_sampling": {"task_schedule": "annealed"},
 }
 DEFAULT = ("siamese", "two_hidden_layers", "smart", "unfrozen", "pcgrad")
 
 SMART_WEIGHT = 0.02  # the paper's
+RDROP_WEIGHT = 1.0  # its authors' on most tasks of GLUE
 
 
 def extension(word: str, tasks: Sequence[Task]) -> tuple[str, Parameters]:
@@ -83,14 +93,38 @@ def _pretrained(text: str, tasks: Sequence[Task]) -> Parameters:
 
 def _smart(text: str, tasks: Sequence[Task]) -> Parameters:
     """A weight for every task: as in the paper, only classes of single sentences (sentiment) are smoothed."""
-    try:
-        weight = float(text) if text else SMART_WEIGHT
-    except ValueError:
-        raise UserError(f"smart={text}: its weight is a number, {SMART_WEIGHT} if left out") from None
+    weight = _weight("smart", text, SMART_WEIGHT)
     weights = [weight if task.kind == "classification" and not task.is_pair else 0.0 for task in tasks]
     if not any(weights):
         raise UserError("smart is for classes of single sentences, which no task has; NAME=smart_weight:VALUE sets all")
     return {"smart_weight": weights}
+
+
+def _rdrop(text: str, tasks: Sequence[Task]) -> Parameters:
+    """One weight for all tasks."""
+    return {"rdrop_weight": [_weight("rdrop", text, RDROP_WEIGHT)]}
+
+
+def _loss(name: str, loss: str, kind: str) -> Callable[[str, Sequence[Task]], Parameters]:
+    """`loss` for the task that is named, or else for all that can have it."""
+
+    def change(text: str, tasks: Sequence[Task]) -> Parameters:
+        fitting = [task.name for task in tasks if (task.ordered if kind == "ordered" else task.kind == kind)]
+        chosen = [task for task in text.split(",") if task] or fitting
+        if not chosen or set(chosen) - set(fitting):
+            raise UserError(
+                f"{name}={text}: the loss {loss} is for {kind} tasks: {', '.join(fitting) or 'there is none'}"
+            )
+        return {"losses": [f"{task}={loss}" for task in chosen]}
+
+    return change
+
+
+def _weight(name: str, text: str, default: float) -> float:
+    try:
+        return float(text) if text else default
+    except ValueError:
+        raise UserError(f"{name}={text}: its weight is a number, {default} if left out") from None
 
 
 # What the text behind an extension's name, as in `back_translation=FILE`, adds to it. Raises UserError if it needs one.
@@ -98,6 +132,10 @@ ARGUMENTS: dict[str, Callable[[str, Sequence[Task]], Parameters]] = {
     "back_translation": _back_translation,
     "pretrained": _pretrained,
     "smart": _smart,
+    "rdrop": _rdrop,
+    "ordinal": _loss("ordinal", "squared_emd", "ordered"),
+    "pearson_loss": _loss("pearson_loss", "pearson", "regression"),
+    "cosent": _loss("cosent", "cosent", "regression"),
 }
 
 

@@ -22,8 +22,8 @@ _BLOCK = 1024  # steps whose tasks are drawn together
 class BatchPlan:
     """The order of the training data.
 
-    `sizes`: training examples per task. `batch_size`: examples per task and optimizer step, over all processes.
-    `schedule` says which tasks a step trains:
+    `sizes`: training examples per task. `batch_size`: examples per task and optimizer step, over all processes; with a
+    `power` that is their mean, and a task's own is ~ size ** power. `schedule` says which tasks a step trains:
 
     - `all`: every task in each step, which gradient surgery needs;
     - `round_robin`: one task a step, in turn;
@@ -37,10 +37,26 @@ class BatchPlan:
     schedule: Schedule = "all"
     seed: int = 0
     anneal_steps: int = 1
+    power: float = 0.0
 
     @cached_property
     def names(self) -> tuple[str, ...]:
         return tuple(self.sizes)
+
+    @cached_property
+    def batch_sizes(self) -> dict[str, int]:
+        """Examples of each task in a step that trains it: at least one, and `batch_size` in the mean over the tasks.
+        What rounding leaves goes to those that it took most from."""
+        total = self.batch_size * len(self.sizes)
+        weights = np.asarray(list(self.sizes.values()), dtype=np.float64) ** self.power
+        wanted = total * weights / weights.sum()
+        counts = np.maximum(1, np.floor(wanted)).astype(np.int64)
+        while counts.sum() != total:
+            if counts.sum() < total:
+                counts[np.argmax(wanted - counts)] += 1
+            else:
+                counts[np.argmax(np.where(counts > 1, counts - wanted, -np.inf))] -= 1
+        return dict(zip(self.names, counts.tolist()))
 
     @property
     def steps_per_epoch(self) -> int:
@@ -66,20 +82,20 @@ class BatchPlan:
         else:
             block, rest = divmod(step, _BLOCK)
             visits = self._visits_before(block)[index] + int((self._draws(block)[:rest] == index).sum())
-        return visits * self.batch_size
+        return visits * self.batch_sizes[task]
 
     def rows(self, task: str, step: int) -> np.ndarray:
-        """The global batch of a task that the step trains: (batch_size,) row numbers of its training split.
+        """The global batch of a task that the step trains: (batch size,) row numbers of its training split.
 
         Rows run through one random permutation after another, so a batch may close one epoch of the task and open the
         next. Every batch is full, each epoch has every row once, and no batch has a row twice unless the task has fewer
         rows than the batch.
         """
-        size, position = self.sizes[task], self.position(task, step)
-        parts, wanted = [], self.batch_size
+        size, position, batch_size = self.sizes[task], self.position(task, step), self.batch_sizes[task]
+        parts, wanted = [], batch_size
         while wanted:
             epoch, offset = divmod(position, size)
-            part = _order(self.seed, task, epoch, size, self.batch_size)[offset : offset + wanted]
+            part = _order(self.seed, task, epoch, size, batch_size)[offset : offset + wanted]
             parts.append(part)
             position, wanted = position + len(part), wanted - len(part)
         return np.concatenate(parts)

@@ -15,7 +15,7 @@ import deepspeed  # noqa: F401
 import torch
 import torch._dynamo
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from known_tasks import MLM, TASKS
+from known_tasks import COSENT, MLM, PEARSON, TASKS
 from safetensors.torch import save_file
 from toy_objectives import OBJECTIVES, TAUGHT, TEACHERS_DECAY
 
@@ -52,7 +52,10 @@ def configured(config: RunConfig, case: dict) -> RunConfig:
     parallel = {"zero_stage": case["zero_stage"]}
     optimizer = UNFREEZING if "unfreezing" in case else {}
     encoder = {"freeze": case["freeze"]} if "freeze" in case else {}
-    tasks = tuple((TASKS | {"mlm": MLM})[name] for name in case.get("tasks", config.corpus.names))
+    tasks = tuple(
+        (TASKS | {"mlm": MLM, "cosent": COSENT, "pearson": PEARSON})[name]
+        for name in case.get("tasks", config.corpus.names)
+    )
     return config.model_copy(
         update={
             "corpus": config.corpus.model_copy(update={"tasks": tasks}),

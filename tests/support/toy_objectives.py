@@ -10,6 +10,7 @@ from torch import Tensor
 from minbert.trainer.model.multitask import Forward
 from minbert.trainer.objectives.choice import Sum
 from minbert.trainer.objectives.proximal import Proximal
+from minbert.trainer.objectives.rdrop import RDrop
 from minbert.trainer.objectives.smoothness import Smoothness
 from minbert.trainer.objectives.supervised import supervised
 
@@ -36,6 +37,15 @@ def twice(forward: Forward) -> dict[str, Tensor]:
     }
 
 
+class WordDrop(RDrop):
+    """R-Drop whose second pass is another by its tokens."""
+
+    def another(self, forward: Forward) -> Forward:
+        ids = forward.sentences.input_ids
+        dropped = torch.where((ids + forward.step) % 5 == 0, 4, ids)
+        return forward.again(sentences=replace(forward.sentences, input_ids=dropped))
+
+
 class Taught:
     """Follows a teacher, a copy of the model that is not trained."""
 
@@ -50,7 +60,14 @@ class Taught:
 # The real ones, with perturbations so large that they show after a few steps. One task has no weight.
 SMOOTH = Smoothness({"sst": 1.0, "quora": 0.5}, seed=0, variance=0.01, steps=2, step_size=0.1)
 ADVERSARIAL, PROXIMAL = Sum(supervised, (SMOOTH,)), Sum(supervised, (SMOOTH, Proximal(2.0)))
+DROPPING = Sum(WordDrop(supervised, {"sst": 1.0, "quora": 3.0}), (SMOOTH,))
 TEACHERS_DECAY = 0.5
 
-OBJECTIVES = {"supervised": supervised, "adversarial": ADVERSARIAL, "masked": masked, "twice": twice}
+OBJECTIVES = {
+    "supervised": supervised,
+    "adversarial": ADVERSARIAL,
+    "masked": masked,
+    "twice": twice,
+    "dropping": DROPPING,
+}
 TAUGHT = {"proximal": PROXIMAL}  # need a teacher's outputs

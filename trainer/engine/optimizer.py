@@ -20,20 +20,30 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def parameter_groups(model: MultitaskModel, config: OptimizerConfig) -> list[dict]:
     """Groups named by the parts of the model, each with and without weight decay (vectors, i.e. biases and norms, have
     none)."""
-    groups = []
+    groups, peaks = [], peak_rates(model.parts, config)
     for part, module in model.parts.items():
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         for decayed in (True, False):
             chosen = [parameter for parameter in trainable if (parameter.ndim > 1) == decayed]
             if chosen:
                 decay = config.weight_decay if decayed else 0.0
-                groups.append({"params": chosen, "name": part, "lr": peak_rate(part, config), "weight_decay": decay})
+                groups.append({"params": chosen, "name": part, "lr": peaks[part], "weight_decay": decay})
     return groups
 
 
-def peak_rate(part: str, config: OptimizerConfig) -> float:
+def peak_rates(parts: Iterable[str], config: OptimizerConfig) -> dict[str, float]:
+    """The peak learning rate of each part of the model: `head_lr` of a head and `lr` of the encoder's pooler and top
+    layer, from which each layer down to the embeddings has `layer_decay` times the rate of the one above (Sun et al.
+    2019, "How to Fine-Tune BERT for Text Classification?", section 5.3.3).
+
+    `parts` are the encoder's from the embeddings, or the lowest that is trained, up to the top.
+    """
     lr, head_lr = config.peaks
-    return head_lr if part.startswith(head_part("")) else lr
+    peaks = {part: head_lr if part.startswith(head_part("")) else lr for part in parts}
+    stack = [part for part in peaks if part == "embeddings" or part.startswith("layer ")]
+    for depth, part in enumerate(reversed(stack)):
+        peaks[part] *= config.layer_decay**depth
+    return peaks
 
 
 def rates(step: int, total: int, config: OptimizerConfig, parts: Iterable[str]) -> dict[str, float]:
@@ -42,7 +52,8 @@ def rates(step: int, total: int, config: OptimizerConfig, parts: Iterable[str]) 
     `parts`: all that are trained, the encoder's from the embeddings up.
     """
     starts = first_steps(total, config, parts)
-    return {part: peak_rate(part, config) * rate_factor(step, total, config, first) for part, first in starts.items()}
+    peaks = peak_rates(starts, config)
+    return {part: peaks[part] * rate_factor(step, total, config, first) for part, first in starts.items()}
 
 
 def first_steps(total: int, config: OptimizerConfig, parts: Iterable[str]) -> dict[str, int]:

@@ -106,6 +106,20 @@ def score(task: Task, predicted: Tensor, labels: np.ndarray) -> float:
     return float(torch.corrcoef(pair)[0, 1])
 
 
+def beside(task: Task, predicted: Tensor, labels: np.ndarray) -> dict[str, float]:
+    """What else there is to say of the predictions of ordered classes: the mean absolute error in classes, and the
+    agreement beyond chance in which an error counts by its square (Cohen 1968, weighted kappa; 0 where all predictions
+    and labels are one class)."""
+    if not task.ordered or not len(labels):
+        return {}
+    truth, guess = torch.from_numpy(labels).double(), predicted.double()
+    observed = (truth - guess).square().mean()
+    # Of independent guesses with the same marginals: E (t - g)^2 = E t^2 - 2 E t E g + E g^2.
+    expected = truth.square().mean() - 2 * truth.mean() * guess.mean() + guess.square().mean()
+    kappa = 1 - observed / expected if expected > 0 else torch.zeros(())
+    return {"mean_absolute_error": float((truth - guess).abs().mean()), "quadratic_kappa": float(kappa)}
+
+
 def overall(tasks: Iterable[Task], scores: Mapping[str, float]) -> float:
     """The paper's overall score: the mean over the tasks that have a score, weighted by the tasks' weights, a
     correlation r counting as (r + 1) / 2 and a perplexity p as 1 / p. It is 0 if none of them has a weight."""

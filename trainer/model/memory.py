@@ -47,6 +47,8 @@ def _parameters(config: RunConfig, shape: BertConfig) -> tuple[int, int]:
         if task.kind == "masked_lm":
             heads += width * width + shape.vocab_size
             continue
+        if task.is_cosine:
+            continue
         inputs = width * config.heads.embeddings(task)
         if config.heads.hidden_layers:
             heads += inputs * hidden + (config.heads.hidden_layers - 1) * (hidden + 1) * hidden

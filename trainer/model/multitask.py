@@ -1,7 +1,8 @@
 """The multitask model: one encoder, one head per task, one forward pass for whatever tasks a step trains.
 
 Heads are the paper's: a sentence head classifies the pooled embedding; a pair head sees the embeddings u and v of its
-two sentences, encoded separately, or the one embedding of a pair that is encoded jointly. What a step minimises is an
+two sentences, encoded separately, or the one embedding of a pair that is encoded jointly. Where the loss compares
+embeddings themselves, the head is their cosine. What a step minimises is an
 objective's to say (`trainer/objectives/`).
 """
 
@@ -41,7 +42,18 @@ class Head(nn.Module):
         return self.layers(torch.cat([u, v, (u - v).abs()] if self.siamese else [u, v], dim=-1))
 
 
+class CosineHead(nn.Module):
+    """The cosine of two sentences' embeddings; nothing in it is trained."""
+
+    def forward(self, sides: Tensor) -> Tensor:
+        """(2, B, H) embeddings -> (B, 1)."""
+        u, v = sides
+        return nn.functional.cosine_similarity(u, v)[:, None]
+
+
 def build_head(task: Task, shape: BertConfig, config: HeadsConfig) -> nn.Module:
+    if task.is_cosine:
+        return CosineHead()
     return MaskedLMHead(shape) if task.kind == "masked_lm" else Head(task, shape.hidden_size, config)
 
 

@@ -7,15 +7,20 @@ from torch import Tensor
 from minbert.trainer.config import RunConfig
 from minbert.trainer.model.multitask import Forward, Objective
 from minbert.trainer.objectives.proximal import Proximal
+from minbert.trainer.objectives.rdrop import RDrop
 from minbert.trainer.objectives.smoothness import Smoothness
-from minbert.trainer.objectives.supervised import supervised
+from minbert.trainer.objectives.supervised import Supervised, supervised
 
 
 def build_objective(config: RunConfig) -> Objective:
     """The objective of a run."""
     options, terms = config.objective, list[Objective]()
-    weights = config.smart_weights
-    if any(weights.values()):
+    base: Objective = supervised
+    if any((smoothing := config.by_task("label_smoothing")).values()):
+        base = Supervised(smoothing)
+    if any((weights := config.by_task("rdrop_weight")).values()):
+        base = RDrop(base, weights)
+    if any((weights := config.by_task("smart_weight")).values()):
         terms.append(
             Smoothness(
                 weights,
@@ -29,7 +34,7 @@ def build_objective(config: RunConfig) -> Objective:
         )
     if options.proximal_weight:
         terms.append(Proximal(options.proximal_weight))
-    return Sum(supervised, tuple(terms)) if terms else supervised
+    return Sum(base, tuple(terms)) if terms else base
 
 
 @dataclass(frozen=True)

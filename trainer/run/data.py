@@ -78,5 +78,6 @@ def load_splits(config: RunConfig, run: RunFolder, split: Split) -> dict[str, To
 def build_plan(config: RunConfig, splits: Mapping[str, TokenisedSplit]) -> BatchPlan:
     """The batch plan over the training splits; `annealed` anneals over the configured budget."""
     sizes = {name: len(split) for name, split in splits.items()}
-    plan = BatchPlan(sizes, config.batch.batch_size, config.batch.task_schedule, config.seed)
+    batch = config.batch
+    plan = BatchPlan(sizes, batch.batch_size, batch.task_schedule, config.seed, power=batch.batch_power)
     return replace(plan, anneal_steps=Budget(config.budget, plan.steps_per_epoch).planned_steps)

@@ -101,7 +101,9 @@ def score_table(title: str, tasks: Iterable[Task], columns: Mapping[str, Mapping
     names = list(next(iter(columns.values())))
     known = {task.name: task for task in tasks}
     for name in names:
-        metric = known[name].metric if name in known else "mean, r as (r + 1) / 2, perplexity p as 1 / p"
-        shown = known[name].title if name in known else name
+        owner, _, beside = name.partition("/")
+        metric = str(known[name].metric) if name in known else "mean, r as (r + 1) / 2, perplexity p as 1 / p"
+        metric = beside.replace("_", " ") or metric
+        shown = known[name].title if name in known else "" if owner in known else name
         table.add_row(shown, metric, *(f"{scores[name]:.3f}" for scores in columns.values()))
     return table

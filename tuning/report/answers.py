@@ -12,7 +12,7 @@ import torch
 from minbert.data.sources.examples import Examples
 from minbert.data.task import Split, Task
 from minbert.trainer.config import RunConfig
-from minbert.trainer.evaluation.scoring import outputs, score
+from minbert.trainer.evaluation.scoring import beside, outputs, score
 from minbert.trainer.objectives.supervised import example_losses, predictions
 from minbert.trainer.processes.world import World, pick_device
 from minbert.trainer.run.data import load_examples_of, tokenise_as
@@ -55,7 +55,9 @@ class Answers:
     def metric(self) -> str:
         """The score with its name, in words."""
         words = {"accuracy": "Accuracy", "f1": "F1", "matthews": "Matthews correlation"}
-        return f"{words.get(self.task.metric, self.task.metric.capitalize() + ' correlation')} {self.score:.3f}"
+        name = words.get(self.task.metric, self.task.metric.capitalize() + " correlation")
+        more = beside(self.task, torch.from_numpy(self.predicted), self.labels)
+        return ", ".join([f"{name} {self.score:.3f}", *(f"{key.replace('_', ' ')} {more[key]:.3f}" for key in more)])
 
     def worst(self, most: int) -> np.ndarray:
         """Row numbers of the mistakes with the highest loss, the worst first; of a regression, the largest errors."""

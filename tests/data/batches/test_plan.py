@@ -1,6 +1,7 @@
 """The batch plan: pure, complete, and the same whatever the number of processes."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,15 +18,16 @@ plans = st.builds(
     schedule=st.sampled_from(SCHEDULES),
     seed=st.integers(0, 2**32),
     anneal_steps=st.integers(1, 100),
+    power=st.sampled_from([0.0, 0.5, 1.0]),
 )
 
 
 @given(plans, st.integers(0, 3000))
 def test_rows_are_a_function_of_seed_step_and_task(plan, step):
-    twin = BatchPlan(dict(plan.sizes), plan.batch_size, plan.schedule, plan.seed, plan.anneal_steps)
+    twin = replace(plan, sizes=dict(plan.sizes))
     for task in plan.tasks(step):
         rows = plan.rows(task, step)
-        assert rows.shape == (plan.batch_size,)
+        assert rows.shape == (plan.batch_sizes[task],)
         assert ((rows >= 0) & (rows < plan.sizes[task])).all()
         assert (rows == twin.rows(task, step)).all()
 
@@ -37,7 +39,28 @@ def test_positions_count_what_earlier_steps_consumed(plan):
         for task in plan.sizes:
             assert plan.position(task, step) == consumed[task]
         for task in plan.tasks(step):
-            consumed[task] += plan.batch_size
+            consumed[task] += plan.batch_sizes[task]
+
+
+@given(
+    st.dictionaries(st.sampled_from("abcdef"), st.integers(1, 10**7), min_size=1), st.integers(1, 64), st.floats(0, 1)
+)
+def test_batches_share_out_the_examples_of_a_step_by_size(sizes, batch_size, power):
+    found = BatchPlan(sizes, batch_size, power=power).batch_sizes
+    total = batch_size * len(sizes)
+    assert sum(found.values()) == total and min(found.values()) >= 1
+    assert set(BatchPlan(sizes, batch_size).batch_sizes.values()) == {batch_size}
+    weight = {task: size**power for task, size in sizes.items()}
+    wanted = {task: total * weight[task] / sum(weight.values()) for task in sizes}
+    raised = sum(1 - share for share in wanted.values() if share < 1)  # what those with less than one example took
+    assert all(found[task] <= max(1, share + 1) and found[task] >= share - 1 - raised for task, share in wanted.items())
+
+
+def test_batches_of_these_tasks():
+    sizes = {"sst": 8544, "quora": 141506, "sts": 6041}
+    assert BatchPlan(sizes, 32, power=0.5).batch_sizes == {"sst": 16, "quora": 66, "sts": 14}
+    assert BatchPlan(sizes, 32, power=1.0).batch_sizes == {"sst": 5, "quora": 87, "sts": 4}
+    assert BatchPlan(sizes, 32, power=1.0).steps_per_epoch == BatchPlan(sizes, 32).steps_per_epoch
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -62,7 +85,8 @@ def test_no_row_is_twice_in_a_batch_unless_there_are_too_few(plan):
         for step in range(120):
             if task in plan.tasks(step):
                 rows = plan.rows(task, step)
-                assert len(set(rows)) == plan.batch_size or size < plan.batch_size
+                batch_size = plan.batch_sizes[task]
+                assert len(set(rows)) == batch_size or size < batch_size
 
 
 @pytest.mark.parametrize("size", [13, 23, 25, 64, 1000])

@@ -83,6 +83,7 @@ OBJECTIVE += [
     for stage in (None, 1, 2, 3)
     for objective in ("adversarial", "proximal")
 ]
+OBJECTIVE += [case(2, "pcgrad", objective="dropping", accumulation=2), case(3, "sum", objective="dropping")]
 # The average is evaluated after every step, in the place of the weights, and the training does not notice.
 AVERAGED = [
     case(stage, aggregator, optimizer, average=0.6, freeze=1, steps=6)
@@ -96,7 +97,16 @@ MASKED = [
     for stage in (None, 2, 3)
     for aggregator, more in [("pcgrad", {}), ("sum", {"accumulation": 2}), ("pcgrad", {"batch_size": 3})]
 ]
-ALL = EVERYWHERE + ODD + OBJECTIVE + JOINT + AVERAGED + MASKED
+# The loss of a batch is not that of its slices.
+COUPLED = [
+    case(stage, aggregator, tasks=["sst", loss], **more)
+    for stage, aggregator, loss, more in [
+        (None, "sum", "cosent", {"batch_size": 3}),  # there are processes without an example
+        (2, "pcgrad", "cosent", {}),
+        (3, "sum", "pearson", {}),
+    ]
+]
+ALL = EVERYWHERE + ODD + OBJECTIVE + JOINT + AVERAGED + MASKED + COUPLED
 
 
 def cases(processes: int) -> list[dict]:
@@ -105,7 +115,9 @@ def cases(processes: int) -> list[dict]:
     return {
         1: [case for case in ALL if case["zero_stage"] is None] + [case(stage, "pcgrad") for stage in STAGES[1:]],
         2: ALL,
-        4: [one for one in EVERYWHERE if "unfreezing" not in one] + [one for one in ODD if one["zero_stage"] in (2, 3)],
+        4: [one for one in EVERYWHERE if "unfreezing" not in one]
+        + [one for one in ODD if one["zero_stage"] in (2, 3)]
+        + COUPLED,
     }[processes]
 
 

@@ -11,6 +11,7 @@ from minbert.trainer.engine.optimizer import first_steps, rates
 
 ENCODER = ["embeddings", *(f"layer {number}" for number in range(6)), "pooler"]
 HEADS = ["heads.sst", "heads.sts"]
+DEPTH = {part: max(0, 6 - number) for number, part in enumerate(ENCODER)}  # below the top layer
 
 
 @st.composite
@@ -25,6 +26,7 @@ def schedules(draw) -> tuple[OptimizerConfig, int, list[str]]:
         unfreeze_share=draw(st.floats(max(head_warmup, 0.01), 0.99)),
         warmup=draw(st.sampled_from([0.0, 0.1, 0.5])),
         lr_schedule=draw(st.sampled_from(["linear", "cosine", "constant"])),
+        layer_decay=draw(st.sampled_from([0.8, 0.95, 1.0])),
     )
     trained = ENCODER[draw(st.integers(0, len(ENCODER))) :]
     return config, draw(st.integers(1, 400)), trained
@@ -64,6 +66,8 @@ def test_a_part_warms_up_when_it_joins_and_then_learns_as_the_others_do(schedule
     config, total, encoder = schedule
     starts, warmup = first_steps(total, config, encoder + HEADS), round(config.warmup * total)
     peaks = {part: config.head_lr if part in HEADS else config.lr for part in encoder + HEADS}
+    for part in encoder:
+        peaks[part] *= config.layer_decay ** DEPTH[part]
     for step in range(total):
         shares = {part: rate / peaks[part] for part, rate in rates(step, total, config, encoder + HEADS).items()}
         full = max(shares[part] for part in HEADS)  # trained from the beginning
@@ -82,6 +86,13 @@ def test_without_unfreezing_all_parts_learn_from_the_start(total, lr_schedule):
     for step in range(total):
         (rate,) = set(rates(step, total, config, ENCODER + HEADS).values())
         assert rate > 0
+
+
+def test_rates_fall_from_the_top_layer_down_and_heads_stand_apart():
+    config = OptimizerConfig(lr=1.0, head_lr=3.0, layer_decay=0.5, warmup=0.0, lr_schedule="constant")
+    found = rates(0, 10, config, ENCODER + HEADS)
+    assert list(found.values()) == [1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0, 1.0, 3.0, 3.0]
+    assert rates(0, 10, config, ENCODER[3:] + HEADS) == {part: found[part] for part in ENCODER[3:] + HEADS}  # frozen
 
 
 @pytest.mark.parametrize(
