@@ -11,6 +11,7 @@ from typing import Any
 from minbert.data.errors import UserError
 from minbert.launch.many_runs import leave_without_ray
 from minbert.launch.trial import train_trial
+from minbert.launch.watching import watching
 from minbert.slurm.endings import Ending
 from minbert.slurm.status import inspect_runs
 from minbert.trainer.config import parse_config
@@ -97,7 +98,9 @@ def run_on_ray(
                 parallel=parse_config(ablation.baseline, ABLATION_FILE).parallel,
             )
             begin()
-            if problem := runner.run(trials, stop=stop, tell=tell, strategy=Strategy()):
+            with watching(folder):
+                problem = runner.run(trials, stop=stop, tell=tell, strategy=Strategy())
+            if problem:
                 print(f"minbert: {problem}", file=sys.stderr, flush=True)
         stop.exit_code = ExitCode.INTERRUPTED if stop.signal is not None else ExitCode.FINISHED
     return ExitCode.FINISHED if all(trial.over for trial in trials) else ExitCode.INTERRUPTED

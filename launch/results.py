@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from minbert.data.files import replacing
+from minbert.data.files import replacing, to_json
 from minbert.data.task import Split, Task
 from minbert.trainer.checkpoint.saving import now
 from minbert.trainer.config import RunConfig
@@ -39,8 +39,17 @@ def is_reported(run: RunFolder) -> bool:
 def report(run: RunFolder, stop: StopRequest) -> None:
     """Score the best model on the whole dev splits, write all prediction files, and print a table; or leave that to
     others if `stop` has a signal."""
-    config, console = whole_splits(run.read_config()), Console()
+    config = whole_splits(run.read_config())
+    machine = config.progress == "json"
+    console = Console(quiet=machine)
     results = predict_splits(run, config, REPORTED, run.predictions, console, lambda: stop.signal is not None)
+    if machine:
+        event = {
+            "event": "results" if results else "stopped",
+            "run": str(run.path),
+            "scores": (results or {}).get("dev"),
+        }
+        print(to_json(event), flush=True)
     if results is None:
         console.print(
             f"Stopped amid the predictions; the run is finished. To get them: minbert predict {run.path}   "

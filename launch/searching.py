@@ -11,6 +11,7 @@ from rich.table import Table
 
 from minbert.data.errors import UserError
 from minbert.launch.many_runs import retry_failed
+from minbert.launch.watching import watching
 from minbert.trainer.config import parse_config
 from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.processes.stop import StopRequest
@@ -64,7 +65,9 @@ def _run_trials(folder: Path, search: Search, trials: list[Trial], stop: StopReq
     if retry:
         retry_failed(trials)
     strategy, tell = SearchStrategy(folder, search, trials), Announcer(folder, search, trials)
-    if problem := runner.run(trials, stop=stop, tell=tell, strategy=strategy):
+    with watching(folder):
+        problem = runner.run(trials, stop=stop, tell=tell, strategy=strategy)
+    if problem:
         print(f"minbert: {problem}", file=sys.stderr, flush=True)
 
 

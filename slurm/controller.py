@@ -149,6 +149,99 @@ def accounts(job_ids: Iterable[str]) -> dict[str, list[Queued]]:
     return found
 
 
+@dataclass(frozen=True)
+class Life:
+    """One attempt of a job as the accounts have it."""
+
+    state: str
+    submitted: datetime | None
+    started: datetime | None
+    ended: datetime | None
+    nodes: str
+    exit_code: str  # CODE:SIGNAL
+
+
+def lives(job_ids: Iterable[str]) -> dict[str, list[Life]]:
+    """Every attempt of the jobs, the oldest first; nothing where there are no accounts."""
+    wanted = ",".join(sorted(set(job_ids)))
+    if not wanted or not shutil.which("sacct"):
+        return {}
+    fields = "JobID,State,Submit,Start,End,NodeList,ExitCode"
+    try:
+        text = call("sacct", "-X", "-n", "-P", "--duplicates", "-j", wanted, "-o", fields)
+    except UserError:
+        return {}
+    found: dict[str, list[Life]] = {}
+    for line in text.splitlines():
+        if line.count("|") == 6:
+            job_id, state, submitted, started, ended, nodes, code = line.split("|")
+            moments = (_moment(text) for text in (submitted, started, ended))
+            found.setdefault(job_id, []).append(Life(state, *moments, nodes, code))
+    return found
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A job in the queue."""
+
+    job_id: str
+    partition: str
+    priority: int
+    user: str
+    reason: str
+    start: datetime | None  # when SLURM expects it to start
+    minutes: float | None  # its time limit
+    nodes: int
+    dependency: str
+
+    @property
+    def held_back(self) -> bool:
+        """Whether it could not start even on an empty cluster."""
+        return self.priority == 0 or self.reason.startswith(("Dependency", "JobHeld", "BeginTime"))
+
+
+def queue(partition: str) -> list[Waiting]:
+    """Those that wait for a partition and that we may see, the first to start first. Raises UserError."""
+    text = call(
+        "squeue", "-h", "-r", "--all", "-t", "PENDING", f"--partition={partition}", "-o", "%i|%P|%Q|%u|%r|%S|%l|%D|%E"
+    )
+    found = []
+    for line in text.splitlines():
+        if line.count("|") == 8:
+            job_id, name, priority, user, reason, start, limit, nodes, dependency = line.split("|")
+            count = int(nodes) if nodes.isdecimal() else 1
+            found.append(
+                Waiting(
+                    job_id, name, int(priority), user, reason, _moment(start), limit_minutes(limit), count, dependency
+                )
+            )
+    return sorted(found, key=lambda job: (job.held_back, -job.priority, _number(job.job_id)))
+
+
+def _number(job_id: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", job_id))
+
+
+def detail(job_id: str) -> dict[str, str]:
+    """All that SLURM tells of a job, by its own names. Raises UserError."""
+    text = call("scontrol", "--oneliner", "show", "job", job_id)
+    return dict(word.split("=", 1) for word in text.splitlines()[0].split() if "=" in word)
+
+
+def idle_nodes(partition: str) -> int | None:
+    """How many of the partition's nodes have nothing to do; None if SLURM does not tell."""
+    try:
+        lines = call("sinfo", "-h", "-p", partition, "-t", "idle", "-o", "%D").splitlines()
+    except UserError:
+        return None
+    return sum(int(line) for line in lines if line.strip().isdecimal())
+
+
+def limit_minutes(text: str) -> float | None:
+    """SLURM's short form of a time limit: `MM:SS`, `HH:MM:SS`, `D-HH:MM:SS`."""
+    return _minutes(f"0:{text}" if text.count(":") == 1 and "-" not in text else text)
+
+
 def requeue(job_id: str) -> None:
     """Raises UserError if the site does not allow it."""
     call("scontrol", "requeue", job_id)

@@ -16,9 +16,11 @@ from pydantic import TypeAdapter, ValidationError
 
 from minbert.data.errors import UserError
 from minbert.data.files import replacing, to_json
+from minbert.data.reading import read_json_lines
 from minbert.slurm.endings import Ending
 from minbert.slurm.settings import JobSettings, parse_settings
 from minbert.trainer.checkpoint.format import newest_step
+from minbert.trainer.run.standing import read_standing
 
 T = TypeVar("T")
 
@@ -41,6 +43,7 @@ class Attempt:
     code: int | None = None  # what rank 0 returned, and which signal it had received
     signal: int | None = None
     script: int | None = None  # the batch script's process, on the first node
+    reached: int | None = None  # the last step that was trained, saved or not
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,16 @@ class Records:
         attempt.ended, attempt.ending, attempt.detail, attempt.then = time.time(), ending, detail, then
         attempt.exit_code = ending.exit_code if exit_code is None else exit_code
         attempt.last_step = self.newest_step()
+        attempt.reached = max(attempt.last_step, self._trained(attempt))
         self.write_attempt(attempt)
+
+    def _trained(self, attempt: Attempt) -> int:
+        """The last step of which rank 0 has told, or that it has logged, since the attempt began."""
+        standing, log = read_standing(self.run / "logs" / "rank-0.json"), self.run / "metrics.jsonl"
+        told = standing.step if standing and standing.began >= attempt.started else 0
+        if not log.is_file() or log.stat().st_mtime < attempt.started:
+            return told
+        return max([told, *(record["step"] for record in read_json_lines(log))])
 
     def note_return(self, job_id: str, restart: int, code: int, signal: int | None) -> None:
         """Record what rank 0 returns, and the signal it got: the supervisor sees the exit codes of all processes only

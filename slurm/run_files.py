@@ -68,12 +68,12 @@ def read_trial(run: Path) -> dict[str, Any]:
     return known
 
 
-def progress(run: Path) -> tuple[int | None, float | None, float]:
-    """The last logged step, the best overall score so far, and when the log was written last."""
+def progress(run: Path) -> tuple[int | None, float | None]:
+    """The last logged step, and the best overall score so far."""
     file = run / "metrics.jsonl"
     if not file.is_file():
-        return None, None, 0.0
+        return None, None
     records = read_json_lines(file)
     found = [record.get("dev/overall") for record in records]
     scores = [score for score in found if isinstance(score, int | float) and math.isfinite(score)]
-    return (records[-1]["step"] if records else None), max(scores, default=None), file.stat().st_mtime
+    return (records[-1]["step"] if records else None), max(scores, default=None)

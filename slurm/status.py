@@ -21,11 +21,12 @@ from minbert.slurm.submission import job_id_of
 from minbert.slurm.supervisor import ACCOUNTED
 from minbert.slurm.verdict import SCRIPT_KILLED
 from minbert.trainer.processes.exit_codes import ExitCode
+from minbert.trainer.run.standing import read_standing
 
 UNFINISHED = (State.RUNNING, State.INTERRUPTED, State.NOT_STARTED, State.NOT_SUBMITTED)  # without a job
 SETTLED = 300.0  # seconds after which a submission that SLURM does not know was none
 WORDS = {"COMPLETING": "ending", "CONFIGURING": "starting"}
-# Why a job waits, where SLURM's word does not say what to do.
+# Why a job waits, where SLURM's word does not say what to do; `minbert why` tells more.
 REASONS = {
     "PartitionConfig": "for ever: it asks for more than the partition has",
     "PartitionNodeLimit": "for ever: it asks for more nodes than the partition has or allows",
@@ -170,7 +171,7 @@ def find_runs(folders: Iterable[Path], depth: int = 3) -> list[Path]:
 def _report(known: _Known, told: _Told) -> Report:
     run, submission, attempts, trial = known.run, known.submission, known.attempts, known.trial
     attempt = attempts[-1] if attempts else None
-    step, score, when = progress(run)
+    step, score = progress(run)
     total = submission.total_steps if submission else trial.get("steps")
     if known.unreadable:
         state, detail, nodes, active = State.DAMAGED, "", "", True
@@ -182,10 +183,14 @@ def _report(known: _Known, told: _Told) -> Report:
             here, total_here = state_without_job(run)
             if submission is None or (here == Ending.FINISHED and has_advanced(run, attempt)):
                 state, detail, total = here, "", total or total_here
+    left, standing = None, read_standing(run / "logs" / "rank-0.json") if state == State.RUNNING else None
+    if standing and not standing.ended and (attempt is None or standing.began >= attempt.started):
+        total = total or standing.total_steps
+        step = max(step or 0, standing.step) or None
+        left = standing.seconds_left(total, standing.age)
+        if standing.hangs():
+            known.problems.append(f"no step for {standing.still / 60:.0f} min, see minbert why")
     detail = "; ".join(filter(None, [detail, *known.problems]))
-    left = None
-    if state == State.RUNNING and attempt and total and step and step > attempt.first_step and when > attempt.started:
-        left = max(0.0, (total - step) * (when - attempt.started) / (step - attempt.first_step) - (time.time() - when))
     return Report(
         run=run,
         state=state,

@@ -330,6 +330,9 @@ class RunConfig(Section):
     """Seed of the weights, the dropout and the order of the data."""
     log_every: Count = 10
     """Steps between lines of metrics.jsonl."""
+    progress: Literal["auto", "lines", "json"] = "auto"
+    """How the run shows itself: a panel on a terminal and lines elsewhere; always lines; or JSON, with each line of
+    metrics.jsonl."""
     trackers: tuple[str, ...] = ("tensorboard",)
     """Experiment trackers known to Accelerate: tensorboard, wandb, mlflow, ..."""
     corpus: CorpusConfig = CorpusConfig()
@@ -474,6 +477,7 @@ MAY_CHANGE = frozenset(
         "accumulation",
         "recipe",
         "log_every",
+        "progress",
         "trackers",
         "cache",
         "task_folder",

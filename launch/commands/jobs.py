@@ -1,6 +1,7 @@
 """`minbert jobs [FOLDER ...]`: every run in a table: state, node, step, score, time left, requeues."""
 
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -55,6 +56,8 @@ def main(arguments: list[str]) -> int:
         print(to_json([asdict(report) | {"run": str(report.run)} for report in reports], indent=2))
     elif runs:
         Console().print(table(reports))
+        if len(reports) == 1 and not reports[0].finished and reports[0].state != State.RUNNING:
+            print(f"More: minbert why {shlex.quote(str(reports[0].run))}")
     else:
         print(f"There are no runs in {', '.join(map(str, options.folders))}.")
     alone = len(options.folders) == 1 and runs[:1] == list(options.folders)

@@ -13,6 +13,7 @@ from minbert.trainer.model.memory import require_memory
 from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.processes.world import require_devices
 from minbert.trainer.run.preparation import known_shape, new_run_path, prepare
+from minbert.trainer.run.progress import say
 
 
 def main(arguments: list[str]) -> int:
@@ -34,7 +35,7 @@ def start(config: RunConfig, force: bool) -> int:
         require_memory(config, shape, config.parallel.processes)
     with lock_runs([config.run]):
         run = prepare(config, force)
-        print(f"Run folder: {run.path}", flush=True)
+        say(f"Run folder: {run.path}", config)
         if config.parallel.processes == 1:
             from minbert.launch.worker import work
 
@@ -43,5 +44,5 @@ def start(config: RunConfig, force: bool) -> int:
             command = [sys.executable, "-m", "minbert.launch.worker", str(run.path), "--locked"]
             code = launch(command + ["--force"] * force, config.parallel.processes, run.logs)
     if code == ExitCode.INTERRUPTED:
-        print(f"Stopped, and saved. To go on: minbert resume {shlex.quote(str(run.path))}")
+        say(f"Stopped, and saved. To go on: minbert resume {shlex.quote(str(run.path))}", config)
     return code

@@ -183,7 +183,27 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tmp_path, arguments):
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def test_a_dying_process_is_named_and_nothing_is_left(tmp_path):
+def test_a_run_is_trained_once_more_with_other_options_and_the_code_of_then(trained, tmp_path, capsys):
+    """What differs is what was asked for, and the first steps are those of the run."""
+    before = trained.config_file.read_bytes()
+    done = minbert("rerun", trained.path, "--code", "same", "--run", tmp_path / "same", "--steps", 6, "--trackers")
+    code = Path(done.stdout.splitlines()[0].removeprefix("Code: "))
+    assert (code / "minbert" / "trainer" / "step.py").exists() and f"Run folder: {tmp_path / 'same'}" in done.stdout
+    assert trained.config_file.read_bytes() == before
+    again, first = RunFolder(tmp_path / "same"), trained.read_config()
+    config = again.read_config()
+    assert config.budget.steps == 6 and config.trackers == ()
+    assert config.model_copy(update={"budget": first.budget, "trackers": first.trackers, "run": first.run}) == first
+    for record, expected in zip(again.read_metrics(), trained.read_metrics()):
+        if "loss/sst" in record and record["step"] <= 2:  # the learning rate falls faster afterwards
+            assert record["loss/sst"] == pytest.approx(expected["loss/sst"], rel=0.05)
+    assert main(["rerun", str(trained.path), "--run", str(trained.path)]) == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert main(["rerun", str(trained.path), "--nodes", "2"]) == 2
+    assert "add --submit" in capsys.readouterr().err
+
+
+def test_a_dying_process_is_named_and_nothing_is_left(tmp_path, capsys):
     """A method that fails on rank 1 only, and not before it was trained with."""
     (tmp_path / "failing.py").write_text(
         "import os\ncalls = []\ndef method(gramian):\n    calls.append(1)\n"
@@ -194,3 +214,7 @@ def test_a_dying_process_is_named_and_nothing_is_left(tmp_path):
     done = minbert("train", *arguments, check=1, env=os.environ | {"PYTHONPATH": str(tmp_path)})
     assert "rank 1" in done.stderr.lower() and "broken on purpose" in done.stderr
     assert not subprocess.run(["pgrep", "-f", str(tmp_path / "run")], capture_output=True).stdout
+    assert main(["why", str(tmp_path / "run")]) == 75  # it can be resumed
+    said = capsys.readouterr().out
+    assert "rank 1 on " in said and "failed first:" in said and "broken on purpose" in said
+    assert "2 processes on " in said and "from step 0" in said

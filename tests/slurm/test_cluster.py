@@ -241,11 +241,39 @@ def test_the_time_limit_is_no_end(disturbed, alone):
     assert_nothing_lost(disturbed["time"])
 
 
-def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(disturbed, whole):
+def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(disturbed, whole, capsys):
     assert_finished_like(disturbed["killed"], whole)
     first, last = attempts(disturbed["killed"])
     assert first.ending is Ending.KILLED and "task" in first.detail and last.ending is Ending.FINISHED
     assert last.first_step >= 10
+    assert first.reached >= 20
+    assert main(["why", str(disturbed["killed"])]) == 0
+    said = capsys.readouterr().out.partition("What happened:")[2].split("\n")[1:]
+    assert [line[23:36].strip() for line in said if line] == [
+        "submitted", "started", "process killed"[:13], "started", "finished",
+    ]  # fmt: skip
+    assert f"at step {first.reached}, saved up to {first.last_step}, then requeued" in said[2]
+    lost = first.reached - last.first_step
+    assert (f"{lost} step" in said[3]) == (lost > 0) and f"from step {last.first_step}" in said[3]
+
+
+def test_a_waiting_job_is_explained(cluster, runs, capsys):
+    """Nobody runs: both nodes are drained."""
+    with drained(cluster):
+        first = submit(runs / "waits-first", *SMALL, "--steps", 4, "--nodes", 2, "--time", "1h")
+        second = submit(runs / "waits-second", *SMALL, "--steps", 4, "--nodes", 2, "--time", "1h")
+        eventually(lambda: report(second).state == "pending", "the queue", second)
+        capsys.readouterr()
+        assert main(["why", str(second)]) == 75
+        said = capsys.readouterr().out
+        assert "pending" in said and "It waits: " in said
+        assert f"It is the 2nd of 2 in the queue of partition main, behind {job_id(first)} (1 of them yours)." in said
+        assert "Sooner: no node is idle now, and it wants 2." in said and "timelimit=" in said
+        cluster.run("scontrol", "hold", job_id(second))
+        main(["why", str(second)])
+        assert f"Sooner: scontrol release {job_id(second)}." in capsys.readouterr().out
+        assert main(["cancel", str(first), str(second)]) == 0
+        ended(second)
 
 
 def test_preempted_runs_go_on_where_the_site_requeues_and_where_it_cancels(cluster, runs, whole):

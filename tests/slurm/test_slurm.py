@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from minbert.slurm.supervisor import KILLED, accept, bounded, complaint
 from minbert.slurm.verdict import Error, Evidence, Next, Verdict, judge
 from minbert.trainer.checkpoint.format import published, read_manifest
 from minbert.trainer.run.folder import RunFolder
+from minbert.trainer.run.standing import Standing
 
 SMALL = ["--train-limit", "120", "--eval-limit", "40", "--batch-size", "8", "--steps", "4", "--log-every", "1"]
 ROOT = Path(__file__).parents[2]
@@ -487,9 +488,17 @@ def test_how_a_run_stands(tmp_path, monkeypatch):
     lines = [{"step": step} for step in range(1, 26)] + [{"step": 25, "dev/overall": 0.5}]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 2')
     records.write_submission(replace(records.submission(), total_steps=100))
+    standing = Standing(0, 1, "n1", 1, attempt.started, 0, 100, step=25, moved=time.time(), written=time.time())
+    (run / "logs").mkdir()
+    (run / "logs" / "rank-0.json").write_text(json.dumps(asdict(standing)))
     report = stand(run, records, "RUNNING", monkeypatch)
     assert (report.state, report.step, report.total, report.score) == ("running", 25, 100, 0.5)
-    assert 290 < report.seconds_left < 310 and report.exit_code == 75
+    assert 290 < report.seconds_left < 310 and report.exit_code == 75 and not report.detail
+    attempt.started -= 8000
+    records.write_attempt(attempt)
+    standing.began, standing.moved = attempt.started, standing.written - 4000
+    (run / "logs" / "rank-0.json").write_text(json.dumps(asdict(standing)))
+    assert stand(run, records, "RUNNING", monkeypatch).detail == "no step for 67 min, see minbert why"
     assert stand(run, records, None, monkeypatch, "NODE_FAIL").state == "node failure"
     records.end(attempt, Ending.TIME_LIMIT, then="requeued")
     report = stand(run, records, "PENDING", monkeypatch)

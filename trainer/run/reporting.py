@@ -1,46 +1,85 @@
-"""What a run tells: a person at the terminal, the logs in its folder, its trackers. Only rank 0 does."""
+"""What a run tells: a person at the terminal, the logs in its folder, its trackers. Only rank 0 does; but every process
+says where it stands."""
 
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
 from accelerate import Accelerator
 
 from minbert.trainer.checkpoint.format import TrainingState
 from minbert.trainer.config import RunConfig, flatten
+from minbert.trainer.model.weights import read_config
+from minbert.trainer.run.display import View
 from minbert.trainer.run.folder import RunFolder
-from minbert.trainer.run.progress import Progress
+from minbert.trainer.run.progress import Progress, say
+from minbert.trainer.run.speed import flops_per_token, matmul_peak
+from minbert.trainer.run.standing import EVERY, Heartbeat, here, read_standings
 from minbert.trainer.run.trackers import Trackers
 
 
 class Reporter:
-    """Tells of the run in `folder`; a context, in which the bar is shown, from `begin` on."""
+    """Tells of the run in `folder`; `begin` is a context, in which its progress is shown."""
 
     def __init__(self, folder: RunFolder, accelerator: Accelerator):
-        self.folder, self.is_main = folder, accelerator.is_main_process
+        self.config = folder.read_config()
+        self.folder, self.is_main, self.accelerator = folder, accelerator.is_main_process, accelerator
         self.trackers = Trackers(accelerator)
 
     def say(self, text: str) -> None:
         if self.is_main:
-            print(text, flush=True)
+            say(text, self.config)
 
-    def begin(self, config: RunConfig, state: TrainingState, total_steps: int) -> Progress:
-        """The bar, a context. What an earlier start logged beyond the step of `state` is dropped: it comes again."""
+    @contextmanager
+    def begin(self, config: RunConfig, state: TrainingState, total_steps: int) -> Iterator[Progress]:
+        """What an earlier start logged beyond the step of `state` is dropped: it comes again."""
         if state.step:
             self.say(f"Resuming {self.folder.path} from step {state.step} of {total_steps}.")
+        view = View.of(
+            str(self.folder.path), config, total_steps, flops_per_token(config, read_config(self.folder.encoder))
+        )
         if self.is_main:
             self.folder.rewind_metrics(state.step)
+            for record in self.folder.read_metrics():
+                view.take(record)
             self.trackers.start(flatten(config), state.step, state.trackers)
-        self.progress = Progress(total_steps, enabled=self.is_main, done=state.step)
-        return self.progress
+        device, half = self.accelerator.device, self.accelerator.mixed_precision == "bf16"
+        peak = matmul_peak(device, torch.bfloat16 if half else torch.float32)
+        process = here(self.accelerator.process_index, self.accelerator.num_processes, state.step, total_steps, peak)
+        with Heartbeat(self.folder.logs, process) as heartbeat:
+            look = _looking_at(view, self.folder, heartbeat)
+            self.progress = Progress(view, self.is_main, config.progress, heartbeat.moved, look)
+            with self.progress:
+                yield self.progress
 
     def log(self, step: int, record: dict[str, float]) -> None:
         if self.is_main:
             self.folder.append_metrics({"step": step} | record)
+            self.progress.logged({"step": step} | record)
             self.trackers.log(record, step)
 
     def scores(self, state: TrainingState, scores: dict[str, float], is_best: bool, total_steps: int) -> None:
         """The dev scores of the step of `state`, and that the run goes on longer, if so."""
-        if total_steps > self.progress.total:
+        if total_steps > (self.progress.view.total or 0):
             self.progress.extend(total_steps)
         self.log(state.step, {f"dev/{name}": value for name, value in scores.items()})
         self.progress.scores(state.step, scores, is_best)
 
     def end(self) -> None:
         self.trackers.end()
+
+
+def _looking_at(view: View, folder: RunFolder, heartbeat: Heartbeat) -> Callable[[], None]:
+    """Brings what processes say of themselves into `view`: of this one at once, of others as often as they write."""
+    others, looked = view.processes, 0.0
+
+    def look() -> None:
+        nonlocal others, looked
+        own, now = heartbeat.standing, time.time()
+        own.written = now
+        if own.processes > 1 and now - looked > EVERY:
+            others, looked = read_standings(folder.logs)[1:], now
+        view.processes = [own, *others]
+
+    return look
