@@ -1,6 +1,7 @@
 """The one exception for what a user can mend. Commands print its message without a traceback."""
 
 import errno
+import importlib.util
 import os
 import re
 import reprlib
@@ -29,6 +30,12 @@ class UserError(Exception):
 
 class DataError(UserError):
     """A data set that cannot be read as declared: a missing file, a wrong column, a bad row."""
+
+
+def require_package(module: str, extra: str, purpose: str) -> None:
+    """Raises UserError, saying which of our extras brings it, unless a package can be imported; it is not."""
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f"{purpose} needs the package {module}: pip install 'minbert[{extra}]'")
 
 
 def shown(value: object) -> str:

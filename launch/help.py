@@ -3,11 +3,12 @@
 from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, NamedTuple, NoReturn, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import tyro
 from pydantic import BaseModel, create_model
 
+from minbert.launch.manual import Help
 from minbert.launch.words import bare
 from minbert.trainer.config import SECTIONS, RunConfig
 
@@ -36,21 +37,14 @@ def open_option(metavar: str, **more: Any) -> Any:
     return tyro.conf.arg(metavar=metavar, help_behavior_hint="", **more)
 
 
-def show_help(kind: type, command: str) -> NoReturn:
-    """Print the help of a command whose options are the fields of `kind`, and end the program."""
-    settings = (tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff, tyro.conf.FlagCreatePairsOff)
-    tyro.cli(kind, args=["--help"], prog=f"minbert {command}", config=settings)
-    raise SystemExit
-
-
-def show_help_with_run_options(
+def help_with_run_options(
     command: str, description: str, options: Mapping[str, Option], groups: Mapping[str, type[BaseModel]]
-) -> NoReturn:
+) -> Help:
     """The help of a command that has a run's options, with --config and --force, `options`, and `groups` of them."""
     sections = {name: _open(section) for name, section in (SECTIONS | dict(groups)).items()}
     fields = {name: _shown(option) for name, option in (RUN_OPTIONS | dict(options)).items()}
     fields |= _open_fields(RunConfig) | {name: (section, section()) for name, section in sections.items()}
-    show_help(create_model("Options", __base__=RunConfig, __doc__=description, **fields), command)
+    return Help(create_model("Options", __base__=RunConfig, __doc__=description, **fields), command)
 
 
 def _shown(option: Option) -> tuple[Any, Any]:

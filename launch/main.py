@@ -9,30 +9,8 @@ from importlib.metadata import version
 from typing import NoReturn
 
 from minbert.data.errors import UserError, disk_trouble
+from minbert.launch.manual import COMMANDS, Help
 from minbert.trainer.processes.exit_codes import ExitCode, leave
-
-# command -> (module, what it does). Modules are imported when they are needed: PyTorch takes seconds.
-COMMANDS = {
-    "train": ("minbert.launch.commands.train", "train a model"),
-    "pretrain": ("minbert.launch.commands.pretrain", "train the encoder as a masked language model"),
-    "resume": ("minbert.launch.commands.resume", "go on with a run, perhaps on other processes"),
-    "rerun": ("minbert.launch.commands.rerun", "train what a run is once more, in a new folder, with other options"),
-    "checkpoint": ("minbert.launch.commands.checkpoint", "list, verify or convert checkpoints"),
-    "submit": ("minbert.launch.commands.submit", "train as a job on a SLURM cluster"),
-    "jobs": ("minbert.launch.commands.jobs", "show every run: state, node, step, score"),
-    "watch": ("minbert.launch.commands.watch", "show the progress of a run, a search or a folder of runs"),
-    "logs": ("minbert.launch.commands.logs", "print or follow what a run prints"),
-    "why": ("minbert.launch.commands.why", "why a run waits, has ended, or does not go on"),
-    "cancel": ("minbert.launch.commands.cancel", "end the jobs of runs"),
-    "tune": ("minbert.launch.commands.tune", "search hyperparameters, or start the full run from the best"),
-    "ablate": ("minbert.launch.commands.ablate", "measure extensions alone, added up, left out, and combined"),
-    "report": ("minbert.launch.commands.report", "write a page and a csv of what a run, a search or an ablation found"),
-    "augment": ("minbert.launch.commands.augment", "make new training rows by back translation"),
-    "evaluate": ("minbert.launch.commands.evaluate", "score the best model of a run"),
-    "predict": ("minbert.launch.commands.predict", "predict course files, a csv, or free text"),
-    "export": ("minbert.launch.commands.export", "write the encoder as a folder for transformers"),
-    "doctor": ("minbert.launch.commands.doctor", "show what is installed and what is missing"),
-}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,6 +31,8 @@ def main(arguments: list[str] | None = None) -> int:
         code = run(rest)
         sys.stdout.flush()
         return code
+    except Help as asked:
+        asked.show()
     except UserError as error:
         print(f"minbert: {error}", file=sys.stderr)
         return ExitCode.USER_MISTAKE

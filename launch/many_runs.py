@@ -24,7 +24,7 @@ from minbert.tuning.trial import LOCK, Trial
 
 def read_many_runs(command: str, description: str, arguments: list[str], options: Mapping[str, Option]) -> CommandLine:
     """The command line of a search or an ablation. Raises UserError for a wrong option or value, or two that do not go
-    together; --help ends the program."""
+    together, and Help for --help."""
     line = read_command_line(command, description, arguments, options, {"resources": Resources})
     if not line.command.get("slurm"):
         refuse_job_options(line.job)

@@ -14,7 +14,8 @@ from pydantic import AfterValidator, BaseModel, Field
 
 from minbert.data.errors import UserError
 from minbert.data.reading import read_yaml
-from minbert.launch.help import RUN_OPTIONS, Option, show_help, show_help_with_run_options
+from minbert.launch.help import RUN_OPTIONS, Option, help_with_run_options
+from minbert.launch.manual import Help
 from minbert.launch.words import convert, read_options, takes_several
 from minbert.slurm.settings import JobSettings, parse_parameters
 from minbert.trainer.config import OPTIONS, SECTIONS, RunConfig, flat_options, parse_config
@@ -27,9 +28,9 @@ TRAIN = "Train minBERT on several tasks at once, or resume the run in --run."
 
 def parse(kind: type[T], arguments: list[str], command: str) -> T:
     """`arguments` as a dataclass `kind`, whose positional fields take the words that belong to no option, in order.
-    Raises UserError for a wrong option or value, or where a word is missing; --help ends the program."""
+    Raises UserError for a wrong option or value, or where a word is missing, and Help for --help."""
     if asks_for_help(arguments):
-        show_help(kind, command)
+        raise Help(kind, command)
     types = get_type_hints(kind, include_extras=True)
     places = {name: types.pop(name) for name in list(types) if tyro.conf.Positional in _marks(types[name])}
     values, words = read_options(types, arguments, command)
@@ -71,9 +72,9 @@ def read_command_line(
     groups: Mapping[str, type[BaseModel]] = {},
 ) -> CommandLine:
     """Of a command that describes runs and may submit them; `options` and `groups` of options are its own. Raises
-    UserError for a wrong option or value; --help ends the program."""
+    UserError for a wrong option or value, and Help for --help."""
     if asks_for_help(arguments):
-        show_help_with_run_options(command, description, options, {**groups, "job": JobSettings})
+        raise help_with_run_options(command, description, options, {**groups, "job": JobSettings})
     own_types = {name: option.type for name, option in options.items()}
     for group in groups.values():
         own_types |= _types_of(group)
@@ -95,9 +96,9 @@ def parse_run_config(arguments: list[str], command: str = "train") -> RunConfig:
 
 
 def read_run_options(arguments: list[str], command: str = "train", description: str = TRAIN) -> dict[str, Any]:
-    """The options of a command that takes those of a run only. Raises UserError; --help ends the program."""
+    """The options of a command that takes those of a run only. Raises UserError, and Help for --help."""
     if asks_for_help(arguments):
-        show_help_with_run_options(command, description, {}, {})
+        raise help_with_run_options(command, description, {}, {})
     options, words = read_options(run_option_types(), arguments, command)
     _refuse_words(words)
     return options

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from minbert.data.errors import DataError
+from minbert.data.errors import DataError, require_package
 from minbert.data.reading import read_text
 from minbert.data.sources.course import read_delimited, records
 from minbert.data.sources.examples import BadRow, BadRows, Examples, Row, collect
@@ -77,6 +77,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    require_package("pyarrow", "parquet", f"{path} is a parquet file, and reading it")
     import pyarrow
     import pyarrow.parquet
 

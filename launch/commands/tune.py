@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError
 
-from minbert.data.errors import UserError
+from minbert.data.errors import UserError, require_package
 from minbert.data.reading import read_yaml
 from minbert.launch.help import Option
 from minbert.launch.many_runs import (
@@ -75,6 +75,7 @@ def main(arguments: list[str]) -> int:
     line = read_many_runs("tune", DESCRIPTION, arguments, OPTIONS)
     if "best" in line.command:
         return _start_best(line)
+    require_package("ray", "search", "a search")
     if "run" in line.run:
         raise UserError("each trial has a run folder of its own; --search names the folder of the search")
     folder = line.command.get("search") or _new_folder()
