@@ -60,24 +60,24 @@ def logged(run: Path) -> list[dict]:
 
 
 def test_one_two_four_processes_and_every_kind_of_engine_within_one_run(tmp_path):
-    """1 process -> 2 at stage 0 -> 4 at stage 3 -> 1 at stage 1 -> 2 at stage 2 -> 2 without DeepSpeed: no example is
-    trained twice or left out, the learning rate does not shift, moments and PCGrad's order carry over. Float tolerance,
-    as sums are made of other parts."""
+    """1 process -> 2 at stage 0 -> 4 at stage 3 -> 2 at stage 2 -> 2 without DeepSpeed: no example is trained twice or
+    left out, the learning rate does not shift, moments and PCGrad's order carry over. Float tolerance, as sums are made
+    of other parts."""
     whole, moved = tmp_path / "whole", tmp_path / "moved"
     still = ["--encoder-dropout", 0, "--head-dropout", 0, "--freeze", "embeddings", "--aggregator", "pcgrad"]
     still += ["--average-decay", 0.8]  # the average carries over, too, and is what the scores are of
-    arguments = [*SMALL, *still, "--steps", 18, "--eval-every", 9, "--save-every", 3]
+    arguments = [*SMALL, *still, "--steps", 15, "--eval-every", 9, "--save-every", 3]
     assert main(["train", "--run", str(whole), *map(str, arguments)]) == 0
     assert main(["train", "--run", str(moved), *map(str, arguments), "--keep", "9"]) == 0
     said = []
-    for turn, (processes, stage) in enumerate([(2, 0), (4, 3), (1, 1), (2, 2), (2, None)]):
+    for turn, (processes, stage) in enumerate([(2, 0), (4, 3), (2, 2), (2, None)]):
         stop_before(moved, 3 + 3 * turn)
         said.append(minbert("resume", moved, "--processes", processes, "--zero-stage", stage))
-        assert f"from step {3 + 3 * turn} of 18" in said[-1]
+        assert f"from step {3 + 3 * turn} of 15" in said[-1]
         written = read_manifest(published(moved / "checkpoints")[-1])
         assert (written.processes, written.zero_stage) == (processes, stage)
-    assert all(text.count("dropout's random numbers do not carry over") == 1 for text in said[:4])
-    assert "do not carry over" not in said[4]
+    assert all(text.count("dropout's random numbers do not carry over") == 1 for text in said[:3])
+    assert "do not carry over" not in said[3]
     for expected, found in zip(logged(whole), logged(moved), strict=True):
         assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
     expected, found = (tensors_of(published(run / "checkpoints")[-1]) for run in (whole, moved))

@@ -119,9 +119,7 @@ def test_a_run_killed_in_between_ends_as_if_it_had_not_been(whole, tmp_path, cap
     assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-@pytest.mark.parametrize(
-    ("step", "processes", "stage"), [(2, 2, None), (2, 4, 3), (3, 2, 2), (6, 1, 1), (6, 2, 3), (8, 2, 0)]
-)
+@pytest.mark.parametrize(("step", "processes", "stage"), [(2, 2, 3), (3, 2, 2), (6, 1, 1)])
 def test_it_goes_on_elsewhere(whole_without_dropout, tmp_path, step, processes, stage):
     run = killed_after(whole_without_dropout, tmp_path / "run", step)
     command = [sys.executable, "-m", "minbert.launch.main", "resume", str(run)]
