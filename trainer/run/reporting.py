@@ -25,7 +25,7 @@ class Reporter:
     def __init__(self, folder: RunFolder, accelerator: Accelerator):
         self.config = folder.read_config()
         self.folder, self.is_main, self.accelerator = folder, accelerator.is_main_process, accelerator
-        self.trackers = Trackers(accelerator)
+        self.trackers = Trackers(accelerator, folder.path)
 
     def say(self, text: str) -> None:
         if self.is_main:
@@ -50,8 +50,12 @@ class Reporter:
         with Heartbeat(self.folder.logs, process) as heartbeat:
             look = _looking_at(view, self.folder, heartbeat)
             self.progress = Progress(view, self.is_main, config.progress, heartbeat.moved, look)
-            with self.progress:
-                yield self.progress
+            try:
+                with self.progress:
+                    yield self.progress
+            except BaseException:
+                self.trackers.end(patience=5.0)
+                raise
 
     def log(self, step: int, record: dict[str, float]) -> None:
         if self.is_main:
