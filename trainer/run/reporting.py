@@ -47,9 +47,9 @@ class Reporter:
         device, half = self.accelerator.device, self.accelerator.mixed_precision == "bf16"
         peak = matmul_peak(device, torch.bfloat16 if half else torch.float32)
         process = here(self.accelerator.process_index, self.accelerator.num_processes, state.step, total_steps, peak)
-        with Heartbeat(self.folder.logs, process) as heartbeat:
-            look = _looking_at(view, self.folder, heartbeat)
-            self.progress = Progress(view, self.is_main, config.progress, heartbeat.moved, look)
+        with Heartbeat(self.folder.logs, process) as self.heartbeat:
+            look = _looking_at(view, self.folder, self.heartbeat)
+            self.progress = Progress(view, self.is_main, config.progress, self.heartbeat.moved, look)
             try:
                 with self.progress:
                     yield self.progress
@@ -67,6 +67,7 @@ class Reporter:
         """The dev scores of the step of `state`, and that the run goes on longer, if so."""
         if total_steps > (self.progress.view.total or 0):
             self.progress.extend(total_steps)
+            self.heartbeat.standing.total_steps = total_steps
         self.log(state.step, {f"dev/{name}": value for name, value in scores.items()})
         self.progress.scores(state.step, scores, is_best)
 
