@@ -24,6 +24,7 @@ COMMANDS = {
     "tune": ("minbert.launch.commands.tune", "search hyperparameters, or start the full run from the best"),
     "ablate": ("minbert.launch.commands.ablate", "measure extensions alone, added up, left out, and combined"),
     "report": ("minbert.launch.commands.report", "write a page and a csv of what a run, a search or an ablation found"),
+    "compare": ("minbert.launch.commands.compare", "put runs side by side: what differs, scores, curves"),
     "augment": ("minbert.launch.commands.augment", "make new training rows by back translation"),
     "evaluate": ("minbert.launch.commands.evaluate", "score the best model of a run"),
     "predict": ("minbert.launch.commands.predict", "predict course files, a csv, or free text"),

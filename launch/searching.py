@@ -15,6 +15,7 @@ from minbert.launch.watching import watching
 from minbert.trainer.config import parse_config
 from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.processes.stop import StopRequest
+from minbert.trainer.run.folder import RunFolder
 from minbert.tuning.search import SEARCH_FILE, Search, describe_schedule, write_best
 from minbert.tuning.trial import Trial, ranked
 
@@ -62,6 +63,7 @@ def _run_trials(folder: Path, search: Search, trials: list[Trial], stop: StopReq
         parallel=parse_config(search.base, SEARCH_FILE).parallel,
     )
     search.write(folder)
+    RunFolder(folder).write_environment()
     if retry:
         retry_failed(trials)
     strategy, tell = SearchStrategy(folder, search, trials), Announcer(folder, search, trials)

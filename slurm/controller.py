@@ -231,10 +231,11 @@ def detail(job_id: str) -> dict[str, str]:
 def idle_nodes(partition: str) -> int | None:
     """How many of the partition's nodes have nothing to do; None if SLURM does not tell."""
     try:
-        lines = call("sinfo", "-h", "-p", partition, "-t", "idle", "-o", "%D").splitlines()
+        lines = call("sinfo", "-h", "-p", partition, "-o", "%D %T").splitlines()
     except UserError:
         return None
-    return sum(int(line) for line in lines if line.strip().isdecimal())
+    counts = (line.split() for line in lines)  # a node that is drained counts as idle for `sinfo -t idle`
+    return sum(int(count) for count, state in counts if state == "idle" and count.isdecimal())
 
 
 def limit_minutes(text: str) -> float | None:

@@ -69,7 +69,7 @@ def compare(ablation: Ablation, trials: Sequence[Trial]) -> list[Row]:
     baseline = by_variant[BASELINE]
     rows = []
     for variant, runs in by_variant.items():
-        scores = {name: _spread([run[name] for run in runs.values()]) for name in next(iter(runs.values()), {}) if runs}
+        scores = {name: spread([run[name] for run in runs.values()]) for name in next(iter(runs.values()), {}) if runs}
         common = sorted(runs.keys() & baseline.keys())
         pairs = [runs[seed]["overall"] - baseline[seed]["overall"] for seed in common]
         difference = paired(pairs) if variant != BASELINE and pairs else None
@@ -90,7 +90,7 @@ def paired(differences: Sequence[float]) -> Difference:
     return Difference(mean, deviation, mean - half, mean + half, wins, count)
 
 
-def _spread(values: Sequence[float]) -> Spread:
+def spread(values: Sequence[float]) -> Spread:
     return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
 
 

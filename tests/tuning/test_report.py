@@ -11,8 +11,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import ttest_rel
 from torchmetrics.functional.classification import multiclass_calibration_error
 
+from minbert.data.errors import UserError
 from minbert.launch.main import main
 from minbert.trainer.config import RunConfig
 from minbert.trainer.run.folder import RunFolder
@@ -20,6 +22,8 @@ from minbert.tuning.ablation import Ablation
 from minbert.tuning.extensions import PAPER_BASELINE
 from minbert.tuning.report.answers import BINS, calibrate
 from minbert.tuning.report.importance import importances, scores_at_equal_share
+from minbert.tuning.report.page import DARK, DIVERGING, RISING
+from minbert.tuning.runs_compared import _predicted, bootstrap, compare_runs
 from minbert.tuning.search import Search
 from minbert.tuning.space import check_space, draw, parse_space
 from minbert.tuning.trial import Trial
@@ -152,6 +156,139 @@ def test_the_page_of_a_run(run, browser, capsys):
     assert [float(row["dev/sts"]) for row in rows if row["dev/sts"]] == [
         r["dev/sts"] for r in metrics if "dev/sts" in r
     ]
+
+
+@browsers
+def test_a_page_says_what_it_is_about_and_its_tables_sort_and_filter(search, browser):
+    assert main(["report", str(search)]) == 0
+    browser.open(search / "report.html", width=1440)
+    about = browser.ask(
+        "Object.fromEntries([...document.querySelectorAll('.facts div')]"
+        ".map(d => [d.children[0].textContent, d.children[1].textContent]))"
+    )
+    assert about["Model"] == "tiny" and about["Data"] == "builtin: sst, quora, sts"
+    assert about["Not the default"] == "batch_size 8" and about["Duration"] == "1 min 15 s"
+
+    def column(number: int) -> list[str]:
+        rows = "[...document.querySelectorAll('#all-trials tbody tr')].filter(r => !r.hidden)"
+        return browser.ask(f"{rows}.map(r => r.cells[{number}].textContent)")
+
+    heading = "document.querySelectorAll('#all-trials th')[2].querySelector('button')"
+    for clicks, falling in ((1, True), (2, False)):
+        browser.driver.execute_script(f"{heading}.click()")
+        scores = [float(text) for text in column(2) if text != "–"]
+        assert scores == sorted(scores, reverse=falling) and len(scores) == 23 and column(2)[-1] == "–", clicks
+    script = "const f = document.querySelector('#all-trials .filter input'); f.value = 'STOPPED trial-00'; "
+    browser.driver.execute_script(script + "f.dispatchEvent(new Event('input'))")
+    assert set(column(1)) == {"stopped"} and len(column(1)) == 8
+    assert browser.ask("document.querySelector('#all-trials .filter output').textContent") == "8 of 24 rows"
+    labels = browser.ask("[...document.querySelectorAll('.drawing')].map(d => d.getAttribute('aria-label'))")
+    best = f"{max(t.score for t in Search.read(search).trials(search) if t.score is not None):.3g}"
+    assert labels[0].startswith("The best score over the search.") and f"to {best} at 23" in labels[0]
+    assert all(len(label) > 60 for label in labels)
+    assert browser.ask("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of #rrggbb (WCAG 2.2)."""
+    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def over(cell: str, paper: str) -> str:
+    """A translucent colour, rgba(r,g,b,a), on paper."""
+    *rgb, alpha = (float(part) for part in cell.removeprefix("rgba(").rstrip(")").split(","))
+    back = [int(paper[place : place + 2], 16) for place in (1, 3, 5)]
+    return "#" + "".join(f"{round(alpha * front + (1 - alpha) * b):02x}" for front, b in zip(rgb, back))
+
+
+def test_what_is_drawn_and_written_stands_out_from_the_paper():
+    for paper, ink, colours in (("#ffffff", "#1d232a", DARK.keys()), ("#14181d", "#e4e8ec", DARK.values())):
+        assert all(contrast(colour, paper) >= 4.5 for colour in colours), paper
+        cells = [cell for _, cell in (*DIVERGING, *RISING)]
+        assert all(contrast(ink, over(cell, paper)) >= 4.5 for cell in cells), paper
+
+
+# Runs side by side
+
+
+@pytest.fixture(scope="module")
+def several(run, tmp_path_factory) -> dict[str, Path]:
+    """The run, once more with other predictions, and two groups of three seeds."""
+    folder = tmp_path_factory.mktemp("several")
+    found = {"first": folder / "first", "second": folder / "second"}
+    for path in found.values():
+        shutil.copytree(run, path, ignore=shutil.ignore_patterns("checkpoints"))
+    second = RunFolder(found["second"])
+    config = second.read_config()
+    second.write_config(config.model_copy(update={"batch": config.batch.model_copy(update={"aggregator": "sum"})}))
+    path = second.predictions / "sst-dev-output.csv"
+    header, *lines = path.read_text().splitlines()
+    path.write_text("\n".join([header, *(line[: line.index(" , ")] + " , 3 " for line in lines), ""]))
+    scores = {"plain": (0.50, 0.52, 0.49), "surgery": (0.53, 0.54, 0.50)}
+    for name, values in scores.items():
+        for seed, score in enumerate(values):
+            found[f"{name},seed={seed}"] = folder / "seeds" / f"{name},seed={seed}"
+            each = RunFolder(found[f"{name},seed={seed}"])
+            batch = config.batch.model_copy(update={"aggregator": "pcgrad" if name == "surgery" else "sum"})
+            each.write_config(config.model_copy(update={"seed": seed, "batch": batch}))
+            for step in (5, 10):
+                each.append_metrics({"step": step, "dev/sst": score, "dev/overall": score - 0.01 * (step == 5)})
+    return found
+
+
+def test_single_runs_are_compared_by_their_predictions_of_the_same_examples(several, capsys):
+    first, second = RunFolder(several["first"]), RunFolder(several["second"])
+    same = bootstrap(first, first, draws=50)
+    assert all((each.mean, each.low, each.high) == (0, 0, 0) for each in same.values())
+    found = bootstrap(first, second)
+    assert found.keys() == {"sst", "quora", "sts", "overall"}
+    assert (found["quora"].mean, found["sts"].low, found["sts"].high) == (0, 0, 0)
+    (_, mine, labels, _), (_, theirs, _, _) = _predicted(first)["sst"], _predicted(second)["sst"]
+    each = (theirs == labels).astype(float) - (mine == labels)
+    assert found["sst"].mean == pytest.approx(each.mean(), abs=1e-6)
+    assert found["sst"].deviation == pytest.approx(each.std() / len(each) ** 0.5, rel=0.1)
+    assert found["overall"].low == pytest.approx(found["sst"].low / 3, abs=1e-6)
+    assert main(["compare", str(several["first"]), str(several["second"])]) == 0
+    said = capsys.readouterr().out
+    assert "aggregator" in said and "pcgrad" in said and "second: the same dev examples, paired bootstrap" in said
+    assert "batch_size" not in said and "paired bootstrap" in said
+
+
+def test_seeds_are_one_column_and_paired_by_the_t_test(several):
+    found = compare_runs([several[name] for name in several if "seed" in name])
+    assert [group.name for group in found.groups] == ["plain (3 seeds)", "surgery (3 seeds)"]
+    assert found.options == {"aggregator": ["sum", "pcgrad"]}
+    spread, difference = found.groups[0].spreads()["overall"], found.differences["surgery (3 seeds)"]["overall"]
+    assert (spread.mean, spread.count) == (pytest.approx((0.5 + 0.52 + 0.49) / 3), 3)
+    reference = ttest_rel([0.53, 0.54, 0.50], [0.50, 0.52, 0.49]).confidence_interval()
+    assert (difference.low, difference.high) == (pytest.approx(reference.low), pytest.approx(reference.high))
+    with pytest.raises(UserError, match="is not a run folder"):
+        compare_runs([several["first"], several["first"].parent])
+
+
+@browsers
+def test_the_page_of_runs_compared(several, browser, tmp_path, capsys):
+    out = tmp_path / "page.html"
+    assert main(["compare", str(several["first"].parent / "seeds"), "--out", str(out)]) == 0
+    assert "plain (3 seeds)" in capsys.readouterr().out
+    browser.open(out)
+    browser.check()
+    assert browser.headings() == ["In what they differ", "Scores", "Curves over each other", "The runs"]
+    assert browser.table("in-what-they-differ")[1] == ["aggregator", "sum", "pcgrad"]
+    header, plain, surgery = browser.table("scores")
+    assert plain[header.index("overall")] == "0.503 ± 0.015" and surgery[-1].startswith("+0.020 [")
+    bars = browser.ask("document.querySelector('#curves-over-each-other .drawing').data[0].error_y.array")
+    assert bars == pytest.approx([0.0153, 0.0153], abs=1e-3)
+    assert len(read_csv(tmp_path / "page.csv")) == 12
+    assert main(["compare", str(several["first"])]) == 2
+    assert "nothing to compare" in capsys.readouterr().err
 
 
 @browsers

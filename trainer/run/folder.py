@@ -10,6 +10,7 @@ aggregator/       the source of an aggregator of the user's own
 slurm/, code/     of a submitted run: its jobs' files and records, and the code that they run
 model/            of pretraining: the best model as a checkpoint for --model and transformers
 saved.json        the step of the newest checkpoint that was written
+trackers.json     what the experiment trackers call the run
 """
 
 import hashlib

@@ -117,6 +117,7 @@ def _accept_loss(run: RunFolder) -> None:
         run.pretrained,
         run.predictions,
         run.trackers,
+        run.path / "trackers.json",
     )
     for path in (*results, run.path / SAVED):  # which comes last: a kill before leaves the run refused
         if path.exists():

@@ -25,7 +25,7 @@ class Reporter:
     def __init__(self, folder: RunFolder, accelerator: Accelerator):
         self.config = folder.read_config()
         self.folder, self.is_main, self.accelerator = folder, accelerator.is_main_process, accelerator
-        self.trackers = Trackers(accelerator)
+        self.trackers = Trackers(accelerator, folder.path)
 
     def say(self, text: str) -> None:
         if self.is_main:
@@ -47,11 +47,15 @@ class Reporter:
         device, half = self.accelerator.device, self.accelerator.mixed_precision == "bf16"
         peak = matmul_peak(device, torch.bfloat16 if half else torch.float32)
         process = here(self.accelerator.process_index, self.accelerator.num_processes, state.step, total_steps, peak)
-        with Heartbeat(self.folder.logs, process) as heartbeat:
-            look = _looking_at(view, self.folder, heartbeat)
-            self.progress = Progress(view, self.is_main, config.progress, heartbeat.moved, look)
-            with self.progress:
-                yield self.progress
+        with Heartbeat(self.folder.logs, process) as self.heartbeat:
+            look = _looking_at(view, self.folder, self.heartbeat)
+            self.progress = Progress(view, self.is_main, config.progress, self.heartbeat.moved, look)
+            try:
+                with self.progress:
+                    yield self.progress
+            except BaseException:
+                self.trackers.end(patience=5.0)
+                raise
 
     def log(self, step: int, record: dict[str, float]) -> None:
         if self.is_main:
@@ -63,6 +67,7 @@ class Reporter:
         """The dev scores of the step of `state`, and that the run goes on longer, if so."""
         if total_steps > (self.progress.view.total or 0):
             self.progress.extend(total_steps)
+            self.heartbeat.standing.total_steps = total_steps
         self.log(state.step, {f"dev/{name}": value for name, value in scores.items()})
         self.progress.scores(state.step, scores, is_best)
 

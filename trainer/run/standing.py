@@ -36,6 +36,9 @@ ACTIVITIES = {
     "minbert.trainer.engine": "training",
 }
 
+# Where a process may wait for others: gradients are reduced in the backward pass, out of Python's sight.
+COLLECTIVE = ("torch.distributed", "torch.autograd")
+
 
 @dataclass
 class Standing:
@@ -112,7 +115,8 @@ class Heartbeat:
             frame = sys._current_frames().get(self.thread)
             if frame is not None:
                 standing = self.standing
-                standing.activity, standing.place, standing.waits = describe(frame)
+                standing.activity, standing.place, waits = describe(frame)
+                standing.waits = waits and standing.processes > 1
             self._write()
 
     def _write(self) -> None:
@@ -125,12 +129,12 @@ class Heartbeat:
 
 
 def describe(frame: FrameType) -> tuple[str, str, bool]:
-    """What the code at `frame` is doing, where that is, and whether it waits for other processes."""
+    """What the code at `frame` is doing, where that is, and whether it may be waiting for other processes."""
     activity, place, collective = "", "", ""
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
-        if module.startswith("torch.distributed"):
-            collective = collective or frame.f_code.co_name
+        if module.startswith(COLLECTIVE):
+            collective = collective or frame.f_code.co_name.replace("_engine_run_backward", "backward")
         if module.startswith("minbert."):
             if not place:
                 file = "/".join(Path(frame.f_code.co_filename).parts[-module.count(".") :])

@@ -10,6 +10,7 @@ from minbert.trainer.config import parse_config
 from minbert.tuning.ablation import ABLATION_FILE, TITLES, Ablation
 from minbert.tuning.comparison import Row, compare
 from minbert.tuning.extensions import BASELINE
+from minbert.tuning.report.facts import facts, not_default
 from minbert.tuning.report.page import (
     COLOURS,
     DIVERGING,
@@ -22,6 +23,7 @@ from minbert.tuning.report.page import (
     escaped,
     figure,
     number,
+    seeds_curve,
     setting,
 )
 from minbert.tuning.trial import METRIC, Trial, interrupted
@@ -65,7 +67,10 @@ def ablation_report(folder: Path) -> Report:
     subtitle = (
         f"{len(ablation.variants)} variants with {len(ablation.seeds)} seeds, {done} of {len(trials)} runs finished"
     )
-    page = Page(f"Ablation {folder.name}", subtitle, sections, _warnings(trials))
+    began = min((trial.started for trial in trials if trial.started), default=None)
+    ended = max((trial.ended for trial in trials if trial.ended), default=None)
+    about = facts(folder, parse_config(ablation.baseline, ABLATION_FILE), began, ended)
+    page = Page(f"Ablation {folder.name}", subtitle, sections, _warnings(trials), about)
     return Report(page, _csv(trials, columns))
 
 
@@ -88,7 +93,8 @@ def _summary(ablation: Ablation) -> str:
 
 
 def _settings(ablation: Ablation) -> Table:
-    rows = [(name, setting(value)) for name, value in ablation.baseline.items()]
+    changed = not_default(parse_config(ablation.baseline, ABLATION_FILE))
+    rows = [(name, setting(value)) for name, value in changed.items()]
     rows.append(("seeds", setting(ablation.seeds)))
     return Table(("option of the baseline", "value"), rows, text_columns=2)
 
@@ -175,7 +181,6 @@ def _by_task(rows: Mapping[str, Row], declared: Sequence[Task]) -> Chart:
 
 def _curves(ablation: Ablation, trials: Sequence[Trial]) -> Chart:
     """The mean over the seeds at every evaluation that all of a variant's runs have."""
-    import plotly.graph_objects as go
 
     traces = []
     for place, variant in enumerate(ablation.variants):
@@ -184,21 +189,9 @@ def _curves(ablation: Ablation, trials: Sequence[Trial]) -> Chart:
         curves = [curve for curve in curves if curve]
         if not curves:
             continue
-        steps = sorted(set.intersection(*(set(curve) for curve in curves)))
-        traces.append(
-            go.Scatter(
-                x=steps,
-                y=[sum(curve[step] for curve in curves) / len(curves) for step in steps],
-                mode="lines+markers",
-                line={
-                    "color": COLOURS[place % len(COLOURS)] if variant != BASELINE else GREY,
-                    "dash": ("solid", "dash", "dot")[place // len(COLOURS) % 3],
-                },
-                marker={"size": 4},
-                name=_name(variant),
-                hovertemplate=_name(variant) + ": %{y:.3f} at step %{x}<extra></extra>",
-            )
-        )
+        colour = COLOURS[place % len(COLOURS)] if variant != BASELINE else GREY
+        dash = ("solid", "dash", "dot")[place // len(COLOURS) % 3]
+        traces.append(seeds_curve(_name(variant), curves, colour, dash))
     drawn = figure(
         *traces,
         xaxis={"title": {"text": "step"}},
@@ -206,7 +199,8 @@ def _curves(ablation: Ablation, trials: Sequence[Trial]) -> Chart:
         hovermode="closest",
         legend={"orientation": "v", "x": 1.02, "y": 1, "yanchor": "top"},
     )
-    return Chart("Dev score while training", drawn, "Means over the seeds.", wide=True, height=420)
+    note = "Means over the seeds, with their standard deviations."
+    return Chart("Dev score while training", drawn, note, wide=True, height=420)
 
 
 def _record(trial: Trial) -> dict[str, Any]:

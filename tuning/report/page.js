@@ -1,7 +1,65 @@
-// Draw every chart from the figure beside it, in the page's colours, and again in others when the system turns
-// from light to dark.
+// Tables: a heading sorts, and a field above long ones keeps the rows that hold all of its words.
 (() => {
-  const dark = window.matchMedia("(prefers-color-scheme: dark)");
+  const value = (row, column) => {
+    const text = row.cells[column].textContent.trim();
+    const number = parseFloat(text.replace("\u2212", "-").replace(/,/g, ""));
+    return [text, /^[-+\u2212]?[\d.]/.test(text) ? number : NaN];
+  };
+  const compare = (a, b) => {  // numbers before words, nothing last
+    if (!Number.isNaN(a[1]) && !Number.isNaN(b[1])) return a[1] - b[1];
+    if (Number.isNaN(a[1]) !== Number.isNaN(b[1])) return Number.isNaN(a[1]) ? 1 : -1;
+    return a[0].localeCompare(b[0]);
+  };
+  for (const table of document.querySelectorAll("main table")) {
+    const [body] = table.tBodies, rows = [...body.rows], scroll = table.parentElement;
+    const heads = [...table.tHead.rows[0].cells];
+    if (table.scrollWidth > scroll.clientWidth || rows.length > 20) scroll.classList.add("wide");
+    if (rows.length < 3) continue;
+    heads.forEach((head, column) => {
+      const button = document.createElement("button");
+      button.textContent = head.textContent;
+      button.title = "sort";
+      head.replaceChildren(button);
+      button.addEventListener("click", () => {
+        const number = head.classList.contains("number"), now = head.getAttribute("aria-sort");
+        const next = now ? (now === "ascending" ? "descending" : "ascending") : number ? "descending" : "ascending";
+        heads.forEach((other) => other.removeAttribute("aria-sort"));
+        head.setAttribute("aria-sort", next);
+        const known = rows.map((row) => [value(row, column), row]);
+        known.sort(([a], [b]) => {
+          const missing = (v) => v[0] === "" || v[0] === "\u2013";
+          if (missing(a) !== missing(b)) return missing(a) ? 1 : -1;
+          return next === "ascending" ? compare(a, b) : compare(b, a);
+        });
+        body.append(...known.map(([, row]) => row));
+      });
+    });
+    if (rows.length < 9) continue;
+    const label = document.createElement("label"), input = document.createElement("input");
+    const count = document.createElement("output");
+    label.className = "filter";
+    input.type = "search";
+    label.append("Filter", input, count);
+    scroll.before(label);
+    input.addEventListener("input", () => {
+      const words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
+      for (const row of rows) row.hidden = !words.every((word) => row.textContent.toLowerCase().includes(word));
+      const shown = rows.filter((row) => !row.hidden).length;
+      count.textContent = words.length ? `${shown} of ${rows.length} rows` : "";
+    });
+  }
+})();
+
+// Draw every chart from the figure beside it, in the page's colours, and again in others when the system turns
+// from light to dark, or for paper.
+(() => {
+  const dark = window.matchMedia("(prefers-color-scheme: dark)"), paper = window.matchMedia("print");
+  const inDark = JSON.parse(document.getElementById("dark").textContent);
+  const coloured = (figure) => {
+    if (!dark.matches || paper.matches) return figure;
+    const text = JSON.stringify(figure).replace(/#[0-9a-f]{6}/g, (colour) => inDark[colour] ?? colour);
+    return JSON.parse(text);
+  };
 
   const template = () => {
     const style = getComputedStyle(document.documentElement);
@@ -31,8 +89,13 @@
     const { data, layout } = JSON.parse(chart.querySelector("script").textContent);
     return { element: chart.querySelector(".drawing"), data, layout, title: chart.querySelector("h3").textContent };
   });
-  const draw = ({ element, data, layout, title }) =>
-    Plotly.react(element, data, { ...layout, template: template() }, config(title));
+  const draw = ({ element, title, ...figure }) => {
+    const { data, layout } = coloured(figure);
+    return Plotly.react(element, data, { ...layout, template: template() }, config(title));
+  };
   Promise.all(drawings.map(draw)).then(() => (document.documentElement.dataset.drawn = drawings.length));
   dark.addEventListener("change", () => drawings.forEach(draw));
+  const redraw = () => drawings.forEach((drawing) => draw(drawing).then(() => Plotly.Plots.resize(drawing.element)));
+  window.addEventListener("beforeprint", redraw);
+  window.addEventListener("afterprint", redraw);
 })();

@@ -9,7 +9,8 @@ import csv
 import hashlib
 import html
 import json
-from collections.abc import Iterable, Sequence
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,25 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from minbert.data.files import replacing
+from minbert.tuning.report.told import told
 
-# Distinct from each other, also for the colour-blind, on a white and on a dark page.
-COLOURS = ("#3b7dd8", "#d9822b", "#2a9d8f", "#c2519b", "#8a6fd1", "#a3a02c", "#6b7785")
-GREY, RED = "#8a929c", "#d1495b"
+# Distinct from each other, also for the colour-blind, each with a contrast of 4.5:1 or more to a white page; on a dark
+# page the script puts the second of each pair in its place, for which the same holds.
+_PAIRS = (
+    ("#1f5fc4", "#7fb0ff"),
+    ("#a85a00", "#f0a04b"),
+    ("#0f766e", "#4fc3b3"),
+    ("#a8327f", "#e884bd"),
+    ("#6a48c4", "#b39af0"),
+    ("#6b6a00", "#c9c552"),
+    ("#55616e", "#a3b0bd"),
+)
+COLOURS = tuple(light for light, _ in _PAIRS)
+GREY, RED = "#667080", "#b3293d"
+DARK = dict(_PAIRS) | {GREY: "#98a2ad", RED: "#f07b88"}
 # Translucent, so that text on it can be read on a white and on a dark page: red below 0, blue above.
-DIVERGING = [[0, "rgba(209,73,91,0.75)"], [0.5, "rgba(138,146,156,0.06)"], [1, "rgba(59,125,216,0.75)"]]
+DIVERGING = [[0, "rgba(209,73,91,0.6)"], [0.5, "rgba(138,146,156,0.06)"], [1, "rgba(59,125,216,0.6)"]]
+RISING = [[0, "rgba(59,125,216,0.04)"], [1, "rgba(59,125,216,0.6)"]]
 
 
 @dataclass(frozen=True)
@@ -67,6 +81,7 @@ class Page:
     subtitle: str
     sections: Sequence[Section]
     warnings: Sequence[str] = ()
+    facts: Sequence[tuple[str, str]] = ()  # what it is about: names and values
 
 
 @dataclass(frozen=True)
@@ -100,11 +115,13 @@ def render(page: Page) -> str:
     environment.tests["table"] = lambda part: isinstance(part, Table)
     environment.tests["chart"] = lambda part: isinstance(part, Chart)
     environment.filters["figure"] = lambda figure: json.loads(figure.to_json())
+    environment.filters["told"] = told
     # What an HTML parser would take for the end of the script may stand in strings of it.
     scripts = [_source(environment, "page.js"), get_plotlyjs()]
     scripts = [script.replace("</script", "<\\/script") for script in scripts]
     return environment.get_template("page.html").render(
         page=page,
+        dark=DARK,
         style=Markup(_source(environment, "page.css")),
         script=Markup(scripts[0]),
         plotly=Markup(scripts[1]),
@@ -126,6 +143,26 @@ def figure(*traces: Any, **layout: Any) -> Any:
     found.update_xaxes(automargin=True)
     found.update_yaxes(automargin=True, exponentformat="power")
     return found
+
+
+def seeds_curve(name: str, curves: Sequence[Mapping[int, float]], colour: str, dash: str = "solid") -> Any:
+    """One line for several seeds: the mean at every step that all of them have, with the standard deviation as bars.
+    `curves`: of each seed, step -> value."""
+    import plotly.graph_objects as go
+
+    steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+    values = [[curve[step] for curve in curves] for step in steps]
+    deviations = [statistics.stdev(each) for each in values] if len(curves) > 1 else None
+    return go.Scatter(
+        x=steps,
+        y=[statistics.fmean(each) for each in values],
+        error_y={"type": "data", "array": deviations, "thickness": 1, "width": 3} if deviations else None,
+        mode="lines+markers" if len(steps) < 40 else "lines",
+        line={"color": colour, "dash": dash, "width": 1.8},
+        marker={"size": 4},
+        name=name,
+        hovertemplate=escaped(name) + ": %{y:.3f} at step %{x}<extra></extra>",
+    )
 
 
 def escaped(text: object) -> str:

@@ -9,16 +9,19 @@ import numpy as np
 
 from minbert.data.errors import UserError
 from minbert.data.task import Split, named
-from minbert.trainer.config import RunConfig, flatten
+from minbert.trainer.config import RunConfig
 from minbert.trainer.evaluation.scoring import overall
 from minbert.trainer.run.folder import RunFolder
 from minbert.trainer.run.preparation import total_steps
+from minbert.trainer.run.standing import read_standing
 from minbert.trainer.surgery.conflicts import cosines, read_gramians
 from minbert.tuning.report.answers import Answers, answers, calibrate
+from minbert.tuning.report.facts import facts, not_default
 from minbert.tuning.report.page import (
     COLOURS,
     DIVERGING,
     GREY,
+    RISING,
     Chart,
     Page,
     Report,
@@ -60,7 +63,16 @@ def run_report(run: RunFolder, config: RunConfig, split: Split = "dev", mistakes
     evaluations = [record for record in records if record.get("dev/overall") is not None]
     best = max((record["dev/overall"] for record in evaluations), default=None)
     subtitle = f"step {records[-1]['step']} of {steps}" + ("" if best is None else f", best dev/overall {best:.3f}")
-    return Report(Page(f"Run {run.path.name}", subtitle, sections, warnings), _csv(records))
+    page = Page(
+        f"Run {run.path.name}", subtitle, sections, warnings, facts(run.path, run.read_config(), *_span(run))[:-1]
+    )
+    return Report(page, _csv(records))
+
+
+def _span(run: RunFolder) -> tuple[float | None, float | None]:
+    """When the latest start of the run began, and ended or was heard of last."""
+    standing = read_standing(run.logs / "rank-0.json")
+    return (None, None) if standing is None else (standing.began, standing.written)
 
 
 def _summary(run: RunFolder, found: Sequence[Answers], split: Split) -> list[Any]:
@@ -70,8 +82,7 @@ def _summary(run: RunFolder, found: Sequence[Answers], split: Split) -> list[Any
         mean = overall([a.task for a in found], {a.task.name: a.score for a in found})
         rows.append(["overall", "mean, a correlation r as (r + 1) / 2", "", number(mean)])
         parts.append(Table(("task", "metric", "examples", "score"), rows, f"Best model on {split}", text_columns=2))
-    config, usual = flatten(run.read_config()), flatten(RunConfig())
-    chosen = [(name, setting(value)) for name, value in config.items() if value != usual[name] and name != "run"]
+    chosen = [(name, setting(value)) for name, value in not_default(run.read_config()).items()]
     parts.append(Table(("option", "value"), chosen, "Options that are not the default", text_columns=2))
     return parts
 
@@ -162,7 +173,7 @@ def _confusion(answer: Answers) -> Chart:
         y=names,
         zmin=0,
         zmax=1,
-        colorscale=[[0, "rgba(59,125,216,0.04)"], [1, "rgba(59,125,216,0.95)"]],
+        colorscale=RISING,
         text=[[f"{share:.0%}<br>{count}" for share, count in zip(*row)] for row in zip(shares, counts)],
         texttemplate="%{text}",
         hovertemplate="labelled %{y}, predicted %{x}: %{text}<extra></extra>",

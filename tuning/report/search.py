@@ -1,6 +1,7 @@
 """The page of a search: which trials were best, and what their hyperparameters had to do with it."""
 
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from minbert.data.errors import UserError
 from minbert.trainer.config import parse_config
+from minbert.tuning.report.facts import facts
 from minbert.tuning.report.importance import importances, scores_at_equal_share
 from minbert.tuning.report.page import (
     COLOURS,
@@ -28,7 +30,6 @@ from minbert.tuning.search import Search
 from minbert.tuning.space import Choice, Distribution, LogUniform, Uniform
 from minbert.tuning.trial import METRIC, Trial, best, interrupted, ranked
 
-HIDDEN = ("trackers", "cache", "device")  # options of all trials that say nothing about them
 SHOWN = 10  # trials in the table of the best
 HIGHLIGHTED = 5  # learning curves in colour
 
@@ -44,13 +45,17 @@ def search_report(folder: Path) -> Report:
     sections = [
         Section("The search", [_summary(search, trials), _settings(search)]),
         Section("Best configurations", _best(search, scored, folder)),
+        Section("Best so far", [_history(scored)]),
         Section("Score against each hyperparameter", _against(search, scored)),
         Section("Importance", _importance(search, scored)),
         Section("Parallel coordinates", [_parallel(search, scored)]),
         Section("Learning curves", [_curves(scored)]),
         Section("All trials", [_all(search, trials)]),
     ]
-    page = Page(f"Search {folder.name}", _subtitle(trials), sections, _warnings(search, trials))
+    began = min((trial.started for trial in trials if trial.started), default=None)
+    ended = max((trial.ended for trial in trials if trial.ended), default=None)
+    about = facts(folder, parse_config(search.base, "search.yaml"), began, ended)
+    page = Page(f"Search {folder.name}", _subtitle(trials), sections, _warnings(search, trials), about)
     return Report(page, _rows(search, trials))
 
 
@@ -89,7 +94,6 @@ def _summary(search: Search, trials: Sequence[Trial]) -> str:
 def _settings(search: Search) -> Table:
     rows = [("algorithm", search.algorithm), ("scheduler", search.scheduler), ("seed", str(search.seed))]
     rows += [(name, _describe(kind)) for name, kind in search.space.items()]
-    rows += [(name, setting(value)) for name, value in search.base.items() if name not in HIDDEN]
     return Table(("option", "value"), rows, text_columns=2)
 
 
@@ -114,6 +118,36 @@ def _best(search: Search, scored: Sequence[Trial], folder: Path) -> list[Any]:
         f"{folder.name} starts the full run from the first, whose configuration is in best.yaml.",
         Table(header, rows, text_columns=2),
     ]
+
+
+def _history(scored: Sequence[Trial]) -> Chart:
+    """Each trial at its end, and the best score until then."""
+    import plotly.graph_objects as go
+
+    over = sorted((trial for trial in scored if trial.over), key=lambda trial: (trial.ended or 0.0, trial.number))
+    best_so_far = list(accumulate((trial.score for trial in over), max))
+    places = list(range(1, len(over) + 1))
+    points = go.Scatter(
+        x=places,
+        y=[trial.score for trial in over],
+        mode="markers",
+        marker={"color": GREY, "size": 7, "symbol": ["x" if trial.status == "stopped" else "circle" for trial in over]},
+        name="a trial",
+        text=[f"{escaped(trial.name)}: {trial.score:.3f}" for trial in over],
+        hovertemplate="%{text}<extra></extra>",
+    )
+    line = go.Scatter(
+        x=places,
+        y=best_so_far,
+        mode="lines",
+        line={"color": COLOURS[0], "width": 2, "shape": "hv"},
+        name="the best so far",
+        hovertemplate="best of %{x}: %{y:.3f}<extra></extra>",
+    )
+    drawn = figure(points, line, xaxis={"title": {"text": "trials that are over"}}, yaxis={"title": {"text": METRIC}})
+    since = next((place for place, score in zip(places, best_so_far) if score == best_so_far[-1]), 0)
+    note = f"In the order in which they ended; a cross was stopped early. The best came {since} of {len(over)}."
+    return Chart("The best score over the search", drawn, note if over else "No trial is over yet.", wide=True)
 
 
 def _best_record(trial: Trial) -> dict[str, Any]:
