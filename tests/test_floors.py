@@ -34,6 +34,7 @@ FLOORS = (
     "tuning",
     "launch",
     "launch.commands",
+    "launch.api",
     "launch.main",
 )
 
