@@ -26,6 +26,7 @@ FLOORS = (
     "trainer.checkpoint",
     "trainer.evaluation",
     "trainer.run",
+    "trainer.export",
     "trainer.step",
     "trainer.metrics",
     "trainer.assembly",
