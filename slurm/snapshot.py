@@ -10,12 +10,13 @@ import shutil
 import uuid
 from pathlib import Path
 
-PACKAGES = ("", "data", "trainer", "launch", "slurm", "tuning")
+PACKAGES = ("data", "trainer", "launch", "slurm", "tuning")
+FRONT = "api"  # a checkout's folder that is the package `minbert` itself, in which those are
 
 
 def take_snapshot(folder: Path) -> Path:
     """Copy the running code under `folder`, unless it is there already; returns what goes onto PYTHONPATH."""
-    sources = {name: source for name in PACKAGES if (source := _source(name)) is not None}
+    sources = {name: source for name in ("", *PACKAGES) if (source := _source(name)) is not None}
     files = {
         str(Path(name, path.relative_to(source))): path
         for name, source in sources.items()

@@ -10,7 +10,7 @@ from minbert.data.errors import UserError
 from minbert.data.sequences.tokens import default_cache_dir
 from minbert.launch.commands.submit import submit
 from minbert.launch.commands.train import start
-from minbert.launch.help import Option, show_help_with_run_options
+from minbert.launch.help import Option, help_with_run_options
 from minbert.launch.options import CommandLine, asks_for_help, build_run_config, job_option_types, run_option_types
 from minbert.launch.words import read_options
 from minbert.slurm.old_code import code_of
@@ -36,7 +36,7 @@ OPTIONS = {
 
 def main(arguments: list[str]) -> int:
     if asks_for_help(arguments):
-        show_help_with_run_options("rerun RUN", DESCRIPTION, OPTIONS, {"job": JobSettings})
+        raise help_with_run_options("rerun RUN", DESCRIPTION, OPTIONS, {"job": JobSettings})
     own = {name: option.type for name, option in OPTIONS.items()}
     given, words = read_options(run_option_types() | job_option_types() | own, arguments[1:], "rerun")
     if not arguments or arguments[0].startswith("-") or words:
