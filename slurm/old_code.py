@@ -14,7 +14,7 @@ from uuid import uuid4
 from minbert.data.errors import UserError
 from minbert.data.reading import read_json, read_small
 from minbert.slurm.records import Records
-from minbert.slurm.snapshot import PACKAGES
+from minbert.slurm.snapshot import FRONT, PACKAGES
 
 
 def code_of(run: Path, into: Path) -> Path:
@@ -39,6 +39,8 @@ def code_of(run: Path, into: Path) -> Path:
         _extract(checkout, commit, unfinished / "minbert")
         if changes.strip():
             _apply(changes, unfinished / "minbert", commit)
+        if (front := unfinished / "minbert" / FRONT).is_dir():  # a commit from before there was one has none
+            shutil.copytree(front, unfinished / "minbert", dirs_exist_ok=True)
         with suppress(OSError):  # somebody else was faster
             os.replace(unfinished, folder)
     finally:
@@ -54,13 +56,13 @@ def _extract(checkout: Path, commit: str, folder: Path) -> None:
         )
     with tarfile.open(fileobj=io.BytesIO(archive)) as files:
         for member in files.getmembers():
-            if member.name.partition("/")[0] in PACKAGES and member.isfile():
+            if member.name.partition("/")[0] in (FRONT, *PACKAGES) and member.isfile():
                 files.extract(member, folder, filter="data")
 
 
 def _apply(changes: bytes, folder: Path, commit: str) -> None:
     """Those of the packages; what else was changed does not train."""
-    command = ["git", "apply", "--whitespace=nowarn", *(f"--include={name}/*" for name in PACKAGES)]
+    command = ["git", "apply", "--whitespace=nowarn", *(f"--include={name}/*" for name in (FRONT, *PACKAGES))]
     environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
     done = subprocess.run(command, cwd=folder, input=changes, capture_output=True, env=environment)
     if done.returncode:

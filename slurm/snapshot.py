@@ -11,15 +11,16 @@ import uuid
 from pathlib import Path
 
 PACKAGES = ("data", "trainer", "launch", "slurm", "tuning")
+FRONT = "api"  # a checkout's folder that is the package `minbert` itself, in which those are
 
 
 def take_snapshot(folder: Path) -> Path:
     """Copy the running code under `folder`, unless it is there already; returns what goes onto PYTHONPATH."""
-    sources = {name: source for name in PACKAGES if (source := _source(name)) is not None}
+    sources = {name: source for name in ("", *PACKAGES) if (source := _source(name)) is not None}
     files = {
-        f"{name}/{path.relative_to(source)}": path
+        str(Path(name, path.relative_to(source))): path
         for name, source in sources.items()
-        for path in sorted(source.rglob("*"))
+        for path in sorted(source.rglob("*") if name else source.glob("*"))
         if path.is_file() and "__pycache__" not in path.parts
     }
     digest = hashlib.sha256()
@@ -41,6 +42,6 @@ def take_snapshot(folder: Path) -> Path:
 
 
 def _source(package: str) -> Path | None:
-    """Where the running package comes from; None if there is none, or nothing in it."""
-    spec = importlib.util.find_spec(f"minbert.{package}")
+    """Where the running package comes from, `minbert` itself or one in it; None if there is none, or nothing in it."""
+    spec = importlib.util.find_spec(f"minbert.{package}".rstrip("."))
     return Path(next(iter(spec.submodule_search_locations))) if spec and spec.origin else None

@@ -26,6 +26,7 @@ FLOORS = (
     "trainer.checkpoint",
     "trainer.evaluation",
     "trainer.run",
+    "trainer.export",
     "trainer.step",
     "trainer.metrics",
     "trainer.assembly",
@@ -34,6 +35,7 @@ FLOORS = (
     "tuning",
     "launch",
     "launch.commands",
+    "launch.api",
     "launch.main",
 )
 

@@ -59,9 +59,9 @@ def main(arguments: list[str]) -> int:
         raise UserError("--task goes with --text or --csv; the course's files are written for every task")
 
     if options.text:
-        _print_texts(run, _task(run, options.task), options.text)
+        _print_texts(run, find_task(run, options.task), options.text)
     elif options.csv:
-        _predict_csv(run, _task(run, options.task), options.csv, options.out or STANDARD)
+        _predict_csv(run, find_task(run, options.task), options.csv, options.out or STANDARD)
     else:
         _predict_course_files(run, options)
     return ExitCode.FINISHED
@@ -95,7 +95,8 @@ def shown(task: Task, value: float | list[float]) -> str:
     return f"{value:.3f}" if task.kind == "regression" else written(task, value)
 
 
-def _task(run: RunFolder, wanted: str | None) -> Task:
+def find_task(run: RunFolder, wanted: str | None) -> Task:
+    """The task that is meant. Raises UserError if the run has no such task, or several and none is named."""
     corpus = run.read_config().corpus
     trained = corpus.names
     if wanted is None and len(trained) > 1:

@@ -28,15 +28,16 @@ def train(options: Mapping[str, Any]) -> int:
     return start(config, force=options.get("force", False))
 
 
-def start(config: RunConfig, force: bool) -> int:
-    """Train the run that `config` describes, in a new folder or from where its folder stands."""
+def start(config: RunConfig, force: bool, apart: bool = False) -> int:
+    """Train the run that `config` describes, in a new folder or from where its folder stands. `apart`: in a process of
+    its own, too, if it is to be one."""
     require_devices(config.parallel, config.parallel.processes)
     if shape := known_shape(config):
         require_memory(config, shape, config.parallel.processes)
     with lock_runs([config.run]):
         run = prepare(config, force)
         say(f"Run folder: {run.path}", config)
-        if config.parallel.processes == 1:
+        if config.parallel.processes == 1 and not apart:
             from minbert.launch.worker import work
 
             code = work(run, force)

@@ -134,11 +134,3 @@ def _best(run: RunFolder) -> tuple[dict[str, Tensor], dict]:
     log.warning("%s; %s, which holds the same weights, is used instead", damage, checkpoint.name)
     scores = {name.removeprefix("dev/"): value for name, value in best.items() if name.startswith("dev/")}
     return state, {"step": best["step"], "scores": scores}
-
-
-def export_encoder(run: RunFolder, folder: Path) -> None:
-    """Write the best model's encoder and tokenizer as a folder for `transformers.AutoModel.from_pretrained`, with the
-    head of a masked language model if it was trained as one."""
-    model, _, _ = load_model(run, torch.device("cpu"))
-    decoder = next((head.state_dict() for head in model.decoders.values()), None)
-    save_checkpoint(folder, model.bert.config, model.bert.state_dict(), run.encoder, decoder)

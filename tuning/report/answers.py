@@ -81,7 +81,7 @@ def answers(run: RunFolder, config: RunConfig, split: Split = "dev") -> list[Ans
         tokenised = tokenise_as(config, examples, tokenizer)
         raw = outputs(model, task, tokenised, world)
         losses = example_losses(task, raw, torch.from_numpy(tokenised.labels)).numpy()
-        found.append(Answers(task, examples, predictions(task, raw).numpy(), losses, _probabilities(task, raw)))
+        found.append(Answers(task, examples, predictions(task, raw).numpy(), losses, probabilities(task, raw)))
     return found
 
 
@@ -110,7 +110,7 @@ def calibrate(confidence: np.ndarray, correct: np.ndarray, bins: int = BINS) -> 
     return Calibration(np.linspace(0, 1, bins + 1), counts, means, accuracy, error)
 
 
-def _probabilities(task: Task, raw: torch.Tensor) -> np.ndarray | None:
+def probabilities(task: Task, raw: torch.Tensor) -> np.ndarray | None:
     if task.kind == "regression":
         return None
     if task.kind == "binary":

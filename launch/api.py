@@ -1,0 +1,287 @@
+"""The commands as functions, and a run as an object: what `import minbert` offers (docs/python.md).
+
+Options are those of the command line by their names in Python, `zero_stage=2` for `--zero-stage 2`, and a mistake
+raises the same `UserError`. A run is trained in processes of its own: the notebook's keeps its memory, its threads and
+its signals, and an interrupt saves the run.
+"""
+
+import json
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from minbert.data.errors import UserError
+from minbert.data.task import Split, Task
+from minbert.launch.options import build_run_config
+from minbert.trainer.config import RunConfig, flatten
+from minbert.trainer.processes.exit_codes import ExitCode
+from minbert.trainer.run.folder import RunFolder
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Path_ = str | Path
+COUNTERS = ("step", "time")  # of a line of metrics.jsonl: where it stands, not what was measured
+
+
+class Unfinished(Exception):
+    """A run that ended before its budget: `run` is what there is of it, `code` the exit code (docs/runs.md)."""
+
+    def __init__(self, run: "Run", code: int):
+        self.run, self.code = run, code
+        if code == ExitCode.INTERRUPTED:
+            text = f"{run.path} was interrupted, and saved: run.resume() goes on"
+        else:
+            text = f"{run.path} ended with exit code {code}; what it said is above, and in {run.path / 'logs'}"
+        super().__init__(text)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Something measured n times: at which `steps` (n,) and its `values` (n,)."""
+
+    steps: np.ndarray
+    values: np.ndarray
+
+
+class Run:
+    """A run in its folder, over or not. Nothing is read before it is asked for, and curves are read anew each time.
+
+    Raises UserError where there is no run.
+    """
+
+    def __init__(self, path: Path_):
+        self.folder = RunFolder.existing(Path(path))
+
+    def __repr__(self) -> str:
+        scores = self.scores if self.folder.best_model.exists() else {}
+        shown = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+        return f"Run({str(self.path)!r}{', ' if shown else ''}{shown})"
+
+    @property
+    def path(self) -> Path:
+        return self.folder.path
+
+    @property
+    def config(self) -> RunConfig:
+        """The resolved configuration, sections and all: `run.config.optimizer.lr`."""
+        return self.folder.read_config()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The same flat, every option by its own name: `minbert.train(**run.options | {...})` is another run."""
+        return {name: value for name, value in flatten(self.config).items() if name not in ("run", "recipe")}
+
+    @property
+    def step(self) -> int:
+        """The step of the best model. Raises UserError if there is none yet."""
+        return int(self._best["step"])
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """The dev scores of the best model, by task, and `overall`, as they were when it was saved (of `eval_limit`
+        examples, if that is set). Raises UserError if there is none yet."""
+        return json.loads(self._best["scores"])
+
+    @property
+    def _best(self) -> dict[str, str]:
+        if not self.folder.best_model.exists():
+            raise UserError(f"{self.path} holds no trained model yet: the first evaluation writes best.safetensors")
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(self.folder.best_model, "numpy") as file:
+                return file.metadata()
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{self.folder.best_model} cannot be read: {error}") from None
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl: each step that was logged, and each evaluation (`dev/...`)."""
+        return self.folder.read_metrics()
+
+    @property
+    def curves(self) -> dict[str, Curve]:
+        """Everything that was measured, by its name in metrics.jsonl: `run.curves["dev/overall"].values`."""
+        points: dict[str, list[tuple[int, float]]] = {}
+        for record in self.records:
+            for name, value in record.items():
+                if name not in COUNTERS and value is not None:
+                    points.setdefault(name, []).append((record["step"], value))
+        return {
+            name: Curve(np.array([step for step, _ in found]), np.array([value for _, value in found], float))
+            for name, found in points.items()
+        }
+
+    def frame(self) -> "pd.DataFrame":
+        """The curves as a data frame, a row per logged step and a column per measurement. Needs pandas."""
+        try:
+            import pandas as pd
+        except ImportError:
+            raise UserError("a data frame needs pandas: pip install pandas; `run.curves` are arrays without") from None
+        frame = pd.DataFrame(self.records)
+        return frame.groupby("step").first() if len(frame) else frame
+
+    def resume(self, *, force: bool = False, **options: Any) -> "Run":
+        """Go on from the newest checkpoint, with options that a resumed run may change: `run.resume(epochs=12)`.
+
+        Raises UserError for other options, and Unfinished if it ends before its budget.
+        """
+        if "run" in options:
+            raise UserError("run.resume() goes on in the run's own folder; minbert.train(run=...) starts another")
+        return _train({"run": self.path} | options, force)
+
+    def evaluate(self, split: Split = "dev", data: str | None = None) -> dict[str, float]:
+        """Scores of the best model on a whole split that is labelled, perhaps of other data. Raises UserError."""
+        from minbert.launch.results import predict_splits, whole_splits
+
+        config = whole_splits(self.config, data)
+        found = predict_splits(self.folder, config, (split,), None, _silent())
+        scores = found[split] if found else {}
+        if not scores:
+            raise UserError(f"the {split} split of {config.corpus.data} has no labels; run.predict() predicts texts")
+        return scores
+
+    def predict(self, texts: Sequence[str | tuple[str, str]], task: str | None = None) -> np.ndarray:
+        """What the best model says of n texts, or pairs of texts: (n,) classes by number, 0 or 1, or similarities; of a
+        task with several labels (n, labels) 0 or 1. `task` may be left out of a run that has one. Raises UserError."""
+        from minbert.trainer.objectives.supervised import predictions
+
+        return predictions(*self._outputs(texts, task)).numpy()
+
+    def probabilities(self, texts: Sequence[str | tuple[str, str]], task: str | None = None) -> np.ndarray:
+        """(n, classes) probabilities of a classifier, or (n, labels) of a task with several labels, each for itself."""
+        from minbert.tuning.report.answers import probabilities
+
+        about, raw = self._outputs(texts, task)
+        if about.kind == "regression":
+            raise UserError(f"{about.name} is a regression: it has no classes; run.predict() tells its values")
+        return probabilities(about, raw)
+
+    def export(self, folder: Path_) -> Path:
+        """`minbert export`: a folder for transformers, sentence-transformers, and `model=`. Raises UserError."""
+        from minbert.launch.commands.export import export
+
+        return export(self.folder, Path(folder))
+
+    def report(self, out: Path_ | None = None) -> Path:
+        """`minbert report`: writes a page, by default report.html in the folder; returns where. Raises UserError."""
+        from minbert.launch.commands.report import main
+
+        path = Path(out) if out else self.path / "report.html"
+        main([str(self.path), f"--out={path}"])
+        return path
+
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any, Any]:
+        from minbert.trainer.processes.world import World, pick_device
+        from minbert.trainer.run.saved_model import load_model
+
+        world = World(0, 1, pick_device(self.config.parallel))
+        return *load_model(self.folder, world.device)[:2], world
+
+    def _outputs(self, texts: Sequence[str | tuple[str, str]], name: str | None) -> tuple[Task, Any]:
+        """The task, and the model's raw outputs (n, outputs)."""
+        from minbert.data.sources.examples import Examples
+        from minbert.launch.commands.predict import find_task
+        from minbert.trainer.evaluation.scoring import outputs
+        from minbert.trainer.run.data import tokenise_as
+
+        task = find_task(self.folder, name)
+        rows = [(text,) if isinstance(text, str) else tuple(text) for text in texts]
+        if isinstance(texts, str) or any(len(row) != len(task.sentences) for row in rows):
+            wanted = "a list of pairs of sentences" if task.is_pair else "a list of sentences"
+            raise UserError(f"task {task.name} takes {wanted}")
+        if not rows:
+            raise UserError("there is no text to predict")
+        corpus = self.config.corpus.model_copy(update={"cache": None})
+        config = self.config.model_copy(update={"corpus": corpus})
+        columns = tuple(list(column) for column in zip(*rows))
+        examples = Examples(task, "test", "", [str(row) for row in range(len(rows))], columns, None)
+        model, tokenizer, world = self._loaded
+        return task, outputs(model, task, tokenise_as(config, examples, tokenizer), world)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs beside each other: the options in which they differ, and the scores of their best models; a list has a value
+    for each run, None where it has none. Printed, it is a table."""
+
+    runs: list[Run]
+    settings: dict[str, list[Any]]
+    scores: dict[str, list[float | None]]
+
+    def frame(self) -> "pd.DataFrame":
+        """The same as a data frame, a row per run. Needs pandas."""
+        try:
+            import pandas as pd
+        except ImportError:
+            raise UserError("a data frame needs pandas: pip install pandas") from None
+        return pd.DataFrame(self.settings | self.scores, index=[str(run.path) for run in self.runs])
+
+    def __str__(self) -> str:
+        header = ["", *(run.path.name for run in self.runs)]
+        rows = [[name, *(str(value) for value in values)] for name, values in self.settings.items()]
+        rows += [
+            [name, *("" if value is None else f"{value:.3f}" for value in values)]
+            for name, values in self.scores.items()
+        ]
+        widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in (header, *rows)]
+        return "\n".join(line.rstrip() for line in lines)
+
+    __repr__ = __str__
+
+
+def train(*, force: bool = False, **options: Any) -> Run:
+    """`minbert train`: train the run that the options describe, or go on with the one in the folder `run`.
+
+    Raises UserError for what can be put right, and Unfinished if the run ends before its budget.
+    """
+    return _train(options, force)
+
+
+def runs(folder: Path_ = "runs") -> list[Run]:
+    """The runs right below a folder, the oldest first."""
+    found = [path.parent for path in Path(folder).glob("*/config.yaml")]
+    return [Run(path) for path in sorted(found, key=lambda path: ((path / "config.yaml").stat().st_mtime, path.name))]
+
+
+def compare(*compared: Run | Path_) -> Comparison:
+    """Two runs or more, or their folders, beside each other. Raises UserError."""
+    each = [run if isinstance(run, Run) else Run(run) for run in compared]
+    options = [run.options for run in each]
+    differ = [name for name in options[0] if any(other[name] != options[0][name] for other in options)] if each else []
+    values = {name: [option[name] for option in options] for name in differ}
+    if "tasks" in values:
+        values["tasks"] = [", ".join(task.name for task in tasks) for tasks in values["tasks"]]
+    scores = [run.scores if run.folder.best_model.exists() else {} for run in each]
+    names = dict.fromkeys(name for found in scores for name in found)
+    return Comparison(each, values, {name: [found.get(name) for found in scores] for name in names})
+
+
+def _train(options: dict[str, Any], force: bool) -> Run:
+    from minbert.launch.commands.train import start
+    from minbert.trainer.run.preparation import new_run_path
+
+    if threading.current_thread() is not threading.main_thread():
+        raise UserError("a run is started from the main thread, which hears Ctrl-C; for several, start processes")
+    config = build_run_config(options)
+    if config.run is None:
+        config = config.model_copy(update={"run": new_run_path(config)})
+    code = start(config, force, apart=True)
+    run = Run(config.folder)
+    if code != ExitCode.FINISHED:
+        raise Unfinished(run, code)
+    return run
+
+
+def _silent() -> Any:
+    from rich.console import Console
+
+    return Console(quiet=True)
