@@ -28,11 +28,12 @@ def main(arguments: list[str] | None = None) -> int:
             hint = f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(COMMANDS)}"
             raise UserError(f"there is no command {command!r}{hint}")
         run: Callable[[list[str]], int] = import_module(COMMANDS[command][0]).main
-        code = run(rest)
+        try:
+            code = run(rest)
+        except Help as asked:
+            asked.show()
         sys.stdout.flush()
         return code
-    except Help as asked:
-        asked.show()
     except UserError as error:
         print(f"minbert: {error}", file=sys.stderr)
         return ExitCode.USER_MISTAKE

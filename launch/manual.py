@@ -28,7 +28,7 @@ COMMANDS = {
     "augment": ("minbert.launch.commands.augment", "make new training rows by back translation"),
     "evaluate": ("minbert.launch.commands.evaluate", "score the best model of a run"),
     "predict": ("minbert.launch.commands.predict", "predict course files, a csv, or free text"),
-    "export": ("minbert.launch.commands.export", "write the best model for transformers, sentence-transformers and the hub"),
+    "export": ("minbert.launch.commands.export", "write the best model as a folder that other libraries load"),
     "completion": ("minbert.launch.commands.completion", "print a script that completes commands in a shell"),
     "doctor": ("minbert.launch.commands.doctor", "show what is installed and what is missing"),
 }

@@ -21,7 +21,6 @@ from minbert.trainer import train as training
 from minbert.trainer.checkpoint.format import published, read_manifest
 from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.run.folder import RunFolder
-from minbert.trainer.run.progress import Progress
 
 SMALL = ["--train-limit", 120, "--eval-limit", 40, "--batch-size", 8]
 
@@ -357,11 +356,3 @@ def test_two_processes_train_one_task_a_step_as_one_does(tmp_path):
     assert [record.keys() for record in one] == [record.keys() for record in two]
     for expected, found in zip(one, two):
         assert found == pytest.approx(expected, rel=2e-3, abs=1e-6)
-
-
-# Progress
-
-
-def test_the_bar_of_a_resumed_run_starts_where_it_stopped():
-    bar = Progress(total=40, enabled=False, done=30)
-    assert bar.bar.tasks[0].completed == 30
