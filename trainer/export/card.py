@@ -39,7 +39,7 @@ def _front_matter(config: RunConfig, tasks: Iterable[Task], scores: Mapping[str,
         {
             "task": {"type": "text-classification", "name": task.title},
             "dataset": {"name": f"{task.title}, dev, of {_data(config)}", "type": task.name},
-            "metrics": [{"type": METRICS.get(metric := str(task.metric), metric), "value": round(scores[task.name], 4)}],
+            "metrics": [{"type": METRICS.get(str(task.metric), task.metric), "value": round(scores[task.name], 4)}],
         }
         for task in tasks
         if task.name in scores
