@@ -139,7 +139,10 @@ def _differences(first: Group, group: Group) -> tuple[dict[str, Difference], str
         )
     if len(group.runs) == len(first.runs) == 1:
         try:
-            return bootstrap(first.runs[0], group.runs[0]), "the same dev examples, paired bootstrap"
+            how = "the same dev examples, paired bootstrap"
+            if any(each.configs[0].corpus.eval_limit for each in (first, group)):
+                how += ", of the whole dev splits (the scores are of the eval_limit)"
+            return bootstrap(first.runs[0], group.runs[0]), how
         except (UserError, OSError, ValueError, KeyError) as error:
             why = str(error)
     else:

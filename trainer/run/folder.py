@@ -77,7 +77,7 @@ class RunFolder:
 
     def write_environment(self) -> None:
         """Record the versions, the machine, the command and the state of the code."""
-        commit, diff = _code_state(Path(__file__).resolve().parent)
+        commit, diff = _code_state(Path(__file__).resolve().parents[2])
         record = {
             "command": sys.argv,
             "python": platform.python_version(),
@@ -208,7 +208,7 @@ def _processor() -> str:
 
 
 def _code_state(folder: Path) -> tuple[str | None, str]:
-    """Commit and uncommitted changes of the checkout that the code runs from; (None, "") for an installed package."""
+    """Commit and uncommitted changes of the checkout `folder`; (None, "") for an installed package."""
 
     def git(*arguments: str) -> str:
         return subprocess.run(
@@ -216,7 +216,7 @@ def _code_state(folder: Path) -> tuple[str | None, str]:
         ).stdout
 
     try:
-        if Path(git("rev-parse", "--show-toplevel").strip()) != folder.parent:
+        if Path(git("rev-parse", "--show-toplevel").strip()) != folder:
             return None, ""  # an installed package inside somebody else's checkout
         return git("rev-parse", "HEAD").strip(), git("diff", "HEAD")
     except (OSError, subprocess.SubprocessError):

@@ -146,7 +146,7 @@ def _history(scored: Sequence[Trial]) -> Chart:
     )
     drawn = figure(points, line, xaxis={"title": {"text": "trials that are over"}}, yaxis={"title": {"text": METRIC}})
     since = next((place for place, score in zip(places, best_so_far) if score == best_so_far[-1]), 0)
-    note = f"In the order in which they ended; a cross was stopped early. The best came {since} of {len(over)}."
+    note = f"In the order in which they ended; a cross was stopped early. The best was number {since} of {len(over)}."
     return Chart("The best score over the search", drawn, note if over else "No trial is over yet.", wide=True)
 
 
@@ -262,8 +262,8 @@ def _parallel(search: Search, scored: Sequence[Trial]) -> Chart:
                 x=list(range(len(names))),
                 y=[*heights, rank],
                 mode="lines",
-                line={"color": _shade(rank), "width": 1 + 2 * rank},
-                opacity=0.35 + 0.65 * rank,
+                line={"color": COLOURS[0] if rank > 0.75 else GREY, "width": 1 + 2 * rank},
+                opacity=0.5 + 0.5 * rank,
                 text=[_hover(search, trial)] * len(names),
                 hovertemplate="%{text}<extra></extra>",
                 showlegend=False,
@@ -286,14 +286,8 @@ def _parallel(search: Search, scored: Sequence[Trial]) -> Chart:
         hovermode="closest",
         margin={"l": 64, "r": 64, "t": 40, "b": 16},
     )
-    note = "Each line is a trial; the higher its score, the darker and thicker."
+    note = "Each line is a trial; the higher its score, the thicker; in blue the upper quarter of the range."
     return Chart("Every trial's configuration", drawn, note, wide=True, height=420)
-
-
-def _shade(rank: float) -> str:
-    """From grey to blue."""
-    low, high = (0xB4, 0xBC, 0xC6), (0x1F, 0x5F, 0xC0)
-    return "#" + "".join(f"{round(a + (b - a) * rank):02x}" for a, b in zip(low, high))
 
 
 def _height(kind: Distribution, value: Any) -> float:

@@ -1,6 +1,7 @@
 """What a chart shows, in words, for who cannot see it: the text alternative is the finding, not the kind of chart."""
 
 import math
+import numbers
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -11,13 +12,16 @@ MOST = 6  # traces that are told
 def told(figure: Any) -> str:
     """A sentence for each of the first traces of a plotly figure, and how many there are besides."""
     traces = [trace for trace in figure.data if trace.hoverinfo != "skip"]
-    said = [text for trace in traces[:MOST] if (text := _trace(trace))]
+    axis = figure.layout.xaxis
+    places = list(axis.ticktext or ()) if list(axis.tickvals or ()) == list(range(len(axis.tickvals or ()))) else []
+    said = [text for trace in traces[:MOST] if (text := _trace(trace, places))]
     if len(traces) > MOST:
         said.append(f"And {len(traces) - MOST} more.")
     return " ".join(said)
 
 
-def _trace(trace: Any) -> str:
+def _trace(trace: Any, places: Sequence[str]) -> str:
+    """`places`: names of the whole numbers on the axis, where they stand for something."""
     name = f"{_plain(trace.name)}: " if trace.name else ""
     if trace.type == "heatmap":
         return _cells(trace)
@@ -32,7 +36,9 @@ def _trace(trace: Any) -> str:
         return " ".join(
             f"{_plain(who)} {_number(value)} ± {_number(reach)}." for who, value, reach in list(reaches)[:12]
         )
-    points = [(at, value) for at, value in zip(x, y) if isinstance(value, int | float) and math.isfinite(value)]
+    if places:
+        x = [places[min(len(places) - 1, max(0, round(at)))] for at in x]
+    points = [(at, value) for at, value in zip(x, y) if isinstance(value, numbers.Real) and math.isfinite(value)]
     if not points:
         return ""
     if "lines" in (trace.mode or ""):
@@ -48,12 +54,12 @@ def _trace(trace: Any) -> str:
 def _bars(name: str, trace: Any) -> str:
     values, names = (trace.x, trace.y) if trace.orientation == "h" else (trace.y, trace.x)
     pairs = [
-        (value, who) for value, who in zip(values, names) if isinstance(value, int | float) and math.isfinite(value)
+        (value, who) for value, who in zip(values, names) if isinstance(value, numbers.Real) and math.isfinite(value)
     ]
     if not pairs:
         return ""
     (high, most), (low, least) = max(pairs, key=lambda p: p[0]), min(pairs, key=lambda p: p[0])
-    return f"{name}largest {_plain(most)} with {_number(high)}, smallest {_plain(least)} with {_number(low)}."
+    return f"{name}largest {_number(most)} with {_number(high)}, smallest {_number(least)} with {_number(low)}."
 
 
 def _cells(trace: Any) -> str:
@@ -74,7 +80,7 @@ def _numbers(values: Any) -> Sequence[float]:
 
 
 def _number(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, int | float) else _plain(value)
+    return f"{float(value):.3g}" if isinstance(value, numbers.Real) else _plain(value)
 
 
 def _plain(text: Any) -> str:
