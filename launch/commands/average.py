@@ -7,6 +7,7 @@ from typing import Annotated
 import tyro
 
 from minbert.data.errors import UserError
+from minbert.launch.help import open_option
 from minbert.launch.options import parse
 from minbert.launch.outputs import whole_or_gone
 from minbert.trainer.processes.exit_codes import ExitCode
@@ -19,9 +20,9 @@ class AverageOptions:
     export take like a run's. The runs should have started from the same weights, heads included: from one pretrained
     model and with one --seed."""
 
-    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...")]
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], open_option("RUN...")]
     """Run folders, two or more, with the same tasks and shapes."""
-    out: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
+    out: Annotated[Path | None, open_option("FOLDER")] = None
     """Folder to write; it must not exist, or be empty."""
 
 
@@ -30,6 +31,8 @@ def main(arguments: list[str]) -> int:
     runs = [RunFolder.existing(path) for path in options.runs]
     if len(runs) < 2:
         raise UserError("a mean is of two runs or more; give their folders before --out")
+    if options.out is None:
+        raise UserError("say with --out FOLDER where the model goes")
     configs = [run.read_config() for run in runs]
     with whole_or_gone(options.out):
         if any(options.out.iterdir()):

@@ -20,7 +20,7 @@ from minbert.trainer.run.folder import RunFolder
 class EvaluateOptions:
     """Score the best model of a run, or the mean of what those of several runs say."""
 
-    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...")]
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], open_option("RUN...")]
     """Run folders; the data is that of the first."""
     split: Split = "dev"
     """Split to score; it must be labelled."""

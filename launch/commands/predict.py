@@ -30,7 +30,7 @@ class PredictOptions:
     """Predict with the best model of a run, or with the mean of what those of several say: by default the course's
     files for dev and test, of every task."""
 
-    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...")]
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], open_option("RUN...")]
     """Run folders; tasks and data are those of the first. Of several, probabilities and similarities are averaged."""
     data: Annotated[str | None, open_option("STR")] = None
     """Other data than the run's own: `builtin`, a folder with the course's files, `hub`, or `hub:DIR`."""

@@ -91,6 +91,8 @@ def test_models_of_other_tasks_are_refused(runs, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "models of different shapes have no mean" in said and f"pair_encoding: siamese in {runs['one'].path}" in said
     assert minbert("average", runs["one"].path, "--out", tmp_path / "soup") == 2
+    assert minbert("average", runs["one"].path, runs["other"].path) == 2
+    assert "say with --out FOLDER" in capsys.readouterr().err
     assert not (tmp_path / "soup").exists()
 
 
@@ -104,6 +106,7 @@ def test_a_mean_of_weights_is_a_model_like_any_other_but_no_run_to_train(runs, t
     assert any(not torch.equal(mean[name], one[name]) for name in mean)
     assert minbert("evaluate", soup.path) == 0
     assert minbert("export", soup.path, tmp_path / "encoder") == 0
+    assert "the mean of several models' weights" in (tmp_path / "encoder" / "README.md").read_text()
     before = soup.best_model.read_bytes()
     assert minbert("train", "--run", soup.path) == 2
     assert "which is no run to train" in capsys.readouterr().err and soup.best_model.read_bytes() == before
