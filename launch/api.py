@@ -141,7 +141,7 @@ class Run:
         from minbert.launch.results import predict_splits, whole_splits
 
         config = whole_splits(self.config, data)
-        found = predict_splits(self.folder, config, (split,), None, _silent())
+        found = predict_splits([self.folder], config, (split,), None, _silent())
         scores = found[split] if found else {}
         if not scores:
             raise UserError(f"the {split} split of {config.corpus.data} has no labels; run.predict() predicts texts")

@@ -1,28 +1,32 @@
-"""What a trained model makes of a run's splits: scores, and the course's prediction files.
+"""What trained models make of a run's splits: scores, and the course's prediction files.
 
 Beside the files lies `predictions.json`, which tells for each of them what was predicted from what by which model.
 """
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
 from minbert.data.files import replacing, to_json
+from minbert.data.sequences.tokens import Tokenizer
 from minbert.data.task import Split, Task
 from minbert.trainer.checkpoint.saving import now
 from minbert.trainer.config import RunConfig
+from minbert.trainer.evaluation.averaging import mean_predictions
 from minbert.trainer.evaluation.prediction_files import prediction_file_name, write_predictions
-from minbert.trainer.evaluation.scoring import beside, count_batches, overall, predict, score
+from minbert.trainer.evaluation.scoring import beside, count_batches, outputs, overall, score
+from minbert.trainer.model.multitask import MultitaskModel
 from minbert.trainer.processes.stop import StopRequest
 from minbert.trainer.processes.world import World, pick_device
 from minbert.trainer.run.data import load_split
 from minbert.trainer.run.folder import RunFolder
 from minbert.trainer.run.progress import PredictionProgress, score_table
 from minbert.trainer.run.saved_model import load_model
+from minbert.trainer.run.soup import require_alike
 
 REPORTED: tuple[Split, ...] = ("dev", "test")
 RECORD = "predictions.json"
@@ -42,7 +46,7 @@ def report(run: RunFolder, stop: StopRequest) -> None:
     config = whole_splits(run.read_config())
     machine = config.progress == "json"
     console = Console(quiet=machine)
-    results = predict_splits(run, config, REPORTED, run.predictions, console, lambda: stop.signal is not None)
+    results = predict_splits([run], config, REPORTED, run.predictions, console, lambda: stop.signal is not None)
     if machine:
         event = {
             "event": "results" if results else "stopped",
@@ -77,15 +81,42 @@ def whole_splits(config: RunConfig, data: str | None = None) -> RunConfig:
     return config.model_copy(update={"corpus": corpus})
 
 
+class Member(NamedTuple):
+    """A run's best model, one of those whose predictions are averaged."""
+
+    run: RunFolder
+    config: RunConfig
+    model: MultitaskModel
+    tokenizer: Tokenizer
+    step: int
+
+    def sees(self, config: RunConfig) -> RunConfig:
+        """What describes the data of `config` as this model is to see it: the same rows, in its own encoding."""
+        same = ("data", "tasks", "bad_rows", "eval_limit", "train_limit", "augmented", "cache")
+        corpus = self.config.corpus.model_copy(update={name: getattr(config.corpus, name) for name in same})
+        return self.config.model_copy(update={"corpus": corpus})
+
+
+def load_members(runs: Sequence[RunFolder], world: World) -> list[Member]:
+    """The best model of each run. Raises UserError if one is missing, or they were trained on other labels."""
+    require_alike(runs)
+    members = []
+    for run in runs:
+        model, tokenizer, saved = load_model(run, world.device)
+        members.append(Member(run, run.read_config(), model, tokenizer, saved["step"]))
+    return members
+
+
 def predict_splits(
-    run: RunFolder,
+    runs: Sequence[RunFolder],
     config: RunConfig,
     splits: tuple[Split, ...],
     folder: Path | None,
     console: Console,
     stopped: Callable[[], bool] = lambda: False,
 ) -> dict[Split, dict[str, float]] | None:
-    """Predict every task's `splits` with the run's best model; scores of those that are labelled.
+    """Predict every task's `splits` with the best models of the runs, the mean of what several say; scores of those
+    that are labelled. `config` is the first run's.
 
     The files go to `folder`, if there is one; `console` shows how far it is. None if `stopped` said so, which is asked
     before each batch. Raises UserError where data is missing.
@@ -93,34 +124,45 @@ def predict_splits(
     if stopped():
         return None
     world = World(0, 1, pick_device(config.parallel))
-    model, tokenizer, saved = load_model(run, world.device)
-    about = {"data": config.corpus.data} | about_model(run, saved["step"]) if folder else {}
+    members = load_members(runs, world)
+    about = {"data": config.corpus.data} | about_models(members) if folder else {}
     predicted = {task.name for task in predicted_tasks(config)}
     parts = {
-        (split, name): load_split(config, name, split, tokenizer)
+        (split, name): [load_split(each.sees(config), name, split, each.tokenizer) for each in members]
         for split in splits
         for name in config.corpus.names
         if name in predicted or split != "test"
     }
     results: dict[Split, dict[str, float]] = {split: {} for split in splits}
-    with PredictionProgress(sum(map(count_batches, parts.values())), console) as progress:
-        for (split, name), tokenised in parts.items():
+    total = sum(count_batches(tokenised) for each in parts.values() for tokenised in each)
+    with PredictionProgress(total, console) as progress:
+        for (split, name), seen in parts.items():
             task, ask = config.corpus.task(name), progress.counting(f"{name} {split}", stopped)
-            if (found := predict(model, task, tokenised, world, ask)) is None:
-                return None
-            if tokenised.labels is not None:
-                results[split][name] = score(task, found, tokenised.labels)
-                more = beside(task, found, tokenised.labels)
+            raw = []
+            for member, tokenised in zip(members, seen):
+                if (said := outputs(member.model, task, tokenised, world, ask)) is None:
+                    return None
+                raw.append(said)
+            found, first = mean_predictions(task, raw), seen[0]
+            if first.labels is not None:
+                results[split][name] = score(task, found, first.labels)
+                more = beside(task, found, first.labels)
                 results[split] |= {f"{name}/{metric}": value for metric, value in more.items()}
             if folder and name in predicted:
                 path = folder / prediction_file_name(config, task, split)
-                write_predictions(path, task, tokenised.ids, found.tolist())
-                what = {"task": name, "split": split, "rows": len(tokenised), "examples": tokenised.fingerprint()}
+                write_predictions(path, task, first.ids, found.tolist())
+                what = {"task": name, "split": split, "rows": len(first), "examples": first.fingerprint()}
                 write_record(folder / RECORD, path.name, what | about)
     return {
         split: scores | ({"overall": overall(config.corpus.tasks, scores)} if scores else {})
         for split, scores in results.items()
     }
+
+
+def about_models(members: Sequence[Member]) -> dict[str, Any]:
+    """What a record tells of the model, or of several, and the moment."""
+    told = [about_model(member.run, member.step) for member in members]
+    return told[0] if len(told) == 1 else {"mean_of": told, "written": now()}
 
 
 def about_model(run: RunFolder, step: int) -> dict[str, Any]:

@@ -5,6 +5,8 @@ import io
 import logging
 from collections.abc import Iterator, Mapping
 
+from torch import Tensor
+
 from minbert.data.batches.plan import BatchPlan
 from minbert.data.sequences.split import TokenisedSplit
 from minbert.trainer.config import RunConfig
@@ -43,9 +45,14 @@ def assemble_engine(config: RunConfig, run: RunFolder, world: World, pretrained:
 
 
 def assemble_step(
-    config: RunConfig, engine: Engine, plan: BatchPlan, splits: Mapping[str, TokenisedSplit], world: World
+    config: RunConfig,
+    engine: Engine,
+    plan: BatchPlan,
+    splits: Mapping[str, TokenisedSplit],
+    world: World,
+    taught: Mapping[str, Tensor],
 ) -> TrainingStep:
-    """The training step over the plan's batches of the training splits."""
+    """The training step over the plan's batches of the training splits, with what teachers say of their rows."""
     planned = Budget(config.budget, plan.steps_per_epoch).planned_steps
     step = TrainingStep(
         engine,
@@ -58,8 +65,9 @@ def assemble_step(
         clip=config.optimizer.clip,
         per_layer=config.batch.surgery_scope == "layer",
         rates=lambda step: rates(step, planned, config.optimizer, engine.peak_rates),
-        objective=build_objective(config),
+        objective=build_objective(config, planned),
         copies=copies_of(config, planned),
+        taught=taught,
     )
     if not step.layers and step.aggregator.source != "losses":
         log.warning("the encoder is frozen, so the tasks share nothing: %s is a plain sum", config.batch.aggregator)

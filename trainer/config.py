@@ -216,6 +216,12 @@ class ObjectiveConfig(Section):
     rdrop_weight: tuple[Annotated[float, Field(ge=0)], ...] = ()
     """Weight of the divergence between two passes with different dropout (R-Drop): one number for all tasks, or one for
     each in the order of `tasks`."""
+    teachers: tuple[Folder, ...] = ()
+    """Folders of trained runs whose outputs on the training rows are learned beside the labels (distillation)."""
+    distill_share: tuple[Annotated[float, Field(ge=0, le=1)], Annotated[float, Field(ge=0, le=1)]] = (1.0, 0.0)
+    """The teachers' share of a task's loss at the first step and at the last, linear in between."""
+    distill_temperature: Annotated[float, Field(gt=0)] = 1.0
+    """What logits are divided by before the teachers' and the model's are compared."""
     smart_weight: tuple[Annotated[float, Field(ge=0)], ...] = ()
     """Weight of adversarial smoothness: one number for all tasks, or one for each in the order of `tasks`."""
     smart_noise: Annotated[float, Field(gt=0)] = 1e-5

@@ -20,7 +20,8 @@ from minbert.data.sequences.split import TokenisedSplit
 from minbert.trainer.engine.base import Engine, gradient_norm
 from minbert.trainer.engine.copies import TEACHER, Decays
 from minbert.trainer.engine.parts import Gradient
-from minbert.trainer.model.multitask import Objective, head_part
+from minbert.trainer.model.multitask import Objective, Targets, head_part
+from minbert.trainer.objectives.distillation import TEACHERS
 from minbert.trainer.objectives.supervised import supervised
 from minbert.trainer.processes.random_state import stream
 from minbert.trainer.processes.world import World
@@ -71,12 +72,14 @@ class TrainingStep:
         objective: Objective = supervised,
         rates: Callable[[int], Mapping[str, float]] | None = None,
         copies: Decays | None = None,
+        taught: Mapping[str, Tensor] | None = None,
     ):
         self.engine, self.plan, self.splits, self.world = engine, plan, splits, world
         self.accumulation, self.clip, self.per_layer = accumulation, clip, per_layer
         self.objective = objective
         self.rates = rates or (lambda step: engine.peak_rates)
         self.copies = copies or {}
+        self.taught = taught or {}  # what teachers say of the rows of a task's training split, (n, outputs)
         self._targets: list[dict[str, Tensor]] = []  # of the step under way, by its parts
         for name in self.copies:
             engine.keep_copy(name)
@@ -216,9 +219,19 @@ class TrainingStep:
 
     def _losses(self, batch: Batch, step: int, part: int) -> dict[str, Tensor]:
         """This process's part of each task's mean loss over the global batch."""
-        targets = self._targets[part] if self._targets else None
-        losses = self.engine(batch, self.objective, step, targets)
+        losses = self.engine(batch, self.objective, step, self.said(batch, step, part))
         return {name: torch.dot(losses[name], part.weights) / part.global_size for name, part in batch.tasks.items()}
+
+    def said(self, batch: Batch, step: int, part: int) -> Targets:
+        """What teachers say of the examples of a part of this process's slice."""
+        said: dict[str, Mapping[str, Tensor]] = {}
+        if self._targets:
+            said[TEACHER] = self._targets[part]
+        if self.taught:
+            tables = {name: self.taught[name] for name in batch.tasks if name in self.taught}
+            rows = {name: torch.from_numpy(self.plan.rows(name, step)).to(self.world.device) for name in tables}
+            said[TEACHERS] = {name: table[rows[name][batch.tasks[name].places]] for name, table in tables.items()}
+        return said
 
     def _weigh_losses(self, step: int) -> Tensor | None:
         """The weights of an accumulated step, whose losses must be known before the first part's backward pass."""

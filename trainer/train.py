@@ -18,6 +18,7 @@ from minbert.trainer.run.folder import RunFolder
 from minbert.trainer.run.preparation import identity
 from minbert.trainer.run.reporting import Reporter
 from minbert.trainer.run.saving import RunSaving
+from minbert.trainer.run.teachers import ask_teachers
 from minbert.trainer.step import StepResult
 from minbert.trainer.surgery.conflicts import gramian_record
 from minbert.trainer.surgery.own_code import use_source
@@ -62,9 +63,10 @@ class Training:
         train, self.dev = load_splits(config, run, "train"), load_splits(config, run, "dev")
         self.plan = build_plan(config, train)
         self.budget = Budget(config.budget, self.plan.steps_per_epoch)
+        taught = ask_teachers(config, world, lambda: stop.reached_any(world))
         self.saving = RunSaving(config, run, world, self.plan, identity(config, run, train), force)
         self.engine = assemble_engine(config, run, world, pretrained=self.saving.found is None)
-        self.training_step = assemble_step(config, self.engine, self.plan, train, world)
+        self.training_step = assemble_step(config, self.engine, self.plan, train, world, taught)
         self.reporter = Reporter(run, self.engine.accelerator)
         self.state = self.saving.restore(self.engine, self.training_step.aggregator)
         self.window = MetricsWindow(world, self.state.window)

@@ -27,6 +27,7 @@ EXTENSIONS: dict[str, Parameters] = {
     "averaged_weights": {"average_decay": 0.999},
     "layer_decay": {"layer_decay": 0.95},
     "rdrop": {},  # its weight
+    "distilled": {},  # its teachers
     "label_smoothing": {"label_smoothing": [0.1]},
     "ordinal": {},  # of which tasks
     "pearson_loss": {},
@@ -73,6 +74,9 @@ def combine(members: Sequence[str], extensions: Mapping[str, Parameters]) -> Par
     change: Parameters = {}
     for member in members:
         wanted = extensions[member]
+        losses = [*change.get("losses", ()), *wanted.get("losses", ())]
+        if losses and len({loss.partition("=")[0] for loss in losses}) == len(losses):  # of different tasks
+            change, wanted = change | {"losses": losses}, wanted | {"losses": losses}
         if twice := [name for name in change.keys() & wanted.keys() if change[name] != wanted[name]]:
             raise UserError(f"{'+'.join(members)} would set {', '.join(sorted(twice))} twice; leave one of them out")
         change |= wanted
@@ -115,7 +119,8 @@ def _loss(name: str, loss: str, kind: str) -> Callable[[str, Sequence[Task]], Pa
             raise UserError(
                 f"{name}={text}: the loss {loss} is for {kind} tasks: {', '.join(fitting) or 'there is none'}"
             )
-        return {"losses": [f"{task}={loss}" for task in chosen]}
+        # A cosine has no head that could be trained over a frozen encoder.
+        return {"losses": [f"{task}={loss}" for task in chosen]} | ({"freeze": "none"} if loss == "cosent" else {})
 
     return change
 
@@ -127,12 +132,19 @@ def _weight(name: str, text: str, default: float) -> float:
         raise UserError(f"{name}={text}: its weight is a number, {default} if left out") from None
 
 
+def _distilled(text: str, tasks: Sequence[Task]) -> Parameters:
+    if not text:
+        raise UserError("distilled needs the folders of its teachers: distilled=RUN or distilled=RUN,RUN")
+    return {"teachers": text.split(",")}
+
+
 # What the text behind an extension's name, as in `back_translation=FILE`, adds to it. Raises UserError if it needs one.
 ARGUMENTS: dict[str, Callable[[str, Sequence[Task]], Parameters]] = {
     "back_translation": _back_translation,
     "pretrained": _pretrained,
     "smart": _smart,
     "rdrop": _rdrop,
+    "distilled": _distilled,
     "ordinal": _loss("ordinal", "squared_emd", "ordered"),
     "pearson_loss": _loss("pearson_loss", "pearson", "regression"),
     "cosent": _loss("cosent", "cosent", "regression"),

@@ -1,4 +1,4 @@
-"""`minbert evaluate RUN`: the scores of a run's best model."""
+"""`minbert evaluate RUN...`: the scores of a run's best model, or of several runs together."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +18,10 @@ from minbert.trainer.run.folder import RunFolder
 
 @dataclass(frozen=True)
 class EvaluateOptions:
-    """Score the best model of a run."""
+    """Score the best model of a run, or the mean of what those of several runs say."""
 
-    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
-    """Run folder."""
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], open_option("RUN...")]
+    """Run folders; the data is that of the first."""
     split: Split = "dev"
     """Split to score; it must be labelled."""
     data: Annotated[str | None, open_option("STR")] = None
@@ -32,12 +32,12 @@ class EvaluateOptions:
 
 def main(arguments: list[str]) -> int:
     options = parse(EvaluateOptions, arguments, "evaluate")
-    run = RunFolder.existing(options.run)
+    runs = [RunFolder.existing(path) for path in options.runs]
     from minbert.launch.results import predict_splits, whole_splits
     from minbert.trainer.run.progress import score_table
 
-    config = whole_splits(run.read_config(), options.data)
-    scores = predict_splits(run, config, (options.split,), None, Console(stderr=True))[options.split]
+    config = whole_splits(runs[0].read_config(), options.data)
+    scores = predict_splits(runs, config, (options.split,), None, Console(stderr=True))[options.split]
     if not scores:
         raise UserError(
             f"the {options.split} split of {config.corpus.data} has no labels; `minbert predict` predicts it"
@@ -45,5 +45,7 @@ def main(arguments: list[str]) -> int:
     if options.json:
         print(to_json(scores, indent=2))
     else:
-        Console().print(score_table(f"{run.path}, best model, {options.split}", config.corpus.tasks, {"score": scores}))
+        names = ", ".join(str(run.path) for run in runs)
+        title = f"{names}, best model{'s, mean' if len(runs) > 1 else ''}, {options.split}"
+        Console().print(score_table(title, config.corpus.tasks, {"score": scores}))
     return ExitCode.FINISHED

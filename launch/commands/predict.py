@@ -1,8 +1,9 @@
-"""`minbert predict RUN`: the course's prediction files, a csv of one's own, or a sentence typed in."""
+"""`minbert predict RUN...`: the course's prediction files, a csv of one's own, or a sentence typed in."""
 
 import csv
 import io
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,10 +27,11 @@ STANDARD = Path("-")  # input or output
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """Predict with the best model of a run: by default the course's files for dev and test, of every task."""
+    """Predict with the best model of a run, or with the mean of what those of several say: by default the course's
+    files for dev and test, of every task."""
 
-    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
-    """Run folder."""
+    runs: Annotated[tyro.conf.Positional[tuple[Path, ...]], open_option("RUN...")]
+    """Run folders; tasks and data are those of the first. Of several, probabilities and similarities are averaged."""
     data: Annotated[str | None, open_option("STR")] = None
     """Other data than the run's own: `builtin`, a folder with the course's files, `hub`, or `hub:DIR`."""
     splits: tuple[Split, ...] = ("dev", "test")
@@ -43,12 +45,12 @@ class PredictOptions:
     standard input."""
     out: Annotated[Path | None, open_option("FILE_OR_FOLDER")] = None
     """Of --csv: the file that gets its rows with a column `prediction`; the default, `-`, is standard output. Else the
-    folder for the course's files; the default, for the run's own data, is predictions/ in the run folder."""
+    folder for the course's files; the default, for one run and its own data, is predictions/ in the run folder."""
 
 
 def main(arguments: list[str]) -> int:
     options = parse(PredictOptions, arguments, "predict")
-    run = RunFolder.existing(options.run)
+    runs = [RunFolder.existing(path) for path in options.runs]
     if options.text and options.csv:
         raise UserError("give --text or --csv, not both")
     if options.out and options.text:
@@ -59,22 +61,25 @@ def main(arguments: list[str]) -> int:
         raise UserError("--task goes with --text or --csv; the course's files are written for every task")
 
     if options.text:
-        _print_texts(run, find_task(run, options.task), options.text)
+        _print_texts(runs, find_task(runs[0], options.task), options.text)
     elif options.csv:
-        _predict_csv(run, find_task(run, options.task), options.csv, options.out or STANDARD)
+        _predict_csv(runs, find_task(runs[0], options.task), options.csv, options.out or STANDARD)
     else:
-        _predict_course_files(run, options)
+        _predict_course_files(runs, options)
     return ExitCode.FINISHED
 
 
-def _predict_course_files(run: RunFolder, options: PredictOptions) -> None:
-    config = run.read_config()
+def _predict_course_files(runs: Sequence[RunFolder], options: PredictOptions) -> None:
+    run, config = runs[0], runs[0].read_config()
+    if len(runs) > 1 and options.out is None:
+        raise UserError("say with --out FOLDER where the predictions of several runs go")
     folder, others = options.out or run.predictions, not _same_data(options.data, config.corpus.data)
     if folder == STANDARD or (not folder.is_dir() and folder.suffix in (".csv", ".tsv", ".txt")):
         raise UserError(f"--out {folder}: the course's files need a folder; a file goes with --csv")
     whole = folder.resolve()
-    if whole.name == "predictions" and whole.parent != run.path.resolve() and (whole.parent / "config.yaml").exists():
-        raise UserError(f"--out {folder}: the folder belongs to another run")
+    own = len(runs) == 1 and whole.parent == run.path.resolve()
+    if whole.name == "predictions" and not own and (whole.parent / "config.yaml").exists():
+        raise UserError(f"--out {folder}: the folder belongs to {'another' if len(runs) == 1 else 'one'} run")
     if others and whole == run.predictions.resolve():
         raise UserError(
             f"{run.predictions} holds the predictions of the run's own data, {config.corpus.data}; "
@@ -83,7 +88,7 @@ def _predict_course_files(run: RunFolder, options: PredictOptions) -> None:
     from minbert.launch.results import predict_splits, whole_splits
 
     with whole_or_gone(folder):
-        predict_splits(run, whole_splits(config, options.data), options.splits, folder, Console(stderr=True))
+        predict_splits(runs, whole_splits(config, options.data), options.splits, folder, Console(stderr=True))
     print(f"Predictions: {folder}")
 
 
@@ -111,7 +116,7 @@ def find_task(run: RunFolder, wanted: str | None) -> Task:
     return corpus.task(name)
 
 
-def _print_texts(run: RunFolder, task: Task, words: tuple[str, ...]) -> None:
+def _print_texts(runs: Sequence[RunFolder], task: Task, words: tuple[str, ...]) -> None:
     number = f"{len(task.sentences)} sentence{'s' if task.is_pair else ''}"
     examples = [list(words)]
     if words == (str(STANDARD),):
@@ -123,37 +128,40 @@ def _print_texts(run: RunFolder, task: Task, words: tuple[str, ...]) -> None:
             raise UserError("standard input is empty")
     elif len(words) != len(task.sentences):
         raise UserError(f"task {task.name} takes {number}, and --text has {len(words)}; quote each")
-    for value in _predict_texts(run, task, [list(column) for column in zip(*examples)])[0]:
+    for value in _predict_texts(runs, task, [list(column) for column in zip(*examples)])[0]:
         print(shown(task, value))
 
 
-def _predict_texts(run: RunFolder, task: Task, columns: list[list[str]]) -> tuple[list, dict[str, Any]]:
+def _predict_texts(runs: Sequence[RunFolder], task: Task, columns: list[list[str]]) -> tuple[list, dict[str, Any]]:
     """Predictions for n examples given as one list of n texts per sentence column, and what to tell of them."""
-    from minbert.launch.results import about_model
-    from minbert.trainer.evaluation.scoring import count_batches, predict
+    from minbert.launch.results import about_models, load_members
+    from minbert.trainer.evaluation.averaging import mean_predictions
+    from minbert.trainer.evaluation.scoring import count_batches, outputs
     from minbert.trainer.processes.world import World, pick_device
     from minbert.trainer.run.data import tokenise_as
     from minbert.trainer.run.progress import PredictionProgress
-    from minbert.trainer.run.saved_model import load_model
 
-    config = run.read_config()
+    config = runs[0].read_config()
     world = World(0, 1, pick_device(config.parallel))
-    model, tokenizer, saved = load_model(run, world.device)
+    members = load_members(runs, world)
     config = config.model_copy(update={"corpus": config.corpus.model_copy(update={"cache": None})})
     ids = [str(row) for row in range(len(columns[0]))]
-    split = tokenise_as(config, Examples(task, "test", "", ids, tuple(columns), None), tokenizer)
-    about = {"task": task.name, "rows": len(split), "examples": split.fingerprint()} | about_model(run, saved["step"])
-    with PredictionProgress(count_batches(split), Console(stderr=True)) as progress:
-        return predict(model, task, split, world, progress.counting(task.name, lambda: False)).tolist(), about
+    examples = Examples(task, "test", "", ids, tuple(columns), None)
+    seen = [tokenise_as(each.sees(config), examples, each.tokenizer) for each in members]
+    about = {"task": task.name, "rows": len(ids), "examples": seen[0].fingerprint()} | about_models(members)
+    with PredictionProgress(sum(map(count_batches, seen)), Console(stderr=True)) as progress:
+        ask = progress.counting(task.name, lambda: False)
+        raw = [outputs(each.model, task, split, world, ask) for each, split in zip(members, seen)]
+    return mean_predictions(task, [said for said in raw if said is not None]).tolist(), about
 
 
-def _predict_csv(run: RunFolder, task: Task, path: Path, out: Path) -> None:
+def _predict_csv(runs: Sequence[RunFolder], task: Task, path: Path, out: Path) -> None:
     """Copy the rows of `path`, with a column `prediction` added."""
     if out != STANDARD:
         require_place(out)
     header, rows, delimiter = _read_csv(path, task)
     sentences = [[row[header.index(column)] for row in rows] for column in task.sentences]
-    predicted, about = _predict_texts(run, task, sentences)
+    predicted, about = _predict_texts(runs, task, sentences)
 
     def write(file) -> None:
         writer = csv.writer(file, delimiter=delimiter, lineterminator="\n")

@@ -545,7 +545,7 @@ def test_predictions_hear_a_stop_between_two_batches_and_show_how_far_they_are(t
         asked.clear()
         console = Console(file=io.StringIO(), force_terminal=terminal, width=100)
         stopped = lambda: asked.append(1) or len(asked) > most  # noqa: E731
-        found = predict_splits(trained, config, ("dev", "test"), tmp_path / name, console, stopped)
+        found = predict_splits([trained], config, ("dev", "test"), tmp_path / name, console, stopped)
         return found, console.file.getvalue()
 
     monkeypatch.setattr("minbert.trainer.run.progress.QUIET", 0.0)

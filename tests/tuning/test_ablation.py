@@ -59,7 +59,7 @@ def test_extensions_take_what_stands_behind_their_name():
 
 
 def test_every_extension_is_a_configuration():
-    given = {"back_translation": "=new.tsv", "pretrained": "=folder"}
+    given = {"back_translation": "=new.tsv", "pretrained": "=folder", "distilled": "=run,other"}
     for name in EXTENSIONS:
         _, change = extension(name + given.get(name, ""), TASKS.values())
         parse_config(PAPER_BASELINE | {"tasks": [*TASKS]} | change, name)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from minbert.trainer.config import RunConfig
+from minbert.trainer.objectives.proximal import TEACHER  # whose outputs the proximal term keeps the model's near
 
 AVERAGE = "average"  # the copy that is evaluated, saved as the best model and exported in place of the weights
-TEACHER = "teacher"  # whose outputs the proximal term keeps the model's near
 CHUNK = 1 << 20  # values that are exchanged at a time
 
 Decays = dict[str, Callable[[int], float]]  # name of a copy -> step -> its decay there

@@ -14,7 +14,19 @@ from minbert.trainer.model.weights import is_hub_name
 from minbert.trainer.run.folder import RunFolder
 
 # Not what makes the model, or paths of somebody's machine.
-LEFT_OUT = {"run", "cache", "task_folder", "data", "model", "revision", "tasks", "augmented", "recipe", "trackers"}
+LEFT_OUT = {
+    "run",
+    "cache",
+    "task_folder",
+    "data",
+    "model",
+    "revision",
+    "tasks",
+    "augmented",
+    "teachers",
+    "recipe",
+    "trackers",
+}
 METRICS = {"pearson": "pearsonr", "spearman": "spearmanr", "matthews": "matthews_correlation"}  # on the hub
 
 
@@ -77,6 +89,8 @@ def _what_it_is(config: RunConfig, model: MultitaskModel) -> str:
 
 
 def _scores(config: RunConfig, scores: Mapping[str, float], step: int) -> str:
+    if not scores:
+        return "It is the mean of several models' weights, and was not scored when it was made."
     rows = [
         f"| {task.title} | {task.metric} | {scores[task.name]:.4f} |"
         for task in config.corpus.tasks

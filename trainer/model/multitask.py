@@ -112,7 +112,7 @@ class MultitaskModel(nn.Module):
         batch: Batch,
         objective: "Objective | None" = None,
         step: int = 0,
-        targets: Mapping[str, Tensor] | None = None,
+        targets: "Targets | None" = None,
     ) -> dict[str, Tensor]:
         """Raw outputs (B, outputs) in fp32 for each task of the batch; with an objective, its losses (B,) instead.
 
@@ -123,14 +123,14 @@ class MultitaskModel(nn.Module):
 
 
 Objective = Callable[["Forward"], dict[str, Tensor]]
+Targets = Mapping[str, Mapping[str, Tensor]]  # who says it -> task -> what, (B, outputs)
 
 
 class Forward:
     """One pass of the model over the batch of step `step`, in stages that are computed when they are asked for.
 
     `embeddings` takes the place of the encoder's own, (N, H) in the same order; `sentences` that of the batch's own,
-    which are laid out alike. `targets` are a teacher's outputs (B, outputs) for each task, for an objective that wants
-    them.
+    which are laid out alike. `targets` are what teachers say of the examples, for an objective that wants it.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class Forward:
         step: int = 0,
         embeddings: Tensor | None = None,
         sentences: Sentences | None = None,
-        targets: Mapping[str, Tensor] | None = None,
+        targets: Targets | None = None,
     ):
         self.model, self.batch, self.step, self.targets = model, batch, step, targets or {}
         self.sentences = sentences or batch.sentences

@@ -6,18 +6,21 @@ from torch import Tensor
 
 from minbert.trainer.config import RunConfig
 from minbert.trainer.model.multitask import Forward, Objective
+from minbert.trainer.objectives.distillation import Distilled
 from minbert.trainer.objectives.proximal import Proximal
 from minbert.trainer.objectives.rdrop import RDrop
 from minbert.trainer.objectives.smoothness import Smoothness
 from minbert.trainer.objectives.supervised import Supervised, supervised
 
 
-def build_objective(config: RunConfig) -> Objective:
-    """The objective of a run."""
+def build_objective(config: RunConfig, planned_steps: int) -> Objective:
+    """The objective of a run of so many steps."""
     options, terms = config.objective, list[Objective]()
     base: Objective = supervised
     if any((smoothing := config.by_task("label_smoothing")).values()):
         base = Supervised(smoothing)
+    if options.teachers:
+        base = Distilled(base, planned_steps, options.distill_share, options.distill_temperature)
     if any((weights := config.by_task("rdrop_weight")).values()):
         base = RDrop(base, weights)
     if any((weights := config.by_task("smart_weight")).values()):

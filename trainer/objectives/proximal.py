@@ -12,6 +12,8 @@ from torch import Tensor
 from minbert.trainer.model.multitask import Forward
 from minbert.trainer.objectives.divergence import divergence
 
+TEACHER = "teacher"  # the name of the copy, and of its outputs among a forward pass's targets
+
 
 @dataclass(frozen=True)
 class Proximal:
@@ -23,7 +25,7 @@ class Proximal:
     def __call__(self, forward: Forward) -> dict[str, Tensor]:
         tasks = forward.model.tasks
         return {
-            name: self.weight * divergence(tasks[name], outputs, forward.targets[name])
+            name: self.weight * divergence(tasks[name], outputs, forward.targets[TEACHER][name])
             for name, outputs in forward.outputs.items()
             if tasks[name].kind != "masked_lm"
         }

@@ -11,6 +11,7 @@ slurm/, code/     of a submitted run: its jobs' files and records, and the code 
 model/            of pretraining: the best model as a checkpoint for --model and transformers
 saved.json        the step of the newest checkpoint that was written
 trackers.json     what the experiment trackers call the run
+average.json      of a mean of runs' weights, which was never trained: what it is the mean of
 """
 
 import hashlib
@@ -57,6 +58,7 @@ class RunFolder:
         self.predictions = path / "predictions"
         self.pretrained = path / "model"
         self.own_code = path / "aggregator"
+        self.average = path / "average.json"
         self._metrics, self._gramians = LineFile(self.metrics_file), LineFile(self.gramians_file)
 
     @staticmethod

@@ -32,6 +32,7 @@ from minbert.trainer.model.weights import TINY, find_checkpoint, is_hub_name, re
 from minbert.trainer.run.budget import Budget
 from minbert.trainer.run.data import build_plan, load_examples_of, load_split, load_splits
 from minbert.trainer.run.folder import LOCK, RunFolder
+from minbert.trainer.run.teachers import model_digest, require_teachers
 from minbert.trainer.surgery.own_code import find_source, keep_source, use_source
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ def prepare(config: RunConfig, force: bool = False) -> RunFolder:
     if not force:
         require_checkpoints(run)
     _require_aggregator(run, config)
+    require_teachers(config)
     with _encoder(run, config) as encoder:
         tokenizer = load_tokenizer(encoder)
         for name in config.corpus.names:
@@ -131,6 +133,7 @@ def resolve(config: RunConfig) -> RunConfig:
     lr = config.optimizer.lr or (5e-5 if pretrained else 1e-3)
     head_lr = config.optimizer.head_lr or (1e-3 if config.encoder.freeze == "encoder" else lr)
     augmented = tuple(path.expanduser().absolute() for path in config.corpus.augmented)
+    teachers = tuple(path.expanduser().absolute() for path in config.objective.teachers)
     cache = (config.corpus.cache or default_cache_dir()).expanduser().absolute()
     data, model = config.corpus.data, config.encoder.model
     if data.startswith("hub:") and data != "hub:":
@@ -144,6 +147,7 @@ def resolve(config: RunConfig) -> RunConfig:
             "optimizer": config.optimizer.model_copy(update={"lr": lr, "head_lr": head_lr}),
             "corpus": config.corpus.model_copy(update={"cache": cache, "data": data, "augmented": augmented}),
             "encoder": config.encoder.model_copy(update={"model": model}),
+            "objective": config.objective.model_copy(update={"teachers": teachers}),
             "budget": config.budget.model_copy(update={"epochs": config.budget.epochs or (3 if pretrained else 5)}),
         }
     )
@@ -200,6 +204,7 @@ def settings(config: RunConfig) -> dict[str, Any]:
     sections = config.model_dump(mode="json", exclude={"run"})
     flat = {name: sections[name] if section is None else sections[section][name] for name, section in _fixed(config)}
     flat["tasks"] = [task.model_dump(mode="json", exclude=PLACES) for task in config.corpus.tasks]
+    flat["teachers"] = [model_digest(RunFolder(path)) for path in config.objective.teachers]
     return {name: value for name, value in flat.items() if name not in ("data", "model", "augmented")}
 
 
@@ -262,6 +267,11 @@ def _require_run_folder(run: RunFolder) -> None:
             raise PermissionError(None, "it is not writable")
     except OSError as error:
         raise UserError(f"run folder {run.path} cannot be used: {error.strerror}") from None
+    if run.average.exists():
+        raise UserError(
+            f"{run.path} holds the mean of other runs' weights, which is no run to train. Give another --run; to start "
+            "from its encoder, `minbert export` it and give that folder as --model"
+        )
     own = {run.config_file.name, run.encoder.name, run.logs.name}  # one of them comes first
     if entries and not entries & own:
         raise UserError(

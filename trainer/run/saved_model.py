@@ -100,7 +100,7 @@ def build_model(config: RunConfig, run: RunFolder) -> MultitaskModel:
 
 def load_model(run: RunFolder, device: torch.device) -> tuple[MultitaskModel, Tokenizer, dict]:
     """The run's best model in evaluation mode, its tokenizer, and {"step", "scores"}. Raises UserError."""
-    state, described = _best(run)
+    state, described = best_weights(run)
     model = build_model(run.read_config(), run)
     try:
         model.load_state_dict(state)
@@ -109,8 +109,9 @@ def load_model(run: RunFolder, device: torch.device) -> tuple[MultitaskModel, To
     return model.to(device).eval(), load_tokenizer(run.encoder), described
 
 
-def _best(run: RunFolder) -> tuple[dict[str, Tensor], dict]:
-    """Parameters and description of the best model; where its file is damaged, from the checkpoint of its step."""
+def best_weights(run: RunFolder) -> tuple[dict[str, Tensor], dict]:
+    """Parameters of the best model and {"step", "scores"}; where its file is damaged, from the checkpoint of its step.
+    Raises UserError."""
     try:
         state, metadata = read_model(run.best_model)
         return state, {"step": int(metadata["step"]), "scores": json.loads(metadata["scores"])}

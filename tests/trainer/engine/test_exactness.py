@@ -23,6 +23,7 @@ from minbert.data.batches.batch import Portion, make_batch
 from minbert.data.sequences.tokens import load_tokenizer
 from minbert.launch.options import parse_run_config
 from minbert.launch.processes import launch
+from minbert.trainer.engine.copies import TEACHER
 from minbert.trainer.engine.optimizer import parameter_groups, rates
 from minbert.trainer.processes.random_state import seed_everything, stream
 from minbert.trainer.run.data import build_plan, load_split
@@ -168,7 +169,7 @@ class Dense:
             batch = make_batch(self.splits, {name: portion}, draw=(self.plan.seed, step))
             targets = None
             if self.teacher is not None:
-                targets = {name: said.detach() for name, said in self.teacher.eval()(batch).items()}
+                targets = {TEACHER: {name: said.detach() for name, said in self.teacher.eval()(batch).items()}}
             losses, weights = self.model(batch, self.objective, step, targets)[name], batch.tasks[name].weights
             found.append(torch.dot(losses, weights) / weights.sum())
         return found

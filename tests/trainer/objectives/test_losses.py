@@ -25,7 +25,7 @@ from minbert.trainer.model.bert import BertConfig
 from minbert.trainer.model.multitask import Forward, MultitaskModel
 from minbert.trainer.objectives.coupled import cosent, coupled_losses, pearson
 from minbert.trainer.objectives.supervised import Supervised, example_losses, predictions, squared_emd, supervised
-from minbert.tuning.extensions import extension
+from minbert.tuning.extensions import combine, extension
 
 floats = st.floats(-3, 3, width=32)
 
@@ -162,6 +162,11 @@ def test_what_does_not_fit_is_refused(options, message):
 def test_extensions_find_the_tasks_that_a_loss_is_for():
     tasks = [TASKS[name] for name in ("sst", "quora", "sts", "cfimdb")]
     assert extension("ordinal", tasks) == ("ordinal", {"losses": ["sst=squared_emd"]})
-    assert extension("cosent", tasks)[1] == extension("cosent=sts", tasks)[1] == {"losses": ["sts=cosent"]}
+    cosine = extension("cosent", tasks)[1]
+    assert cosine == extension("cosent=sts", tasks)[1] == {"losses": ["sts=cosent"], "freeze": "none"}
+    known = {"ordinal": extension("ordinal", tasks)[1], "cosent": cosine, "pearson": {"losses": ["sts=pearson"]}}
+    assert combine(["ordinal", "cosent"], known)["losses"] == ["sst=squared_emd", "sts=cosent"]
+    with pytest.raises(UserError, match="would set losses twice"):
+        combine(["cosent", "pearson"], known)
     with pytest.raises(UserError, match="the loss pearson is for regression tasks: sts"):
         extension("pearson-loss=quora", tasks)

@@ -74,9 +74,9 @@ def test_the_divergence_of_regressions_is_the_squared_error_of_similarities():
 
 
 def test_options_choose_it():
-    assert build_objective(RunConfig()) is supervised
-    assert build_objective(parse_config({"rdrop_weight": 0}, "here")) is supervised
-    chosen = build_objective(parse_config({"rdrop_weight": [1, 2, 0], "smart_weight": 1}, "here"))
+    assert build_objective(RunConfig(), 10) is supervised
+    assert build_objective(parse_config({"rdrop_weight": 0}, "here"), 10) is supervised
+    chosen = build_objective(parse_config({"rdrop_weight": [1, 2, 0], "smart_weight": 1}, "here"), 10)
     assert chosen.base == RDrop(supervised, {"sst": 1.0, "quora": 2.0, "sts": 0.0}) and len(chosen.terms) == 1
     with pytest.raises(UserError, match="rdrop_weight needs one number, or one for each of sst, quora, sts"):
         parse_config({"rdrop_weight": [1, 2]}, "here")

@@ -186,7 +186,7 @@ def test_the_weights_gradient_is_that_of_the_penalty_by_finite_differences(monke
     batch, smooth = replace(batch, tasks=tasks), replace(SMOOTH, variance=0.01, step_size=0.1)
     objective = Sum(supervised, (smooth, Proximal(0.7)))
     with torch.no_grad():
-        targets = {name: outputs + 0.3 for name, outputs in model(batch).items()}
+        targets = {TEACHER: {name: outputs + 0.3 for name, outputs in model(batch).items()}}
 
     def loss() -> Tensor:
         return torch.cat(list(model(batch, objective, 1, targets).values())).sum()
@@ -275,10 +275,10 @@ def test_a_teacher_that_agrees_adds_nothing_and_one_that_does_not_its_divergence
     model, batch = build(), build_batch()
     plain, outputs = model(batch, supervised), model(batch)
     objective = Sum(supervised, (Proximal(3.0),))
-    same = model(batch, objective, 0, {name: found.detach() for name, found in outputs.items()})
+    same = model(batch, objective, 0, {TEACHER: {name: found.detach() for name, found in outputs.items()}})
     assert all(torch.equal(same[name], plain[name]) for name in plain)
     other = {name: found.detach() + torch.arange(found.shape[1]) + 1 for name, found in outputs.items()}
-    found = model(batch, objective, 0, other)
+    found = model(batch, objective, 0, {TEACHER: other})
     for name in plain:
         expected = plain[name] + 3 * divergence(TASKS[name], outputs[name], other[name])
         torch.testing.assert_close(found[name], expected)
@@ -286,15 +286,15 @@ def test_a_teacher_that_agrees_adds_nothing_and_one_that_does_not_its_divergence
 
 
 def test_options_choose_the_objective():
-    assert build_objective(RunConfig()) is supervised
+    assert build_objective(RunConfig(), 100) is supervised
     config = parse_config({"smart_weight": 0.02, "smart_steps": 2, "proximal_weight": 1}, "here")
-    smooth, proximal = build_objective(config).terms
+    smooth, proximal = build_objective(config, 100).terms
     assert smooth.weights == {"sst": 0.02, "quora": 0.02, "sts": 0.02} and smooth.steps == 2
     assert proximal == Proximal(1.0)
     decay = copies_of(config, 100)[TEACHER]
     assert [decay(step) for step in (0, 9, 10, 99)] == [0.99, 0.99, 0.999, 0.999]
     only = parse_config({"smart_weight": [0.02, 0, 0]}, "here")
-    assert build_objective(only).terms[0].weights == {"sst": 0.02, "quora": 0.0, "sts": 0.0}
+    assert build_objective(only, 100).terms[0].weights == {"sst": 0.02, "quora": 0.0, "sts": 0.0}
     assert copies_of(only, 100) == {}
     with pytest.raises(UserError, match="smart_weight needs one number, or one for each of sst, quora, sts"):
         parse_config({"smart_weight": [1, 2]}, "here")
