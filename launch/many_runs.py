@@ -17,6 +17,7 @@ from minbert.launch.options import CommandLine, read_command_line, refuse_job_op
 from minbert.slurm.status import inspect_runs
 from minbert.trainer.config import RunConfig
 from minbert.trainer.processes.exit_codes import ExitCode
+from minbert.trainer.run.folder import RunFolder
 from minbert.tuning.ablation import ABLATION_FILE
 from minbert.tuning.search import SEARCH_FILE, Resources
 from minbert.tuning.trial import LOCK, Trial
@@ -81,6 +82,12 @@ def refuse_queued(folder: Path) -> None:
     """Raises UserError if the search or ablation has a job that waits or runs."""
     if (folder / "slurm").exists() and (report := inspect_runs([folder])[0]).active:
         raise UserError(f"{folder} has a job already: {report.summary}")
+
+
+def note_environment(folder: Path) -> None:
+    """Record the command, the code and the machine of the first start, which says most; later ones just go on."""
+    if not (folder / "environment.json").exists():
+        RunFolder(folder).write_environment()
 
 
 def retry_failed(trials: Iterable[Trial]) -> None:

@@ -10,12 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from minbert.data.errors import UserError
-from minbert.launch.many_runs import retry_failed
+from minbert.launch.many_runs import note_environment, retry_failed
 from minbert.launch.watching import watching
 from minbert.trainer.config import parse_config
 from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.processes.stop import StopRequest
-from minbert.trainer.run.folder import RunFolder
 from minbert.tuning.search import SEARCH_FILE, Search, describe_schedule, write_best
 from minbert.tuning.trial import Trial, ranked
 
@@ -63,7 +62,7 @@ def _run_trials(folder: Path, search: Search, trials: list[Trial], stop: StopReq
         parallel=parse_config(search.base, SEARCH_FILE).parallel,
     )
     search.write(folder)
-    RunFolder(folder).write_environment()
+    note_environment(folder)
     if retry:
         retry_failed(trials)
     strategy, tell = SearchStrategy(folder, search, trials), Announcer(folder, search, trials)

@@ -47,8 +47,10 @@ class Group:
             records = [record for record in run.read_metrics() if score_of(record) is not None]
             if records:
                 best = max(records, key=lambda record: record[METRIC])
-                found[config.seed] = {
-                    name.removeprefix("dev/"): value for name, value in best.items() if name.startswith("dev/")
+                found[config.seed] = {  # the tasks' own scores and the overall one, of which more is better
+                    name.removeprefix("dev/"): value
+                    for name, value in best.items()
+                    if name.startswith("dev/") and name.count("/") == 1
                 }
         return found
 

@@ -20,6 +20,7 @@ from minbert.launch.help import Option
 from minbert.launch.many_runs import (
     check_data_and_model,
     merged_resources,
+    note_environment,
     only_driver,
     read_many_runs,
     retry_failed,
@@ -108,6 +109,7 @@ def main(arguments: list[str]) -> int:
 def _begin(folder: Path, ablation: Ablation, trials: Sequence[Trial], retry: bool) -> None:
     """Write what is to be done, when nothing can refuse it any more."""
     ablation.write(folder)
+    note_environment(folder)
     for trial in trials:
         trial.write()
     if retry:

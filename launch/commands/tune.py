@@ -16,6 +16,7 @@ from minbert.launch.many_runs import (
     check_data_and_model,
     leave_without_ray,
     merged_resources,
+    note_environment,
     only_driver,
     read_many_runs,
     refuse_queued,
@@ -182,6 +183,7 @@ def _submit(folder: Path, search: Search, job: Mapping[str, Any], retry: bool) -
     settings = settings.model_copy(update={"tasks_per_node": 1})
     refuse_hopeless(settings, folder)
     search.write(folder)
+    note_environment(folder)
     if retry:
         retry_failed(search.trials(folder))
     folder = folder.absolute()
