@@ -2,6 +2,8 @@
 # make test    set up the development environment if need be, and run the tests
 # make coverage  the same, counting the lines that the tests and all processes that they start run: takes a third longer
 # make lint    check style
+# make docs    build the documentation as a site, build/site; a link that leads nowhere is an error
+# make wheel   build the wheel, below build/wheel
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +13,7 @@ PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 # Four of them keep two cores busy, as two mostly wait for SLURM.
 PYTEST := $(BIN)/pytest --numprocesses 4 --dist loadgroup
 
-.PHONY: train test coverage lint clean
+.PHONY: train test coverage lint docs wheel clean
 
 train: $(VENV)/.installed
 	$(BIN)/minbert train
@@ -30,6 +32,14 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	mkdir -p build && ln -sfn .. build/minbert
 	MYPYPATH=build $(BIN)/mypy --package minbert.data --package minbert.trainer
+
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# An earlier build would leave modules that are gone.
+wheel: $(VENV)/.installed
+	rm -rf build/lib build/wheel
+	$(BIN)/pip wheel --no-deps --wheel-dir build/wheel .
 
 clean:
 	rm -rf $(VENV) build *.egg-info

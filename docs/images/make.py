@@ -3,6 +3,7 @@
 Run it in an empty folder. What a terminal shows becomes an SVG, a page of `minbert report` a PNG, by headless Chromium.
 """
 
+import io
 import os
 import pty
 import shlex
@@ -11,11 +12,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+from PIL import Image
 from rich.console import Console
 from rich.text import Text
 
 HERE = Path(__file__).parent
 COLUMNS = 96
+SHOWN = (280, 655, 1360, 1420)  # of a page, in pixels: left, top, right, bottom
 
 # Picture -> the command whose output, or page, it shows. A later one may need what an earlier one left.
 PICTURES = {
@@ -74,8 +77,7 @@ def screen(shown: str) -> list[str]:
 
 
 def draw(command: str, shown: str, path: Path) -> None:
-    with open(os.devnull, "w") as nowhere:
-        console = Console(record=True, width=COLUMNS, file=nowhere)
+    console = Console(record=True, width=COLUMNS, file=io.StringIO())
     console.print(Text(f"$ {command}", style="bold"))
     for line in screen(shown):
         console.print(Text.from_ansi(line.replace("\x1b[?25l", "").replace("\x1b[?25h", "")))
@@ -83,16 +85,13 @@ def draw(command: str, shown: str, path: Path) -> None:
 
 
 def photograph(page: Path, path: Path) -> None:
+    """The part SHOWN of a page, in few colours."""
     with tempfile.TemporaryDirectory() as profile:
         command = ["chromium", "--headless", "--no-sandbox", "--hide-scrollbars", f"--user-data-dir={profile}"]
-        command += ["--window-size=1400,1000", "--virtual-time-budget=20000", f"--screenshot={path}"]
+        command += ["--window-size=1400,2000", "--virtual-time-budget=20000", f"--screenshot={path}"]
         subprocess.run([*command, page.absolute().as_uri()], check=True, capture_output=True)
-    try:
-        from PIL import Image
-    except ImportError:
-        return
     with Image.open(path) as picture:
-        picture.convert("RGB").quantize(64).save(path, optimize=True)
+        picture.convert("RGB").crop(SHOWN).quantize(64).save(path, optimize=True)
 
 
 if __name__ == "__main__":
