@@ -155,6 +155,10 @@ def line(view: View) -> str:
     """One line, for a log."""
     losses = " ".join(f"{name} {_number(view.losses[name])}" for name in view.tasks if name in view.losses)
     parts = [f"step {view.step:>6}/{view.total or '?'}", f"loss {losses}" if losses else ""]
+    scores = " ".join(
+        f"{name} {_number(view.scores[name])}" for name in (*view.tasks, "overall") if name in view.scores
+    )
+    parts += [f"dev {scores}"] if scores else []
     if speed := view.numbers.get("tokens_per_second"):
         share = f" ({view.share_of_peak:.0%} of peak)" if view.share_of_peak else ""
         parts.append(f"{speed:.0f} tokens/s{share}")

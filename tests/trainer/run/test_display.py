@@ -62,7 +62,8 @@ def test_numbers_have_their_places_from_the_beginning():
     assert "12,346 tokens/s" in after[1] and "lr  2.0e-5" in after[1] and "conflict  50%" in after[1]
     assert after[3].split() == ["sst", "1.250", "0.500", "0.500"]
     assert after[5].split() == ["overall", "0.625", "0.625", "at", "1200"]
-    assert line(view).startswith("step   1200/5000  loss sst 1.250  12346 tokens/s") and "left 31m40s" in line(view)
+    told = "step   1200/5000  loss sst 1.250  dev sst 0.500 quora 0.750 overall 0.625  12346 tokens/s"
+    assert line(view).startswith(told) and "left 31m40s" in line(view)
 
 
 @pytest.mark.parametrize(
