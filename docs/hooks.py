@@ -21,8 +21,20 @@ def on_files(files, config):
 
 
 def on_page_markdown(markdown: str, page, config, files) -> str:
-    """What lies outside docs/ is named, not linked: the site does not have it."""
-    return re.sub(r"\[([^\]]+)\]\((?:\.\./)([^)]+)\)", r"\1 (`\2` in the sources)", markdown)
+    """What lies outside docs/ is named, not linked: the site does not have it. Pages are called by their titles."""
+    if not page.url.startswith("reference/"):
+        markdown = re.sub(r"\[([^\]]+)\]\(\.\./([^)]+)\)", r"\1 (`\2` in the sources)", markdown)
+    titles = {path: title for part in config["nav"] for title, path in _pages(part)}
+
+    def called(link: re.Match[str]) -> str:
+        return f"[{titles.get(link[1], link[1])}]({link[2]})"
+
+    return re.sub(r"\[(?:docs/)?([\w/]+\.md)\]\(([^)]+)\)", called, markdown)
+
+
+def _pages(part: dict) -> Iterator[tuple[str, str]]:
+    for title, inside in part.items():
+        yield from [(title, inside)] if isinstance(inside, str) else (page for each in inside for page in _pages(each))
 
 
 def _options() -> str:

@@ -5,6 +5,7 @@ raises the same `UserError`. A run is trained in processes of its own: the noteb
 its signals, and an interrupt saves the run.
 """
 
+import io
 import json
 import threading
 from collections.abc import Sequence
@@ -25,7 +26,10 @@ from minbert.trainer.run.folder import RunFolder
 if TYPE_CHECKING:
     import pandas as pd
 
+    from minbert.tuning.runs_compared import Compared
+
 Path_ = str | Path
+WIDTH = 100  # of a table, in columns
 COUNTERS = ("step", "time")  # of a line of metrics.jsonl: where it stands, not what was measured
 
 
@@ -120,11 +124,7 @@ class Run:
 
     def frame(self) -> "pd.DataFrame":
         """The curves as a data frame, a row per logged step and a column per measurement. Needs pandas."""
-        try:
-            import pandas as pd
-        except ImportError:
-            raise UserError("a data frame needs pandas: pip install pandas; `run.curves` are arrays without") from None
-        frame = pd.DataFrame(self.records)
+        frame = _pandas().DataFrame(self.records)
         return frame.groupby("step").first() if len(frame) else frame
 
     def resume(self, *, force: bool = False, **options: Any) -> "Run":
@@ -207,33 +207,37 @@ class Run:
         return task, outputs(model, task, tokenise_as(config, examples, tokenizer), world)
 
 
-@dataclass(frozen=True)
 class Comparison:
-    """Runs beside each other: the options in which they differ, and the scores of their best models; a list has a value
-    for each run, None where it has none. Printed, it is a table."""
+    """Runs beside each other, as `minbert compare` tells it; printed, it is that command's tables. Runs that differ in
+    their seed only are one of `names`, and a list has a value for each of these."""
 
-    runs: list[Run]
-    settings: dict[str, list[Any]]
-    scores: dict[str, list[float | None]]
+    def __init__(self, found: "Compared"):
+        self.names = [group.name for group in found.groups]
+        self.options = found.options  # in which they differ
+        self.differences = found.differences  # to the first: name -> metric -> difference with its 95% interval
+        self._found = found
+
+    @property
+    def scores(self) -> dict[str, list[float | None]]:
+        """Best dev scores by metric, of several seeds their mean; None where there is none."""
+        means = [{name: value.mean for name, value in group.spreads().items()} for group in self._found.groups]
+        return {
+            name: [each.get(name) for each in means] for name in dict.fromkeys(name for each in means for name in each)
+        }
 
     def frame(self) -> "pd.DataFrame":
-        """The same as a data frame, a row per run. Needs pandas."""
-        try:
-            import pandas as pd
-        except ImportError:
-            raise UserError("a data frame needs pandas: pip install pandas") from None
-        return pd.DataFrame(self.settings | self.scores, index=[str(run.path) for run in self.runs])
+        """Options and scores as a data frame, a row for each of `names`. Needs pandas."""
+        return _pandas().DataFrame(self.options | self.scores, index=self.names)
 
     def __str__(self) -> str:
-        header = ["", *(run.path.name for run in self.runs)]
-        rows = [[name, *(str(value) for value in values)] for name, values in self.settings.items()]
-        rows += [
-            [name, *("" if value is None else f"{value:.3f}" for value in values)]
-            for name, values in self.scores.items()
-        ]
-        widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in (header, *rows)]
-        return "\n".join(line.rstrip() for line in lines)
+        from rich.console import Console
+
+        from minbert.launch.commands.compare import tables
+
+        console = Console(file=io.StringIO(), width=WIDTH)
+        for table in tables(self._found):
+            console.print(table)
+        return "\n".join(line.rstrip() for line in console.file.getvalue().rstrip().split("\n"))
 
     __repr__ = __str__
 
@@ -253,16 +257,12 @@ def runs(folder: Path_ = "runs") -> list[Run]:
 
 
 def compare(*compared: Run | Path_) -> Comparison:
-    """Two runs or more, or their folders, beside each other. Raises UserError."""
-    each = [run if isinstance(run, Run) else Run(run) for run in compared]
-    options = [run.options for run in each]
-    differ = [name for name in options[0] if any(other[name] != options[0][name] for other in options)] if each else []
-    values = {name: [option[name] for option in options] for name in differ}
-    if "tasks" in values:
-        values["tasks"] = [", ".join(task.name for task in tasks) for tasks in values["tasks"]]
-    scores = [run.scores if run.folder.best_model.exists() else {} for run in each]
-    names = dict.fromkeys(name for found in scores for name in found)
-    return Comparison(each, values, {name: [found.get(name) for found in scores] for name in names})
+    """`minbert compare`: two runs or more, or their folders. Raises UserError."""
+    from minbert.tuning.runs_compared import compare_runs
+
+    if len(compared) < 2:
+        raise UserError(f"comparing takes two runs or more, not {len(compared)}")
+    return Comparison(compare_runs([run.path if isinstance(run, Run) else Path(run) for run in compared]))
 
 
 def _train(options: dict[str, Any], force: bool) -> Run:
@@ -279,6 +279,14 @@ def _train(options: dict[str, Any], force: bool) -> Run:
     if code != ExitCode.FINISHED:
         raise Unfinished(run, code)
     return run
+
+
+def _pandas() -> Any:
+    try:
+        import pandas
+    except ImportError:
+        raise UserError("a data frame needs pandas: pip install pandas; `run.curves` are arrays without") from None
+    return pandas
 
 
 def _silent() -> Any:

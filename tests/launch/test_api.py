@@ -58,9 +58,10 @@ def test_the_notebook_shows_what_its_text_says(there):
     assert similarities.shape == (2,) and ((similarities > 0) & (similarities < 5)).all()
     assert [at for at, _ in curve] == [10, 20, 30, 40]
     assert step <= 60 and max(there["run"].curves["dev/overall"].steps) == 60
-    assert table.settings == {"pooling": ["mean", "cls"]}
+    assert table.names == ["notebook", "cls"] and table.options == {"pooling": ["mean", "cls"]}
     assert table.scores["sst"] == [there["run"].scores["sst"], there["other"].scores["sst"]]
-    assert "pooling" in str(table) and "cls" in str(table)
+    assert table.differences["cls"]["sst"].low <= table.differences["cls"]["sst"].high
+    assert "pooling" in str(table) and "overall" in str(table)
 
 
 def test_a_run_agrees_with_the_commands(there, capsys):
@@ -93,6 +94,7 @@ def test_runs_of_a_folder_are_in_the_order_they_were_made(there):
     [
         (lambda run: minbert.train(learning_rate=1), "learning_rate"),
         (lambda run: minbert.train(epochs="many"), "epochs"),
+        (lambda run: minbert.compare(run), "two runs or more"),
         (lambda run: minbert.Run("nowhere"), "nowhere is not a run folder"),
         (lambda run: run.resume(seed=7), "seed: 0 in the folder, 7 asked for"),
         (lambda run: run.resume(run="elsewhere"), "own folder"),
