@@ -34,7 +34,7 @@ def parameter_groups(model: MultitaskModel, config: OptimizerConfig) -> list[dic
 def peak_rates(parts: Iterable[str], config: OptimizerConfig) -> dict[str, float]:
     """The peak learning rate of each part of the model: `head_lr` of a head and `lr` of the encoder's pooler and top
     layer, from which each layer down to the embeddings has `layer_decay` times the rate of the one above (Sun et al.
-    2019, "How to Fine-Tune BERT for Text Classification?", section 5.3.3).
+    2019, "How to Fine-Tune BERT for Text Classification?").
 
     `parts` are the encoder's from the embeddings, or the lowest that is trained, up to the top.
     """

@@ -20,7 +20,7 @@ SCALE = 20.0  # of CoSENT's cosines, its author's lambda
 def cosent(scores: Tensor, labels: Tensor) -> Tensor:
     """log(1 + sum over pairs of examples with y_i > y_j of exp(lambda (s_j - s_i))) of cosines and labels (G,), lambda
     being 20: smaller the more pairs are in the right order (Su 2022, "CoSENT: a more efficient sentence embedding
-    scheme than Sentence-BERT", equation 6)."""
+    scheme than Sentence-BERT")."""
     wrong = SCALE * (scores[None, :] - scores[:, None])
     terms = torch.where(labels[:, None] > labels[None, :], wrong, -torch.inf)
     return torch.cat([scores.new_zeros(1), terms.flatten()]).logsumexp(0)

@@ -1,6 +1,6 @@
 """Distillation: the outputs of teachers on the training rows, beside the labels (Hinton et al. 2015, "Distilling the
 Knowledge in a Neural Network"), with teacher annealing (Clark et al. 2019, "BAM! Born-Again Multi-Task Networks for
-Natural Language Understanding", section 3.2): at first the teachers have most of the say, at last the labels.
+Natural Language Understanding"): at first the teachers have most of the say, at last the labels.
 """
 
 from dataclasses import dataclass

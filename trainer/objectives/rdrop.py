@@ -2,7 +2,7 @@
 should say the same.
 
 The loss of an example is the mean of the losses of both passes, plus a weight times half the symmetrised divergence of
-their outputs: equation 4 with the losses' mean in the place of their sum, as the authors' published code has it.
+their outputs: the paper's loss with the mean of the losses in the place of their sum, as its published code has it.
 """
 
 from collections.abc import Mapping

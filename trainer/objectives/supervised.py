@@ -57,7 +57,7 @@ def example_losses(task: Task, outputs: Tensor, labels: Tensor, smoothing: float
 def squared_emd(logits: Tensor, labels: Tensor) -> Tensor:
     """(B,) squared earth mover's distances between the predicted distributions over K ordered classes and the labels:
     the sum over the classes of the squared difference of the cumulative distributions (Hou et al. 2016, "Squared Earth
-    Mover's Distance-based Loss for Training Deep Neural Networks", equation 4). A class far from the label costs more
+    Mover's Distance-based Loss for Training Deep Neural Networks"). A class far from the label costs more
     than the one beside it."""
     below = logits.softmax(-1).cumsum(-1)[:, :-1]  # the last are both 1
     labelled = (labels[:, None] <= torch.arange(below.shape[1], device=logits.device)).to(below.dtype)
