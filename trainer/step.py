@@ -4,7 +4,7 @@ Methods that need only the losses (the plain sum, learned or random weights) tak
 one backward pass. Gradient surgery takes one gradient per task, each reduced over the processes, and combines them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
@@ -20,6 +20,7 @@ from minbert.data.sequences.split import TokenisedSplit
 from minbert.trainer.engine.base import Engine, gradient_norm
 from minbert.trainer.engine.copies import TEACHER, Decays
 from minbert.trainer.engine.parts import Gradient
+from minbert.trainer.feed import Feed
 from minbert.trainer.model.multitask import Objective, Targets, head_part
 from minbert.trainer.objectives.distillation import TEACHERS
 from minbert.trainer.objectives.supervised import supervised
@@ -28,6 +29,8 @@ from minbert.trainer.processes.world import World
 from minbert.trainer.surgery.combination import Gramians, combine, drop_signs, gramians
 from minbert.trainer.surgery.conflicts import summary
 from minbert.trainer.surgery.methods import Aggregator
+
+BatchKey = tuple[tuple[str, ...], int, int]  # tasks, step, part
 
 _NOTHING = torch.zeros(())  # of which a sum starts; on the CPU, it adds to what is on any device
 
@@ -87,6 +90,8 @@ class TrainingStep:
         self.layers = engine.shared_parts
         groups = max(1, len(self.layers)) if per_layer else 1
         self.aggregator = Aggregator(aggregator, len(plan.names), plan.seed, groups)
+        self.feed = Feed(self._make_batch, world.device)
+        self._batches: dict[BatchKey, Batch] = {}
 
     def __call__(self, step: int, measure: bool = False) -> StepResult:
         """Train on step `step`'s batches. `measure` asks for the Gramian though the method may not need it."""
@@ -208,14 +213,37 @@ class TrainingStep:
             self.engine.move_copy(name, decay(step))
 
     def batch(self, names: tuple[str, ...], step: int, part: int) -> Batch:
-        """This process's slice of part `part` of the tasks' batches of the step."""
+        """This process's slice of part `part` of the tasks' batches of the step, of which it keeps those it has."""
+        key = names, step, part
+        if key not in self._batches:
+            self._batches = {other: batch for other, batch in self._batches.items() if other[1] == step}
+            self._batches[key] = self.feed(key, self._following(*key))
+        return self._batches[key]
+
+    def _following(self, names: tuple[str, ...], step: int, part: int) -> Iterator[BatchKey]:
+        """What is asked for after that: the other parts, then the other tasks where each has a batch of its own, and
+        the next steps alike."""
+        while True:
+            tasks = self.plan.tasks(step)
+            together = names == tasks
+            if part + 1 < self.accumulation:
+                part += 1
+            elif not together and names[0] != tasks[-1]:
+                names, part = (tasks[tasks.index(names[0]) + 1],), 0
+            else:
+                step, part = step + 1, 0
+                names = self.plan.tasks(step)[: None if together else 1]
+            yield names, step, part
+
+    def _make_batch(self, key: BatchKey) -> Batch:
+        names, step, part = key
         portions = {}
         for name in names:
             rows = self.plan.rows(name, step)
             places = share(share(np.arange(len(rows)), part, self.accumulation), self.world.rank, self.world.size)
             size = self.splits[name].total(rows, Draw(self.plan.seed, name, step, np.arange(len(rows))))
             portions[name] = Portion(rows[places], places, size)
-        return make_batch(self.splits, portions, draw=(self.plan.seed, step)).to(self.world.device)
+        return make_batch(self.splits, portions, draw=(self.plan.seed, step))
 
     def _losses(self, batch: Batch, step: int, part: int) -> dict[str, Tensor]:
         """This process's part of each task's mean loss over the global batch."""

@@ -60,11 +60,6 @@ class TaskBatch:
         """How many of the batch's sequences are the task's."""
         return self.sides * self.readings * len(self)
 
-    def to(self, device: torch.device) -> "TaskBatch":
-        rows = None if self.rows is None else self.rows.to(device, non_blocking=True)
-        names = ("labels", "weights", "places")
-        return replace(self, rows=rows, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -77,8 +72,10 @@ class Batch:
     def tokens(self) -> int:
         return len(self.sentences.input_ids)
 
-    def to(self, device: torch.device) -> "Batch":
-        return Batch(self.sentences.to(device), {name: part.to(device) for name, part in self.tasks.items()})
+    def padded_for(self, device: torch.device) -> "Batch":
+        """The batch with what attention on `device` needs; it stays where it is."""
+        layout = self.sentences.layout.padded_for(device)
+        return replace(self, sentences=replace(self.sentences, layout=layout))
 
     def only(self, names: Collection[str]) -> "tuple[Batch, Tensor]":
         """The batch of some of its tasks, and where (N',) the tokens of that lie in the matrix of this one."""
