@@ -26,6 +26,7 @@ from minbert.trainer.processes.world import World, world_size
 
 def build_accelerator(config: RunConfig, world: World, **kwargs: Any) -> Accelerator:
     """Accelerate's view of this run. `kwargs` go to Accelerator (trackers)."""
+    _leave_out_dtensors()
     if config.parallel.zero_stage is None:
         # Such as one for a single task, which leaves the other tasks' heads without a gradient.
         unused = DistributedDataParallelKwargs(find_unused_parameters=config.leaves_out_parts)
@@ -46,6 +47,14 @@ class _Plugin(DeepSpeedPlugin):
 
     def set_deepspeed_weakref(self) -> None:
         pass
+
+
+def _leave_out_dtensors() -> None:
+    """Keep Accelerate from looking for PyTorch's distributed tensors, which take most of a second to import: no model
+    here has any."""
+    from accelerate import accelerator
+
+    accelerator.model_has_dtensor = lambda model: False
 
 
 def _leave_out_muon() -> None:

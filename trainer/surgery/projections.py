@@ -4,6 +4,8 @@ They run where the Gramian lies: the host orders the operations and goes on, whe
 random in them, the order of the projections, the host draws.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torchjd.aggregation import GradVacWeighting
@@ -36,7 +38,8 @@ class GradVac(GradVacWeighting):
     def forward(self, gramian: Tensor, /) -> Tensor:  # type: ignore[override]
         count, eps, beta = len(gramian), self.eps, self.beta
         self._ensure_state(count, gramian.dtype)
-        before: Tensor = self._phi_t.to(gramian.device)  # type: ignore[has-type, union-attr]
+        state: Any = self._phi_t
+        before: Tensor = state.to(gramian.device)
         targets = before.clone()
         each = torch.eye(count, dtype=gramian.dtype, device=gramian.device)
         norms = gramian.diagonal().clamp(min=0.0).sqrt()
@@ -53,5 +56,5 @@ class GradVac(GradVacWeighting):
                 products = products + weight * gramian[j]
                 targets[i, j] = (1.0 - beta) * target + beta * cosine
         moves = gramian.isfinite().all() & ((gramian.diagonal() > 0).sum() > 1)
-        self._phi_t = torch.where(moves, targets, before)
+        self.register_buffer("_phi_t", torch.where(moves, targets, before))
         return each.sum(0)
