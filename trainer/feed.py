@@ -29,7 +29,9 @@ class Feed(Generic[Key]):
     def __init__(self, make: Callable[[Key], Batch], device: torch.device, ahead: int = AHEAD):
         self.make, self.device, self.ahead = make, device, ahead
         self._made: dict[Key, Future[Batch | Packed]] = {}
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        # Each thread has a current GPU of its own, in whose name it pins memory.
+        setting = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
+        self._thread = ThreadPoolExecutor(1, "batches", *setting)
 
     def __call__(self, key: Key, following: Iterable[Key] = ()) -> Batch:
         """The batch of `key`; those of the keys `following` are begun."""
