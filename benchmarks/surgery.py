@@ -179,7 +179,7 @@ def _torchjd_step(method: str, model, optimizer, plan, splits, world):
 
     def step(number: int) -> None:
         portions = {name: Portion.whole(plan.rows(name, number)) for name in splits}
-        batch = make_batch(splits, portions, draw=(plan.seed, number))
+        batch = make_batch(splits, portions, draw=(plan.seed, number)).to(world.device)
         pooled = Forward(model, batch).pooled
         losses = [
             example_losses(model.tasks[name], model.heads[name](pooled[name]), part.labels).mean()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from minbert.data.batches.layout import Layout, Sentences
+from minbert.data.batches.packing import Packed
 from minbert.data.sequences.draw import Draw
 from minbert.data.sequences.ragged import Ragged
 from minbert.data.sequences.split import Encoded, TokenisedSplit
@@ -71,6 +72,10 @@ class Batch:
     @property
     def tokens(self) -> int:
         return len(self.sentences.input_ids)
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on `device`, by one copy."""
+        return self if device.type == "cpu" else Packed.of(self, device).to(device)
 
     def padded_for(self, device: torch.device) -> "Batch":
         """The batch with what attention on `device` needs; it stays where it is."""

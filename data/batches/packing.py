@@ -6,23 +6,24 @@ that is not pinned makes the host wait.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from minbert.data.batches.batch import Batch
+if TYPE_CHECKING:
+    from minbert.data.batches.batch import Batch
 
 
 @dataclass(frozen=True)
 class Packed:
     """A batch, of whose tensors `buffer` (bytes,) uint8 holds the values, the wider types first: so each is aligned."""
 
-    batch: Batch
+    batch: "Batch"
     buffer: Tensor
 
     @staticmethod
-    def of(batch: Batch, device: torch.device) -> "Packed":
+    def of(batch: "Batch", device: torch.device) -> "Packed":
         """Pack a batch on the host as `device` will want it; in pinned memory if it is a GPU."""
         batch = batch.padded_for(device)
         tensors = _by_width(batch)
@@ -33,7 +34,7 @@ class Packed:
             view.copy_(tensor)
         return Packed(batch, buffer)
 
-    def to(self, device: torch.device) -> Batch:
+    def to(self, device: torch.device) -> "Batch":
         """The batch on `device`. On a GPU the copy is behind the work that waits there, and the host goes on."""
         tensors = _by_width(self.batch)
         views = _views(self.buffer.to(device, non_blocking=True), tensors)
@@ -41,7 +42,7 @@ class Packed:
         return _mapped(self.batch, lambda tensor: moved[id(tensor)])
 
 
-def _by_width(batch: Batch) -> list[Tensor]:
+def _by_width(batch: "Batch") -> list[Tensor]:
     """The batch's tensors, those of one type side by side."""
     found: dict[int, Tensor] = {}
     _mapped(batch, lambda tensor: found.setdefault(id(tensor), tensor))

@@ -175,9 +175,10 @@ def test_every_tensor_comes_out_as_it_went_in(one, two, seed):
 
 
 def test_a_batch_moves_whole_and_by_one_copy():
-    packed = Packed.of(build([3, 4], [5], 0), torch.device("meta"))
-    moved = packed.to(torch.device("meta"))
+    batch = build([3, 4], [5], 0)
+    packed, moved = Packed.of(batch, torch.device("meta")), batch.to(torch.device("meta"))
     tensors = _by_width(moved)
     assert len(tensors) > 12 and all(tensor.device.type == "meta" for tensor in tensors)
     assert sum(tensor.nbytes for tensor in tensors) == len(packed.buffer)
     assert moved.sentences.layout.mask.shape == (6, 1, 1, 5)
+    assert batch.to(torch.device("cpu")) is batch
