@@ -50,7 +50,7 @@ def assemble_step(
     plan: BatchPlan,
     splits: Mapping[str, TokenisedSplit],
     world: World,
-    taught: Mapping[str, Tensor],
+    taught: Mapping[str, Tensor] | None = None,
     is_asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> TrainingStep:
     """The training step over the plan's batches of the training splits, with what teachers say of their rows."""

@@ -233,9 +233,8 @@ class TrainingStep:
         if self._targets:
             said[TEACHER] = self._targets[part]
         if self.taught:
-            tables = {name: self.taught[name] for name in batch.tasks if name in self.taught}
-            rows = {name: torch.from_numpy(self.plan.rows(name, step)).to(self.world.device) for name in tables}
-            said[TEACHERS] = {name: table[rows[name][batch.tasks[name].places]] for name, table in tables.items()}
+            known = [name for name in batch.tasks if name in self.taught]
+            said[TEACHERS] = {name: self.taught[name][batch.tasks[name].numbers] for name in known}
         return said
 
     def _weigh_losses(self, step: int) -> Tensor | None:

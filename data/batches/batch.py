@@ -46,6 +46,7 @@ class TaskBatch:
     labels: Tensor  # (B,) float32, multilabel (B, classes); of tokens (M,) int64
     weights: Tensor  # (B,) float32
     places: Tensor  # (B,) int64, of the examples in the task's global batch
+    numbers: Tensor  # (B,) int64, of the examples in the task's split
     global_size: int
     sides: int
     readings: int
@@ -136,5 +137,6 @@ def _task_batch(part: Encoded, portion: Portion, sentences: Sentences, offsets: 
         token = offsets[first] + part.tokens  # counted through all sequences
         sequence = np.searchsorted(offsets, token, side="right") - 1
         rows = sentences.layout.starts[torch.from_numpy(sequence)] + torch.from_numpy(token - offsets[sequence])
-    places = torch.from_numpy(portion.places) if len(portion.rows) else torch.zeros(1, dtype=torch.int64)
-    return TaskBatch(labels, weights, places, portion.global_size, part.sides, part.readings, first, rows)
+    nothing = torch.zeros(1, dtype=torch.int64)
+    places, numbers = (torch.from_numpy(of) if len(portion.rows) else nothing for of in (portion.places, portion.rows))
+    return TaskBatch(labels, weights, places, numbers, portion.global_size, part.sides, part.readings, first, rows)
