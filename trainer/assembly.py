@@ -3,7 +3,7 @@
 import contextlib
 import io
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from torch import Tensor
 
@@ -51,6 +51,7 @@ def assemble_step(
     splits: Mapping[str, TokenisedSplit],
     world: World,
     taught: Mapping[str, Tensor] | None = None,
+    is_asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> TrainingStep:
     """The training step over the plan's batches of the training splits, with what teachers say of their rows."""
     planned = Budget(config.budget, plan.steps_per_epoch).planned_steps
@@ -68,6 +69,7 @@ def assemble_step(
         objective=build_objective(config, planned),
         copies=copies_of(config, planned),
         taught=taught,
+        is_asked_to_stop=is_asked_to_stop,
     )
     if not step.layers and step.aggregator.source != "losses":
         log.warning("the encoder is frozen, so the tasks share nothing: %s is a plain sum", config.batch.aggregator)

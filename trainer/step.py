@@ -4,8 +4,7 @@ Methods that need only the losses (the plain sum, learned or random weights) tak
 one backward pass. Gradient surgery takes one gradient per task, each reduced over the processes, and combines them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from time import perf_counter
 
@@ -20,39 +19,19 @@ from minbert.data.sequences.split import TokenisedSplit
 from minbert.trainer.engine.base import Engine, gradient_norm
 from minbert.trainer.engine.copies import TEACHER, Decays
 from minbert.trainer.engine.parts import Gradient
+from minbert.trainer.feed import Feed
 from minbert.trainer.model.multitask import Objective, Targets, head_part
 from minbert.trainer.objectives.distillation import TEACHERS
 from minbert.trainer.objectives.supervised import supervised
 from minbert.trainer.processes.random_state import stream
 from minbert.trainer.processes.world import World
+from minbert.trainer.result import StepResult
 from minbert.trainer.surgery.combination import Gramians, combine, drop_signs, gramians
-from minbert.trainer.surgery.conflicts import summary
 from minbert.trainer.surgery.methods import Aggregator
 
+BatchKey = tuple[tuple[str, ...], int, int]  # tasks, step, part
+
 _NOTHING = torch.zeros(())  # of which a sum starts; on the CPU, it adds to what is on any device
-
-
-@dataclass
-class StepResult:
-    """What a step did. `losses`: each task's mean over the global batch. `grad_norm`: before clipping.
-
-    `skipped` says why the model was not updated, if so. `weights`: each task's share in the update of the encoder, that
-    is the method's weight times the configured one. It and `gramians` are there if the step looked at them.
-    """
-
-    losses: dict[str, float]
-    tokens: int  # that this process trained on
-    seconds: float = 0.0  # that the step took
-    grad_norm: float = float("nan")
-    skipped: str | None = None
-    weights: dict[str, float] = field(default_factory=dict)
-    gramians: Gramians | None = None
-
-    @property
-    def measurements(self) -> dict[str, float]:
-        """What the step looked at, as metrics: the tasks' weights, and how their gradients conflict."""
-        record = {f"weight/{name}": weight for name, weight in self.weights.items()}
-        return record if self.gramians is None else record | summary(list(self.losses), self.gramians)
 
 
 class TrainingStep:
@@ -73,6 +52,7 @@ class TrainingStep:
         rates: Callable[[int], Mapping[str, float]] | None = None,
         copies: Decays | None = None,
         taught: Mapping[str, Tensor] | None = None,
+        is_asked_to_stop: Callable[[], bool] = lambda: False,
     ):
         self.engine, self.plan, self.splits, self.world = engine, plan, splits, world
         self.accumulation, self.clip, self.per_layer = accumulation, clip, per_layer
@@ -80,6 +60,7 @@ class TrainingStep:
         self.rates = rates or (lambda step: engine.peak_rates)
         self.copies = copies or {}
         self.taught = taught or {}  # what teachers say of the rows of a task's training split, (n, outputs)
+        self.is_asked_to_stop = is_asked_to_stop  # this process, of several
         self._targets: list[dict[str, Tensor]] = []  # of the step under way, by its parts
         for name in self.copies:
             engine.keep_copy(name)
@@ -87,6 +68,8 @@ class TrainingStep:
         self.layers = engine.shared_parts
         groups = max(1, len(self.layers)) if per_layer else 1
         self.aggregator = Aggregator(aggregator, len(plan.names), plan.seed, groups)
+        self.feed = Feed(self._make_batch, world.device)
+        self._batches: dict[BatchKey, Batch] = {}
 
     def __call__(self, step: int, measure: bool = False) -> StepResult:
         """Train on step `step`'s batches. `measure` asks for the Gramian though the method may not need it."""
@@ -97,8 +80,7 @@ class TrainingStep:
             result, gradient = self._weighted_losses(step)
         else:
             result, gradient = self._surgery(step)
-        if not result.skipped:
-            self._update(gradient, step, result)
+        self._update(gradient, step, result)
         if self.aggregator.wants_losses_after and not result.skipped:
             self.aggregator.observe(self._losses_without_gradient(step))
         result.seconds = perf_counter() - started
@@ -125,14 +107,15 @@ class TrainingStep:
             batch = self.batch(names, step, part)
             losses = self._losses(batch, step, part)
             if weights is None and self.aggregator.name != "sum":  # one part: its losses are the step's
-                weights = self._agree(self.aggregator.from_losses(self._global(losses), step))
+                weights = self._agree(self.aggregator.from_losses(self._global(losses).cpu(), step))
             totals = {name: totals[name] + losses[name].detach() for name in names}
             tokens += batch.tokens
             return sum((losses[name] * self._weight(weights, name) for name in names), _NOTHING)
 
         (gradient,) = self._gradients(step, [loss])
-        result = StepResult(_named(names, self._global(totals)), tokens)
-        result.weights = {name: self._weight(weights, name) for name in names}
+        result = StepResult(step, names, self._global(totals, asks=True), tokens)
+        shares = torch.ones(len(names), dtype=torch.float64) if weights is None else weights
+        result.weigh(shares, self.task_weights)
         return result, gradient
 
     def _surgery(self, step: int) -> tuple[StepResult, Gradient]:
@@ -149,16 +132,12 @@ class TrainingStep:
             return own * self.task_weights.get(name, 1.0)
 
         gradients = self._gradients(step, [partial(loss, name) for name in names])
-        losses = self._global(totals)
+        losses = self._global(totals, asks=True)
         products = gramians(self.engine, gradients, self.layers)
-        result = StepResult(_named(names, losses), tokens, gramians=products)
-        broken = [name for name, square in zip(names, products.encoder.diagonal()) if not square.isfinite()]
-        if broken:
-            result.skipped = f"the gradient of {' and '.join(broken)} is not finite"
-            return result, []
+        result = StepResult(step, names, losses, tokens, products)
         if self.aggregator.source == "coordinates":
             return result, drop_signs(self.engine.shards, gradients, stream(self.plan.seed, "graddrop", step))
-        weights = self._agree(self._weights(products, losses, step))
+        weights = self._agree(self._weights(products, losses[: len(names)], step))
         by_layer = weights if weights.ndim == 2 else weights.expand(len(self.layers), -1)
         heads = torch.ones(len(names))  # surgery is for what the tasks share
         if self.aggregator.source == "losses":
@@ -166,7 +145,7 @@ class TrainingStep:
         rates = self._rates(step)
         trained = [index for index, layer in enumerate(self.layers) if rates.get(layer)]
         mean = weights if weights.ndim == 1 else weights[trained or ...].mean(0)
-        result.weights = {name: self._weight(mean, name) for name in names}
+        result.weigh(mean, self.task_weights)
         per_task = [dict(zip(self.layers, column.tolist())) for column in by_layer.T]
         return result, combine(self.engine.shards, gradients, per_task, heads.tolist())
 
@@ -188,34 +167,60 @@ class TrainingStep:
         if len(losses) == 1 or self.aggregator.name == "sum":
             return torch.ones(len(losses), dtype=torch.float64)
         if self.aggregator.source == "losses":
-            return self.aggregator.from_losses(losses, step)
+            return self.aggregator.from_losses(losses.cpu(), step)
         if not self.layers:  # a frozen encoder: the tasks share nothing
             return torch.ones(len(losses), dtype=torch.float64)
         return self.aggregator.from_gramian(products.by_layer if self.per_layer else products.encoder, step)
 
     def _update(self, gradient: Gradient, step: int, result: StepResult) -> None:
-        """Clip, step, and let the copies of the weights follow; or skip, if the gradient is not finite."""
-        result.grad_norm = gradient_norm(self.engine, gradient)
-        if not result.grad_norm < float("inf"):
-            broken = [name for name, loss in result.losses.items() if not abs(loss) < float("inf")]
-            result.skipped = f"the gradient is not finite{', nor the loss of ' if broken else ''}{' and '.join(broken)}"
-            return
-        if self.clip and result.grad_norm > self.clip:
-            scale = self.clip / (result.grad_norm + 1e-6)
-            torch._foreach_mul_([part for part in gradient if part is not None], scale)
-        self.engine.update(gradient, self._rates(step))
+        """Clip, step, and let the copies of the weights follow. A gradient that is not finite leaves all of them as
+        they are, without the host's knowing; `result` tells who asks."""
+        norm = gradient_norm(self.engine, gradient)
+        finite = result.measure(norm)
+        if self.clip:
+            self._clip(gradient, norm)
+        self.engine.update(gradient, self._rates(step), finite)
         for name, decay in self.copies.items():
-            self.engine.move_copy(name, decay(step))
+            self.engine.move_copy(name, decay(step), finite)
+
+    def _clip(self, gradient: Gradient, norm: Tensor) -> None:
+        # On a CPU it costs nothing to look, and something to multiply by one.
+        if norm.device.type != "cpu" or norm > self.clip:
+            scale = torch.where(norm > self.clip, self.clip / (norm + 1e-6), 1.0)
+            torch._foreach_mul_([part for part in gradient if part is not None], scale)
 
     def batch(self, names: tuple[str, ...], step: int, part: int) -> Batch:
-        """This process's slice of part `part` of the tasks' batches of the step."""
+        """This process's slice of part `part` of the tasks' batches of the step, of which it keeps those it has."""
+        key = names, step, part
+        if key not in self._batches:
+            self._batches = {other: batch for other, batch in self._batches.items() if other[1] == step}
+            self._batches[key] = self.feed(key, self._following(*key))
+        return self._batches[key]
+
+    def _following(self, names: tuple[str, ...], step: int, part: int) -> Iterator[BatchKey]:
+        """What is asked for after that: the other parts, then the other tasks where each has a batch of its own, and
+        the next steps alike."""
+        while True:
+            tasks = self.plan.tasks(step)
+            together = names == tasks
+            if part + 1 < self.accumulation:
+                part += 1
+            elif not together and names[0] != tasks[-1]:
+                names, part = (tasks[tasks.index(names[0]) + 1],), 0
+            else:
+                step, part = step + 1, 0
+                names = self.plan.tasks(step)[: None if together else 1]
+            yield names, step, part
+
+    def _make_batch(self, key: BatchKey) -> Batch:
+        names, step, part = key
         portions = {}
         for name in names:
             rows = self.plan.rows(name, step)
             places = share(share(np.arange(len(rows)), part, self.accumulation), self.world.rank, self.world.size)
             size = self.splits[name].total(rows, Draw(self.plan.seed, name, step, np.arange(len(rows))))
             portions[name] = Portion(rows[places], places, size)
-        return make_batch(self.splits, portions, draw=(self.plan.seed, step)).to(self.world.device)
+        return make_batch(self.splits, portions, draw=(self.plan.seed, step))
 
     def _losses(self, batch: Batch, step: int, part: int) -> dict[str, Tensor]:
         """This process's part of each task's mean loss over the global batch."""
@@ -228,9 +233,8 @@ class TrainingStep:
         if self._targets:
             said[TEACHER] = self._targets[part]
         if self.taught:
-            tables = {name: self.taught[name] for name in batch.tasks if name in self.taught}
-            rows = {name: torch.from_numpy(self.plan.rows(name, step)).to(self.world.device) for name in tables}
-            said[TEACHERS] = {name: table[rows[name][batch.tasks[name].places]] for name, table in tables.items()}
+            known = [name for name in batch.tasks if name in self.taught]
+            said[TEACHERS] = {name: self.taught[name][batch.tasks[name].numbers] for name in known}
         return said
 
     def _weigh_losses(self, step: int) -> Tensor | None:
@@ -246,11 +250,15 @@ class TrainingStep:
         for part in range(self.accumulation):
             losses = self._losses(self.batch(names, step, part), step, part)
             totals = {name: totals[name] + losses[name] for name in names}
-        return self._global(totals)
+        return self._global(totals).cpu()
 
-    def _global(self, losses: Mapping[str, Tensor]) -> Tensor:
-        """The tasks' losses (T,) over all processes, float64 on the CPU."""
-        return self.world.sum(torch.stack([loss.detach().double() for loss in losses.values()])).cpu()
+    def _global(self, losses: Mapping[str, Tensor], asks: bool = False) -> Tensor:
+        """The tasks' losses (T,) over all processes, float64; of several that are `asks`ed, and then how many of them
+        are to stop (T + 1,): that goes along with what must be summed up anyway."""
+        values = torch.stack([loss.detach() for loss in losses.values()]).double()
+        if asks and self.world.size > 1:
+            values = torch.cat([values, values.new_full((1,), self.is_asked_to_stop())])
+        return self.world.sum(values)
 
     def _weight(self, weights: Tensor | None, name: str) -> float:
         own = 1.0 if weights is None else float(weights[self.plan.names.index(name)])
@@ -258,11 +266,8 @@ class TrainingStep:
 
     def _agree(self, weights: Tensor) -> Tensor:
         """Rank 0's weights: solvers on other machines may differ in the last digit, and the model must not."""
-        if self.world.size > 1:
-            weights = weights.to(self.world.device)
-            torch.distributed.broadcast(weights, src=0)
-        return weights.cpu()
-
-
-def _named(names: tuple[str, ...], values: Tensor) -> dict[str, float]:
-    return dict(zip(names, values.tolist(), strict=True))
+        if self.world.size == 1:
+            return weights
+        agreed = weights.to(self.world.device)
+        torch.distributed.broadcast(agreed, src=0)
+        return agreed.to(weights.device)

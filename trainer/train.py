@@ -1,7 +1,9 @@
 """The training run: what every process executes, from the run folder to the last checkpoint."""
 
 import contextlib
+import gc
 import logging
+from collections import deque
 from enum import Enum
 
 from minbert.data.errors import UserError
@@ -12,6 +14,7 @@ from minbert.trainer.metrics import MetricsWindow
 from minbert.trainer.processes import world as distributed
 from minbert.trainer.processes.stop import Stopped, StopRequest
 from minbert.trainer.processes.world import World
+from minbert.trainer.result import StepResult
 from minbert.trainer.run.budget import Budget
 from minbert.trainer.run.data import build_plan, load_splits
 from minbert.trainer.run.folder import RunFolder
@@ -19,11 +22,12 @@ from minbert.trainer.run.preparation import identity
 from minbert.trainer.run.reporting import Reporter
 from minbert.trainer.run.saving import RunSaving
 from minbert.trainer.run.teachers import ask_teachers
-from minbert.trainer.step import StepResult
 from minbert.trainer.surgery.conflicts import gramian_record
 from minbert.trainer.surgery.own_code import use_source
 
 log = logging.getLogger(__name__)
+
+WARM_UP = 3  # steps
 
 
 class Outcome(Enum):
@@ -66,10 +70,13 @@ class Training:
         taught = ask_teachers(config, world, lambda: stop.reached_any(world))
         self.saving = RunSaving(config, run, world, self.plan, identity(config, run, train), force)
         self.engine = assemble_engine(config, run, world, pretrained=self.saving.found is None)
-        self.training_step = assemble_step(config, self.engine, self.plan, train, world, taught)
+        is_asked_to_stop = lambda: stop.signal is not None  # noqa: E731
+        self.training_step = assemble_step(config, self.engine, self.plan, train, world, taught, is_asked_to_stop)
         self.reporter = Reporter(run, self.engine.accelerator)
         self.state = self.saving.restore(self.engine, self.training_step.aggregator)
         self.window = MetricsWindow(world, self.state.window)
+        self.waits = world.device.type != "cpu"  # whether a look at a number makes the host wait
+        self.latest: deque[StepResult] = deque(maxlen=2 if self.waits else 1)
 
     def run(self) -> Outcome:
         """Train until the budget, early stopping or a request to stop ends it."""
@@ -83,6 +90,9 @@ class Training:
         except BaseException:
             self.saving.abandon()
             raise
+        finally:
+            self.training_step.feed.close()
+            gc.unfreeze()
         self.reporter.end()
         if outcome is Outcome.FINISHED:
             say(f"Finished: {self.budget.ending(state)}")
@@ -90,6 +100,7 @@ class Training:
 
     def _loop(self) -> Outcome:
         state, budget = self.state, self.budget
+        warm = state.step + WARM_UP
         while True:
             if budget.evaluation_is_due(state) and not self._evaluate():
                 return self._interrupted()
@@ -99,8 +110,13 @@ class Training:
             if finished:
                 return Outcome.FINISHED
             self._train_one_step()
-            if self.stop.reached_any(self.world):
+            if self._is_to_stop():
                 return self._interrupted()
+            if state.step == warm:
+                # What is there now stays to the end of the run, and is so much that going through it stops the step for
+                # tenths of a second each time. What comes later is looked at as ever.
+                gc.collect()
+                gc.freeze()
 
     def _interrupted(self) -> Outcome:
         """Save before leaving. Raises UserError if that fails."""
@@ -118,13 +134,28 @@ class Training:
         measured = every is not None and (state.step + 1) % every == 0
         result = self.training_step(state.step, measured)
         state.step += 1
-        self._notice_skipped(result)
         self.window.add(result)
-        if measured or state.step % self.config.log_every == 0:
+        self.latest.append(result)
+        if self.waits and self.world.size > 1:
+            result.send()
+        is_logged = measured or state.step % self.config.log_every == 0
+        if is_logged or not self.waits:
+            self._look()
+        if is_logged:
             self._log(result)
         if state.step % self.plan.steps_per_epoch == 0:
             self.training_step.aggregator.end_epoch()
         self.reporter.progress.advance(state.step)
+
+    def _is_to_stop(self) -> bool:
+        """Whether some process was asked to stop, which all of them learn after the same step.
+
+        Of several, each tells the others along with a step's losses; on a GPU that is read when the next step is on its
+        way, which then is the last.
+        """
+        if self.world.size == 1:
+            return self.stop.signal is not None
+        return len(self.latest) == self.latest.maxlen and self.latest[0].stops
 
     def _log(self, result: StepResult) -> None:
         step, layers = self.state.step, self.training_step.layers
@@ -137,20 +168,22 @@ class Training:
         if self.world.is_main and result.gramians is not None:
             self.folder.append_gramians(gramian_record(step, list(result.losses), result.gramians))
 
-    def _notice_skipped(self, result: StepResult) -> None:
-        """Log a skipped step; give up on a run that keeps skipping."""
-        if not result.skipped:
-            self.state.skipped = 0
-            return
-        self.state.skipped += 1
-        losses = ", ".join(f"{name} {loss:g}" for name, loss in result.losses.items())
-        log.warning("step %d skipped: %s (losses: %s)", self.state.step, result.skipped, losses)
-        if self.state.skipped >= self.config.batch.max_skipped:
-            raise UserError(
-                f"the last {self.state.skipped} steps, up to step {self.state.step}, were skipped: {result.skipped}.\n"
-                "The model cannot be updated any more. A smaller lr, a longer warmup, or precision=fp32 may help; the "
-                f"checkpoints in {self.folder.checkpoints} are from before."
-            )
+    def _look(self) -> None:
+        """Read what the steps did since the last look. Log those that were skipped; give up on a run that keeps
+        skipping."""
+        for result in self.window.read():
+            if not result.skipped:
+                self.state.skipped = 0
+                continue
+            self.state.skipped += 1
+            losses = ", ".join(f"{name} {loss:g}" for name, loss in result.losses.items())
+            log.warning("step %d skipped: %s (losses: %s)", result.step + 1, result.skipped, losses)
+            if self.state.skipped >= self.config.batch.max_skipped:
+                raise UserError(
+                    f"the last {self.state.skipped} steps, up to step {result.step + 1}, were skipped: "
+                    f"{result.skipped}.\nThe model cannot be updated any more. A smaller lr, a longer warmup, or "
+                    f"precision=fp32 may help; the checkpoints in {self.folder.checkpoints} are from before."
+                )
 
     def _evaluate(self) -> bool:
         """Score the dev splits and keep the model if it is the best so far.
@@ -158,6 +191,7 @@ class Training:
         Returns False, and leaves everything as it was, if the run was asked to stop meanwhile.
         """
         state, tasks = self.state, self.config.corpus.tasks
+        self._look()  # so that the steps' time has what the device has left to do
         with self.engine.evaluating():
             scores = evaluate(self.engine, tasks, self.dev, self.world, stop=lambda: self.stop.reached_any(self.world))
             if scores is None:
@@ -169,5 +203,6 @@ class Training:
         return True
 
     def _save(self, wait: bool = False) -> bool:
+        self._look()
         self.state.window = self.window.content()
         return self.saving.save(self.state, wait)

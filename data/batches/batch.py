@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from minbert.data.batches.layout import Layout, Sentences
+from minbert.data.batches.packing import Packed
 from minbert.data.sequences.draw import Draw
 from minbert.data.sequences.ragged import Ragged
 from minbert.data.sequences.split import Encoded, TokenisedSplit
@@ -45,6 +46,7 @@ class TaskBatch:
     labels: Tensor  # (B,) float32, multilabel (B, classes); of tokens (M,) int64
     weights: Tensor  # (B,) float32
     places: Tensor  # (B,) int64, of the examples in the task's global batch
+    numbers: Tensor  # (B,) int64, of the examples in the task's split
     global_size: int
     sides: int
     readings: int
@@ -60,11 +62,6 @@ class TaskBatch:
         """How many of the batch's sequences are the task's."""
         return self.sides * self.readings * len(self)
 
-    def to(self, device: torch.device) -> "TaskBatch":
-        rows = None if self.rows is None else self.rows.to(device, non_blocking=True)
-        names = ("labels", "weights", "places")
-        return replace(self, rows=rows, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
-
 
 @dataclass(frozen=True)
 class Batch:
@@ -78,7 +75,13 @@ class Batch:
         return len(self.sentences.input_ids)
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(self.sentences.to(device), {name: part.to(device) for name, part in self.tasks.items()})
+        """The batch on `device`, by one copy."""
+        return self if device.type == "cpu" else Packed.of(self, device).to(device)
+
+    def padded_for(self, device: torch.device) -> "Batch":
+        """The batch with what attention on `device` needs; it stays where it is."""
+        layout = self.sentences.layout.padded_for(device)
+        return replace(self, sentences=replace(self.sentences, layout=layout))
 
     def only(self, names: Collection[str]) -> "tuple[Batch, Tensor]":
         """The batch of some of its tasks, and where (N',) the tokens of that lie in the matrix of this one."""
@@ -134,5 +137,6 @@ def _task_batch(part: Encoded, portion: Portion, sentences: Sentences, offsets: 
         token = offsets[first] + part.tokens  # counted through all sequences
         sequence = np.searchsorted(offsets, token, side="right") - 1
         rows = sentences.layout.starts[torch.from_numpy(sequence)] + torch.from_numpy(token - offsets[sequence])
-    places = torch.from_numpy(portion.places) if len(portion.rows) else torch.zeros(1, dtype=torch.int64)
-    return TaskBatch(labels, weights, places, portion.global_size, part.sides, part.readings, first, rows)
+    nothing = torch.zeros(1, dtype=torch.int64)
+    places, numbers = (torch.from_numpy(of) if len(portion.rows) else nothing for of in (portion.places, portion.rows))
+    return TaskBatch(labels, weights, places, numbers, portion.global_size, part.sides, part.readings, first, rows)

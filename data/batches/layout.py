@@ -55,11 +55,15 @@ class Layout:
         mask = (torch.arange(longest) < self.lengths[:, None])[:, None, None, :]
         return replace(self, cells=self.sequence * longest + self.position, mask=mask)
 
+    def padded_for(self, device: torch.device) -> "Layout":
+        """The layout as attention on `device` wants it; it stays where it is."""
+        return self if device.type == "cpu" or self.cells is not None else self.padded()
+
     def to(self, device: torch.device) -> "Layout":
-        """The layout as attention on `device` wants it."""
+        """`padded_for` the device, and there."""
         if device.type == "cpu":
             return self
-        padded = self if self.cells is not None else self.padded()
+        padded = self.padded_for(device)
         names = ("starts", "lengths", "sequence", "position", "cells", "mask")
         return replace(padded, **{name: getattr(padded, name).to(device, non_blocking=True) for name in names})
 
@@ -88,7 +92,3 @@ class Sentences:
             token_type_ids = torch.zeros_like(input_ids)
         where = layout.sequence, layout.position
         return Sentences(input_ids[where], token_type_ids[where], layout)
-
-    def to(self, device: torch.device) -> "Sentences":
-        ids, types = (part.to(device, non_blocking=True) for part in (self.input_ids, self.token_type_ids))
-        return Sentences(ids, types, self.layout.to(device))

@@ -32,7 +32,7 @@ def read_course(folder: Path, task: Task, split: Split, bad_rows: BadRows = "ref
     if not path.is_file():
         raise DataError(f"{path} does not exist; the files of {task.name} are {files}. {SOURCES}")
     rows = (
-        row._replace(id=row.id.lower()) if isinstance(row, Row) else row
+        Row(row.where, row.id.lower(), row.sentences, row.label) if isinstance(row, Row) else row
         for row in read_delimited(path, task, split, "\t")
     )
     return collect(task, split, str(path), rows, bad_rows, course.known_defects)
@@ -45,8 +45,9 @@ def read_delimited(path: Path, task: Task, split: Split, delimiter: str) -> Iter
     if header is None:
         raise DataError(f"{path} is empty")
     id_at, sentences_at, label_at = _find_columns(path, header, task, split, delimiter)
+    name = path.name
     for number, (line, last_line, record) in enumerate(lines):
-        where = f"{path.name}:{line}"
+        where = f"{name}:{line}"
         if len(record) != len(header):
             reason = f"{len(record)} fields where the header has {len(header)}"
             if last_line > line:

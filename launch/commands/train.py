@@ -12,6 +12,7 @@ from minbert.trainer.config import RunConfig
 from minbert.trainer.model.memory import require_memory
 from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.processes.world import require_devices
+from minbert.trainer.run.data import reading_once
 from minbert.trainer.run.preparation import known_shape, new_run_path, prepare
 from minbert.trainer.run.progress import say
 
@@ -34,7 +35,7 @@ def start(config: RunConfig, force: bool, apart: bool = False) -> int:
     require_devices(config.parallel, config.parallel.processes)
     if shape := known_shape(config):
         require_memory(config, shape, config.parallel.processes)
-    with lock_runs([config.run]):
+    with lock_runs([config.run]), reading_once() as data:
         run = prepare(config, force)
         say(f"Run folder: {run.path}", config)
         if config.parallel.processes == 1 and not apart:
@@ -42,6 +43,7 @@ def start(config: RunConfig, force: bool, apart: bool = False) -> int:
 
             code = work(run, force)
         else:
+            data.clear()  # the processes have their own
             command = [sys.executable, "-m", "minbert.launch.worker", str(run.path), "--locked"]
             code = launch(command + ["--force"] * force, config.parallel.processes, run.logs)
     if code == ExitCode.INTERRUPTED:

@@ -34,6 +34,7 @@ from scipy.stats import pearsonr
 from minbert.data.errors import UserError, disk_trouble
 from minbert.data.files import replacing
 from minbert.data.sources.loading import load_examples
+from minbert.data.task import SPLITS
 from minbert.launch.main import main
 from minbert.launch.options import parse_run_config
 from minbert.launch.results import predict_splits, whole_splits
@@ -41,6 +42,7 @@ from minbert.launch.words import read_options
 from minbert.launch.worker import work
 from minbert.trainer.evaluation.prediction_files import prediction_file_name
 from minbert.trainer.processes.stop import StopRequest
+from minbert.trainer.run import data
 from minbert.trainer.run.folder import RunFolder
 
 COMMAND = [sys.executable, "-m", "minbert.launch.main"]
@@ -561,6 +563,20 @@ def test_predictions_hear_a_stop_between_two_batches_and_show_how_far_they_are(t
     }
     monkeypatch.setattr("minbert.trainer.run.progress.QUIET", 30.0)
     assert predict("quiet", 10**9, terminal=False)[1] == ""
+
+
+def test_a_start_reads_each_split_once(tmp_path, monkeypatch):
+    """For the vocabulary, the tokens, the training and the scores."""
+    asked, read = [], data.load_examples
+    monkeypatch.setattr(data, "load_examples", lambda *found: asked.append((found[1].name, found[2])) or read(*found))
+    options = ["--train-limit", "40", "--batch-size", "8", "--steps", "2", "--trackers"]
+    assert minbert("train", "--run", tmp_path / "run", *options) == 0
+    assert sorted(asked) == sorted((task, split) for task in ("sst", "quora", "sts") for split in SPLITS)
+    asked.clear()
+    with data.reading_once() as kept:
+        config = RunFolder(tmp_path / "run").read_config()
+        splits = [data.load_splits(config, RunFolder(tmp_path / "run"), "train") for _ in range(2)]
+        assert len(asked) == len(kept) == 3 and all(splits[0][name] is splits[1][name] for name in splits[0])
 
 
 def test_the_terminal_shows_progress_and_no_chatter(tmp_path):

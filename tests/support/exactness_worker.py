@@ -106,9 +106,11 @@ def run_case(run: RunFolder, case: dict, world: World, out: Path) -> None:
         if number == case.get("broken_step"):
             labels = splits["sts"].labels.copy()
             splits["sts"].labels[:] = float("nan")
+            step.feed._made.clear()  # they may have been made before
             result = step(number)
             assert result.skipped and "sts" in result.skipped, result.skipped
             splits["sts"].labels[:] = labels
+            step.feed._made.clear()
             continue
         result = step(number)
         assert result.skipped is None, result.skipped

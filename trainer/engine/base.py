@@ -26,6 +26,7 @@ from minbert.trainer.processes.world import World, world_size
 
 def build_accelerator(config: RunConfig, world: World, **kwargs: Any) -> Accelerator:
     """Accelerate's view of this run. `kwargs` go to Accelerator (trackers)."""
+    _leave_out_dtensors()
     if config.parallel.zero_stage is None:
         # Such as one for a single task, which leaves the other tasks' heads without a gradient.
         unused = DistributedDataParallelKwargs(find_unused_parameters=config.leaves_out_parts)
@@ -46,6 +47,14 @@ class _Plugin(DeepSpeedPlugin):
 
     def set_deepspeed_weakref(self) -> None:
         pass
+
+
+def _leave_out_dtensors() -> None:
+    """Keep Accelerate from looking for PyTorch's distributed tensors, which take most of a second to import: no model
+    here has any."""
+    from accelerate import accelerator
+
+    accelerator.model_has_dtensor = lambda model: False
 
 
 def _leave_out_muon() -> None:
@@ -150,12 +159,14 @@ class Engine:
             parameter.grad = None
         return gradient
 
-    def update(self, gradient: Gradient, rates: Mapping[str, float]) -> None:
+    def update(self, gradient: Gradient, rates: Mapping[str, float], finite: Tensor) -> None:
         """One optimizer step with this gradient, at the learning rate of each part of the model.
 
         A part at rate zero, or without one, stays as it is: no weight decay, and neither moments nor their bias
-        correction move.
+        correction move. So does everything where `finite`, a () bool on the device, is false.
         """
+        # As for a scaler of fp16 gradients: where it is not zero, the fused kernel changes nothing.
+        self.torch_optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
         self._rates = rates
         for group in self.optimizer.param_groups:
             group["lr"] = rates.get(group["name"], 0.0)
@@ -210,10 +221,11 @@ class Engine:
         self.copies = tuple(dict.fromkeys((*self.copies, name)))
 
     @torch.no_grad()
-    def move_copy(self, name: str, decay: float) -> None:
-        """copy <- decay * copy + (1 - decay) * weights."""
+    def move_copy(self, name: str, decay: float, finite: Tensor) -> None:
+        """copy <- decay * copy + (1 - decay) * weights; or nothing, as in `update`."""
         weights = [tensor.detach() for _, tensor in self._optimized()]
-        torch._foreach_lerp_(self._copy(name), weights, 1.0 - decay)
+        share = finite * (1.0 - decay)
+        torch._foreach_lerp_(self._copy(name), weights, [share] * len(weights))
 
     @contextlib.contextmanager
     def exchanged(self, name: str) -> Iterator[None]:
@@ -308,11 +320,11 @@ class Engine:
         return contextlib.nullcontext()
 
 
-def gradient_norm(engine: Engine, gradient: Sequence[Tensor | None]) -> float:
-    """Euclidean norm of a gradient over all shards. Collective."""
+def gradient_norm(engine: Engine, gradient: Sequence[Tensor | None]) -> Tensor:
+    """Euclidean norm () of a gradient over all shards, float64. Collective."""
     parts = [part for part in gradient if part is not None and part.numel()]
     device = engine.accelerator.device
     squares = torch.zeros((), dtype=torch.float64, device=device)
     if parts:
         squares = torch.stack(torch._foreach_norm(parts)).double().square().sum()
-    return float(engine.sum_over_shards(squares).sqrt())
+    return engine.sum_over_shards(squares).sqrt()

@@ -7,6 +7,7 @@ because a step leaves those that it does not train as they are.
 
 import math
 from collections.abc import Iterable
+from inspect import unwrap
 
 import torch
 from torch import Tensor
@@ -72,9 +73,20 @@ def first_steps(total: int, config: OptimizerConfig, parts: Iterable[str]) -> di
     return starts
 
 
+class AdamW(torch.optim.AdamW):
+    """PyTorch's own, as it is without torch.compile. To keep that off these functions, PyTorch wraps them in others,
+    which import the compiler: a second of every process for something that is not used."""
+
+    add_param_group = unwrap(torch.optim.AdamW.add_param_group)
+    state_dict = unwrap(torch.optim.AdamW.state_dict)
+    load_state_dict = unwrap(torch.optim.AdamW.load_state_dict)
+    zero_grad = unwrap(torch.optim.AdamW.zero_grad)
+    step = torch.no_grad()(unwrap(torch.optim.AdamW.step))
+
+
 def build_optimizer(model: MultitaskModel, config: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW (Loshchilov and Hutter 2019) with bias-corrected moments, in one fused kernel per group."""
-    return torch.optim.AdamW(parameter_groups(model, config), fused=True)
+    return AdamW(parameter_groups(model, config), fused=True)
 
 
 def rate_factor(step: int, total: int, config: OptimizerConfig, first: int = 0) -> float:

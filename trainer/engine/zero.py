@@ -6,7 +6,7 @@ start afresh; handing a combination back and stepping the engine updates with it
 """
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -28,6 +28,10 @@ class DeepSpeedEngine(Engine):
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self.model.backward(loss)  # accelerator.backward would step the engine, too
+
+    def update(self, gradient: Gradient, rates: Mapping[str, float], finite: Tensor) -> None:
+        if finite:  # DeepSpeed waits for its gradients' norms in any case
+            super().update(gradient, rates, finite)
 
     def _step(self) -> None:
         self.model.step()

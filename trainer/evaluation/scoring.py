@@ -2,18 +2,21 @@
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import closing
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from minbert.data.batches.batch import Portion, make_batch
+from minbert.data.batches.batch import Batch, Portion, make_batch
 from minbert.data.sequences.split import TokenisedSplit
 from minbert.data.task import CORRELATIONS, Task
+from minbert.trainer.feed import Feed
 from minbert.trainer.objectives.supervised import predictions
 from minbert.trainer.processes.world import World
 
 TOKENS_PER_BATCH = 8192
+ASKED_EVERY = 32  # batches
 LARGEST = sys.float_info.max
 ROUNDING = 1e-6  # relative: a few units in the last place of fp32
 
@@ -33,21 +36,31 @@ def outputs(
     """Raw outputs (n, outputs) for a whole split, in its order, on every process; `model` is anything called like the
     model.
 
-    None if `stop`, which all processes ask before each batch, said so.
+    None if `stop` said so. It is asked before each batch; where processes must ask together and a batch is short, on
+    GPUs, before each of `ASKED_EVERY` that they have.
 
-    The split is ordered by length and cut into batches of similar token counts, which the processes share out. Each
-    writes its outputs into its rows of a matrix of zeros, and the sum over processes is the result: no padding
-    of the split, no duplicates. All processes run equally many batches, as sharded parameters demand.
+    The split is ordered by length and cut into batches of similar token counts, which the processes share out and make
+    ahead, as in training. Each writes its outputs into its rows of a matrix of zeros, and the sum over processes is the
+    result: no padding of the split, no duplicates, one exchange. All processes run equally many batches, as sharded
+    parameters demand.
     """
     result = torch.zeros(len(split), task.outputs, device=world.device)
     chunks = _chunks(split)
-    for turn in range(-(-len(chunks) // world.size)):
-        if stop():
-            return None
-        index = turn * world.size + world.rank
-        rows = chunks[index] if index < len(chunks) else np.zeros(0, dtype=np.int64)
-        batch = make_batch({task.name: split}, {task.name: Portion.whole(rows)}).to(world.device)
-        result[torch.from_numpy(rows).to(world.device)] = model(batch)[task.name][: len(rows)]
+    turns = -(-len(chunks) // world.size)
+    chunks += [np.zeros(0, np.int64)] * (turns * world.size - len(chunks))
+
+    def make(turn: int) -> Batch:
+        rows = chunks[turn * world.size + world.rank]
+        return make_batch({task.name: split}, {task.name: Portion(rows, rows, len(rows))})
+
+    asked_every = ASKED_EVERY if world.size > 1 and world.device.type != "cpu" else 1
+    with closing(Feed(make, world.device)) as feed:
+        for turn in range(turns):
+            if turn % asked_every == 0 and stop():
+                return None
+            batch, count = feed(turn, range(turn + 1, turns)), len(chunks[turn * world.size + world.rank])
+            found = model(batch)[task.name]
+            result.index_copy_(0, batch.tasks[task.name].places[:count], found[:count])
     return world.sum(result).cpu()
 
 

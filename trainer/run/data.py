@@ -1,7 +1,9 @@
 """A run's data as its configuration wants them: examples, tokens, and the plan of its batches."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from minbert.data.augmentation.augmented import Augmentation, AugmentedSplit, appended, read_augmentation
 from minbert.data.batches.plan import BatchPlan
@@ -16,14 +18,32 @@ from minbert.trainer.config import RunConfig
 from minbert.trainer.run.budget import Budget
 from minbert.trainer.run.folder import RunFolder
 
+_kept: dict[tuple, Any] | None = None  # inside `reading_once`: tokens, and examples until they are tokenised
+
+
+@contextmanager
+def reading_once() -> Iterator[dict]:
+    """Inside, a split is read, checked and fingerprinted once, for all who ask: what is prepared, trained on and scored
+    in one process is the same, whatever becomes of the files meanwhile. Yields what is kept, to be emptied at will."""
+    global _kept
+    before, _kept = _kept, {}
+    try:
+        yield _kept
+    finally:
+        _kept = before
+
 
 def load_examples_of(config: RunConfig, task: str, split: Split) -> Examples:
     """A split's examples, as many as the configuration wants."""
-    corpus = config.corpus
+    corpus, key = config.corpus, (config.corpus.model_dump_json(), task, split)
+    if _kept is not None and key in _kept:
+        return _kept[key]
     examples, most = load_examples(corpus.data, corpus.task(task), split, corpus.bad_rows), _most(config, split)
     examples = examples if most is None else limit(examples, most)
     if split == "train" and corpus.augment_mode == "append":
         examples = appended(examples, _augmentation(config, examples).examples)
+    if _kept is not None:
+        _kept[key] = examples
     return examples
 
 
@@ -45,6 +65,17 @@ def _most(config: RunConfig, split: Split) -> int | None:
 
 def load_split(config: RunConfig, task: str, split: Split, tokenizer: Tokenizer) -> TokenisedSplit:
     """A split's tokens; of a training split, with the new rows that are drawn in the place of others."""
+    if _kept is None:
+        return _load_split(config, task, split, tokenizer)
+    examples = config.corpus.model_dump_json(), task, split
+    key = (*examples, config.heads.pair_encoding, tokenizer.fingerprint)
+    if key not in _kept:
+        _kept[key] = _load_split(config, task, split, tokenizer)
+        _kept.pop(examples, None)  # their texts are not wanted any more
+    return _kept[key]
+
+
+def _load_split(config: RunConfig, task: str, split: Split, tokenizer: Tokenizer) -> TokenisedSplit:
     corpus = config.corpus
     if corpus.task(task).kind == "masked_lm":
         place = corpus.max_length, corpus.cache or default_cache_dir()

@@ -20,7 +20,7 @@ BLOCK = 1 << 20  # coordinates that are summed in float32
 
 @dataclass(frozen=True)
 class Gramians:
-    """Inner products of the task gradients, float64 on the CPU: over the encoder (T, T), by its parts (L, T, T)."""
+    """Inner products of the task gradients, float64 on the device: over the encoder (T, T), by its parts (L, T, T)."""
 
     layers: tuple[str, ...]
     by_layer: Tensor
@@ -51,7 +51,7 @@ def gramians(engine: Engine, gradients: Sequence[Gradient], layers: Sequence[str
         for (i, j), found in products.items():
             if found:
                 result[index, i, j] = result[index, j, i] = torch.stack(found).double().sum()
-    return Gramians(tuple(layers), engine.sum_over_shards(result).cpu())
+    return Gramians(tuple(layers), engine.sum_over_shards(result))
 
 
 def combine(

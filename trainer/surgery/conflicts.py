@@ -25,7 +25,7 @@ def summary(names: Sequence[str], gramians: Gramians) -> dict[str, float]:
     conflict (have a negative cosine)."""
     if not gramians.layers:
         return {}
-    encoder = gramians.encoder
+    encoder = gramians.encoder.cpu()
     angles = cosines(encoder)
     pairs = list(combinations(range(len(names)), 2))
     record = {f"cosine/{names[i]}-{names[j]}": float(angles[i, j]) for i, j in pairs}

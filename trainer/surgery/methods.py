@@ -34,7 +34,8 @@ class Method:
     """A method: what it looks at, how it is built for T tasks, its options with their defaults, its source.
 
     The weights of a `scale_free` one do not change when all gradients are multiplied by the same number. It is given
-    the Gramian at scale one, because solvers have absolute tolerances.
+    the Gramian at scale one, because solvers have absolute tolerances. An `unseeing` one looks at no number, so that it
+    runs where the Gramian lies and nobody waits for it; the others get it on the CPU.
     """
 
     source: Source
@@ -42,6 +43,7 @@ class Method:
     options: Mapping[str, float]
     reference: str
     scale_free: bool = False
+    unseeing: bool = False
 
 
 METHODS: dict[str, Method] = {}
@@ -55,14 +57,6 @@ def register(name: str, reference: str = "") -> Callable[[Weighting], Weighting]
         return function
 
     return add
-
-
-@register("pcgrad", "Yu et al. 2020, Gradient Surgery for Multi-Task Learning, algorithm 1")
-def pcgrad(gramian: Tensor) -> Tensor:
-    """Project each task's gradient off those that it conflicts with, in random order, and sum the results."""
-    from torchjd.aggregation import PCGradWeighting
-
-    return PCGradWeighting()(gramian)
 
 
 @register("nash_mtl", "Navon et al. 2022, Multi-Task Learning as a Bargaining Game, equation 2")
@@ -127,6 +121,14 @@ def config(gramian: Tensor) -> Tensor:
     return torch.linalg.lstsq(root.T, ConFIG()(root)[:, None], driver="gelsd").solution[:, 0]
 
 
+def _projection(name: str, reference: str, attribute: str, scale_free: bool = False, **options: float) -> None:
+    def build(tasks: int, **chosen: float) -> Weighting:
+        found = getattr(import_module("minbert.trainer.surgery.projections"), attribute)
+        return found(**chosen) if isinstance(found, type) else found
+
+    METHODS[name] = Method("gramian", build, options, reference, scale_free, unseeing=True)
+
+
 def _torchjd(name: str, reference: str, weighting: str, scale_free: bool = True, **options: float) -> None:
     """Register a Gramian weighting of torchjd under our name; `options` are its arguments with our defaults."""
 
@@ -144,12 +146,13 @@ def _scalarizer(name: str, reference: str, scalarizer: str, sized: bool = False,
     METHODS[name] = Method("losses", build, options, reference)
 
 
+_projection("pcgrad", "Yu et al. 2020, Gradient Surgery for Multi-Task Learning, algorithm 1", "pcgrad")
 METHODS["sum"] = Method("losses", lambda tasks: torch.sum, {}, "the plain sum; --task-weights fixes other weights")
 _scalarizer("uncertainty", "Kendall et al. 2018, Multi-Task Learning Using Uncertainty, equation 10", "UW", sized=True)
 _scalarizer("dwa", "Liu et al. 2019, End-to-End Multi-Task Learning with Attention, equation 7", "DWA", temperature=2.0)
 _scalarizer("famo", "Liu et al. 2023, FAMO, algorithm 1", "FAMO", sized=True, lr=0.025, weight_decay=1e-3)
 _scalarizer("random", "Lin et al. 2022, Reasonable Effectiveness of Random Weighting, algorithm 2", "Random")
-_torchjd("gradvac", "Wang et al. 2021, Gradient Vaccine, algorithm 1", "GradVacWeighting", beta=0.01)
+_projection("gradvac", "Wang et al. 2021, Gradient Vaccine, algorithm 1", "GradVac", scale_free=True, beta=0.01)
 _torchjd("mgda", "Desideri 2012; Sener and Koltun 2018, algorithm 2", "MGDAWeighting")
 _torchjd("cagrad", "Liu et al. 2021, Conflict-Averse Gradient Descent, algorithm 1", "CAGradWeighting", c=0.5)
 _torchjd("imtl_g", "Liu et al. 2021, Towards Impartial Multi-task Learning, equation 6", "IMTLGWeighting")
@@ -223,7 +226,7 @@ class Aggregator:
     def __init__(self, text: str, tasks: int, seed: int, groups: int = 1):
         self.name, method, self.options = parse_method(text)
         self.source: Source = method.source
-        self.scale_free = method.scale_free
+        self.scale_free, self.unseeing = method.scale_free, method.unseeing
         self.tasks, self.seed, self.groups = tasks, seed, groups
         try:
             self.weightings = [method.build(tasks, **self.options) for _ in range(groups)]
@@ -245,10 +248,14 @@ class Aggregator:
         return self.weightings[0]
 
     def from_gramian(self, gramian: Tensor, step: int) -> Tensor:
-        """Weights (T,), or (groups, T) for a Gramian (groups, T, T); float64 on the CPU.
+        """Weights (T,), or (groups, T) for a Gramian (groups, T, T); float64, where the method works.
 
-        A task whose gradient is zero has no say and, having nothing to be weighted, weight 1.
+        A task whose gradient is zero has no say and, having nothing to be weighted, weight 1. A Gramian that is not
+        finite, whose step will be skipped, teaches nothing.
         """
+        gramian = gramian if self.unseeing else gramian.cpu()
+        if not self.unseeing and not gramian.isfinite().all():
+            return torch.ones(gramian.shape[:-1], dtype=gramian.dtype)
         if gramian.ndim == 3:
             with self._seeded(step):
                 return torch.stack([self._weigh(w, g) for w, g in zip(self.weightings, gramian, strict=True)])
@@ -308,6 +315,10 @@ class Aggregator:
     def _weigh(self, weighting: Weighting, gramian: Tensor) -> Tensor:
         weights = torch.ones(len(gramian), dtype=gramian.dtype)
         active = gramian.diagonal() > 0
+        if self.unseeing:
+            if self.scale_free:
+                gramian = gramian / torch.where(active.any(), gramian.diagonal().sum() / active.sum(), 1.0)
+            return torch.where(active, weighting(gramian), 1.0)
         if self.scale_free and active.any():
             gramian = gramian / gramian.diagonal()[active].mean()
         if active.sum() > 1 and hasattr(weighting, "reset"):
@@ -343,7 +354,8 @@ def _snapshot(weighting: Any) -> dict[str, Any]:
     inner = {key: value.state_dict() for key, value in own.items() if isinstance(value, torch.optim.Optimizer)}
     plain = {key: value for key, value in own.items() if key not in inner and _is_data(value)}
     tensors = {key: value.detach().clone() for key, value in weighting.named_parameters()}
-    return {"attributes": plain, "optimizers": inner, "parameters": tensors, "buffers": dict(weighting._buffers)}
+    buffers = {key: None if value is None else value.detach().cpu() for key, value in weighting._buffers.items()}
+    return {"attributes": plain, "optimizers": inner, "parameters": tensors, "buffers": buffers}
 
 
 def _restore(weighting: Any, snapshot: Mapping[str, Any], tasks: int) -> None:

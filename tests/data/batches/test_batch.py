@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from minbert.data.batches.batch import Batch, Portion, make_batch
 from minbert.data.batches.layout import Layout
+from minbert.data.batches.packing import Packed, _by_width
 from minbert.data.batches.plan import share
 from minbert.data.sequences.draw import Draw
 from minbert.data.sequences.ragged import Ragged, ends
@@ -142,15 +143,42 @@ def test_draws_differ_by_task_and_purpose_and_are_even():
     assert abs(one.mean() - 0.5) < 0.02 and abs(np.corrcoef(one.T)[0, 1]) < 0.06
 
 
-def test_a_batch_moves_whole():
-    """On anything but a CPU, with what attention needs there; "meta" stands for a GPU."""
-    portions = {"a": Portion.whole(np.arange(2)), "b": Portion.whole(np.arange(1))}
-    batch = make_batch({"a": split([3, 4]), "b": split([5], [6])}, portions)
-    assert batch.sentences.layout.cells is None
-    moved = batch.to(torch.device("meta"))
-    layout = moved.sentences.layout
-    assert layout.mask is not None and layout.mask.shape == (4, 1, 1, 6)
-    tensors = [moved.sentences.input_ids, moved.sentences.token_type_ids]
-    tensors += [value for part in (layout, *moved.tasks.values()) for value in vars(part).values()]
-    assert all(tensor.device.type == "meta" for tensor in tensors if isinstance(tensor, torch.Tensor))
-    assert batch.to(torch.device("cpu")).sentences.layout is batch.sentences.layout
+# In one piece; "meta" stands for a GPU, which wants padded attention
+
+
+def build(one: list[int], two: list[int], seed: int) -> Batch:
+    """Tasks with labels of examples, of tokens, and without any row."""
+    text = Masked([str(row) for row in range(len(two))], (column(two, seed),), None)
+    splits = {"pair": split(one, one[::-1], seed=seed), "text": text, "none": split(one, seed=seed)}
+    nothing = np.zeros(0, np.int64)
+    portions = {"pair": Portion.whole(np.arange(len(one))), "text": Portion.whole(np.arange(len(two)))}
+    return make_batch(splits, portions | {"none": Portion(nothing, nothing, 3)}, draw=(seed, 1))
+
+
+@given(LENGTHS, LENGTHS, st.integers(0, 1000))
+def test_every_tensor_comes_out_as_it_went_in(one, two, seed):
+    batch = build(one, two, seed)
+    packed = Packed.of(batch, torch.device("meta"))  # padded, as for a GPU, and moved to the CPU all the same
+    moved = packed.to(torch.device("cpu"))
+    expected = batch.padded_for(torch.device("meta"))
+    assert moved.sentences.layout.groups == batch.sentences.layout.groups and moved.tokens == batch.tokens
+    assert [*moved.tasks] == [*batch.tasks] and moved.sentences.layout.mask is not None
+    pairs = [(moved.sentences.layout, expected.sentences.layout), (moved.sentences, expected.sentences)]
+    for found, wanted in [*pairs, *zip(moved.tasks.values(), expected.tasks.values())]:
+        for name, value in vars(wanted).items():
+            own = getattr(found, name)
+            if isinstance(value, torch.Tensor):
+                assert own.dtype == value.dtype and torch.equal(own, value)
+                assert own.untyped_storage().data_ptr() == packed.buffer.untyped_storage().data_ptr()
+            elif name != "layout":
+                assert own == value
+
+
+def test_a_batch_moves_whole_and_by_one_copy():
+    batch = build([3, 4], [5], 0)
+    packed, moved = Packed.of(batch, torch.device("meta")), batch.to(torch.device("meta"))
+    tensors = _by_width(moved)
+    assert len(tensors) > 12 and all(tensor.device.type == "meta" for tensor in tensors)
+    assert sum(tensor.nbytes for tensor in tensors) == len(packed.buffer)
+    assert moved.sentences.layout.mask.shape == (6, 1, 1, 5)
+    assert batch.to(torch.device("cpu")) is batch

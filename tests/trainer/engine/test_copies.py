@@ -40,7 +40,7 @@ def engine(run) -> Engine:
 
 def random_update(engine: Engine) -> None:
     gradient = [torch.randn(shard.length).view_as(p) for shard, p in zip(engine.shards, engine.parameters.values())]
-    engine.update(gradient, engine.peak_rates)
+    engine.update(gradient, engine.peak_rates, torch.tensor(True))
 
 
 def test_the_decay_warms_up_to_its_value():

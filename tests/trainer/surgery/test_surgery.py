@@ -211,19 +211,25 @@ def test_a_task_without_gradient_has_no_say(folder):
 @pytest.mark.parametrize("aggregator", ["sum", "pcgrad", "uncertainty", "graddrop"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_skips_the_whole_step(folder, aggregator, value):
-    step = build_step(folder, aggregator=aggregator)
+    """Weights, moments, the number of updates and the average stay, and the next step goes on from them."""
+    step = build_step(folder, aggregator=aggregator, copies={"average": lambda _: 0.5})
     step(0)
     before = parameters(step)
-    moments = [state["exp_avg"].clone() for state in step.engine.optimizer.state.values()]
+    states = step.engine.optimizer.state.values()
+    kept = [{kind: tensor.clone() for kind, tensor in state.items()} for state in states]
     intact = step.splits["sts"]
     step.splits["sts"] = replace(intact, labels=np.full(40, value, np.float32))
+    step.feed._made.clear()
     result = step(1)
     assert result.skipped and "sts" in result.skipped and "quora" not in result.skipped
     assert_same(before, parameters(step))
-    assert all(torch.equal(a, s["exp_avg"]) for a, s in zip(moments, step.engine.optimizer.state.values()))
+    assert kept[0].keys() == {"step", "exp_avg", "exp_avg_sq", "average"}
+    assert all(torch.equal(old[kind], now[kind]) for old, now in zip(kept, states, strict=True) for kind in old)
     step.splits["sts"] = intact
+    step.feed._made.clear()
     assert step(2).skipped is None
     assert all(parameter.isfinite().all() for parameter in parameters(step).values())
+    assert all(not torch.equal(old["average"], now["average"]) for old, now in zip(kept, states) if old["step"])
 
 
 def test_a_run_that_keeps_skipping_stops_with_an_explanation(folder, monkeypatch):
@@ -285,7 +291,9 @@ def test_tokens_are_counted_once(folder, aggregator):
     window = MetricsWindow(step.world)
     window.add(result)
     window.add(result)
-    assert window.close()["tokens_per_second"] == pytest.approx(tokens / result.seconds)  # whatever else took time
+    assert window.close()["tokens_per_second"] == pytest.approx(
+        tokens / result.seconds, rel=0.2
+    )  # whatever else took time
 
 
 def test_conflicts_are_recorded_and_read_back(folder, tmp_path):
