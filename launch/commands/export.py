@@ -1,5 +1,6 @@
 """`minbert export RUN FOLDER`: the best model for transformers, sentence-transformers and the Hugging Face hub."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -23,6 +24,8 @@ class ExportOptions:
     """Run folder."""
     folder: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FOLDER")]
     """Folder to write; it must not exist, or be empty."""
+    seeds: tuple[Path, ...] = ()
+    """Folders of runs that differ from it in their seed only: the card tells how the scores vary."""
     push: Annotated[str | None, open_option("USER/NAME")] = None
     """Then upload it to this repository of the hub, which is made, and private, if there is none. Needs a login:
     `hf auth login`, or the environment variable HF_TOKEN."""
@@ -32,7 +35,7 @@ def main(arguments: list[str]) -> int:
     options = parse(ExportOptions, arguments, "export")
     if options.push is not None:
         _require_repository(options.push)
-    export(RunFolder.existing(options.run), options.folder)
+    export(RunFolder.existing(options.run), options.folder, options.seeds)
     print(f"Exported. In Python: transformers.AutoModel.from_pretrained({str(options.folder)!r})")
     print(f"What else it is for: {options.folder / 'README.md'}", flush=True)
     if options.push is not None:
@@ -40,15 +43,27 @@ def main(arguments: list[str]) -> int:
     return ExitCode.FINISHED
 
 
-def export(run: RunFolder, folder: Path) -> Path:
-    """Write the run's best model into a new or empty folder. Raises UserError."""
+def export(run: RunFolder, folder: Path, seeds: Sequence[Path] = ()) -> Path:
+    """Write the run's best model into a new or empty folder; `seeds` are runs that differ in their seed only. Raises
+    UserError."""
     with whole_or_gone(folder):
         if any(folder.iterdir()):
             raise UserError(f"{folder} exists and is not an empty folder")
         from minbert.trainer.export.folder import export_model
 
-        export_model(run, folder)
+        export_model(run, folder, _scores_by_seed(run, seeds) if seeds else {})
     return folder
+
+
+def _scores_by_seed(run: RunFolder, others: Sequence[Path]) -> dict[int, dict[str, float]]:
+    """Raises UserError for a run that differs in more than its seed."""
+    from minbert.tuning.runs_compared import compare_runs
+
+    found = compare_runs([run.path, *others])
+    if found.options.keys() - {"seed"} or len(found.groups) > 1:
+        what = ", ".join(found.options.keys() - {"seed"}) or "nothing, not even their seed"
+        raise UserError(f"--seeds takes runs that differ in their seed only; these differ in {what}")
+    return found.groups[0].scores
 
 
 def _require_repository(name: str) -> None:

@@ -136,6 +136,23 @@ def test_the_card_tells_scores_configuration_and_caveats(untrained):
     assert str(run.path) not in text and str(folder) not in text
 
 
+def test_the_card_tells_how_scores_vary_with_the_seed(untrained, tmp_path, capsys):
+    run, _ = untrained["mean"]
+    others = [run.path]
+    for seed, sst in ((1, 0.4), (2, 0.5)):
+        other = RunFolder(tmp_path / f"seed{seed}")
+        other.write_config(run.read_config().model_copy(update={"seed": seed, "run": other.path}))
+        scores = SCORES | {"sst": sst}
+        other.metrics_file.write_text(json.dumps({"step": 1} | {f"dev/{name}": v for name, v in scores.items()}) + "\n")
+        others.append(other.path)
+    words = ["export", str(run.path), str(tmp_path / "out"), "--seeds"]
+    assert main([*words, *map(str, others[1:])]) == 0
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "seeds 0, 1, 2" in text and "| 0.4123 | 0.4374 ± 0.0545 |" in text
+    assert main([*words[:2], str(tmp_path / "again"), "--seeds", str(untrained["cls"][0].path)]) == 2
+    assert "differ in their seed only" in capsys.readouterr().err and not (tmp_path / "again").exists()
+
+
 class Hub(BaseHTTPRequestHandler):
     """As much of the hub as an upload asks for. Files come inside the commit, as small ones do."""
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import yaml
@@ -30,14 +31,21 @@ LEFT_OUT = {
 METRICS = {"pearson": "pearsonr", "spearman": "spearmanr", "matthews": "matthews_correlation"}  # on the hub
 
 
-def model_card(run: RunFolder, config: RunConfig, model: MultitaskModel, scores: Mapping[str, float], step: int) -> str:
-    """README.md with the front matter that the hub reads; `scores` on dev at `step`."""
+def model_card(
+    run: RunFolder,
+    config: RunConfig,
+    model: MultitaskModel,
+    scores: Mapping[str, float],
+    step: int,
+    seeds: Mapping[int, Mapping[str, float]] = {},
+) -> str:
+    """README.md with the front matter that the hub reads; `scores` on dev at `step`, and those of other `seeds`."""
     tasks = [task for task in config.corpus.tasks if task.kind != "masked_lm"]
     parts = [
         f"---\n{yaml.safe_dump(_front_matter(config, tasks, scores), sort_keys=False)}---",
         f"# {_title(config, tasks)}",
         _what_it_is(config, model),
-        f"## Scores\n\n{_scores(config, scores, step)}",
+        f"## Scores\n\n{_scores(config, scores, step, seeds)}",
         f"## How to load it\n\n{_loading(config, tasks)}",
         f"## How it was trained\n\n{_training(run, config)}",
         "## What to be careful of\n\n" + "\n".join(f"- {caveat}" for caveat in _caveats(config, tasks)),
@@ -88,21 +96,28 @@ def _what_it_is(config: RunConfig, model: MultitaskModel) -> str:
     )
 
 
-def _scores(config: RunConfig, scores: Mapping[str, float], step: int) -> str:
+def _scores(config: RunConfig, scores: Mapping[str, float], step: int, seeds: Mapping[int, Mapping[str, float]]) -> str:
     if not scores:
         return "It is the mean of several models' weights, and was not scored when it was made."
-    rows = [
-        f"| {task.title} | {task.metric} | {scores[task.name]:.4f} |"
-        for task in config.corpus.tasks
-        if task.name in scores
-    ]
     limit = config.corpus.eval_limit
     examples = f"{limit:,} examples per task of the dev split" if limit else "the whole dev split"
-    about = (
-        f"On {examples}, of one run with seed {config.seed}, whose spread over seeds is not known from it, at step "
-        f"{step:,}, the best by this very score."
-    )
-    return "\n".join([about, "", "| task | metric | dev |", "|---|---|---|", *rows])
+    about = f"On {examples}, of the run with seed {config.seed} at step {step:,}, the best by this very score."
+    columns = ["task", "metric", "dev"]
+    everyone = {**seeds, config.seed: scores}
+    if len(everyone) > 1:
+        columns.append(f"mean ± standard deviation of {len(everyone)} seeds")
+        about += f" Beside it the runs with seeds {', '.join(map(str, sorted(everyone)))}, alike in all else."
+    else:
+        about += " How it varies with the seed was not measured."
+    rows = []
+    for task in config.corpus.tasks:
+        if task.name not in scores:
+            continue
+        values = [each[task.name] for each in everyone.values()]
+        spread = [f"{mean(values):.4f} ± {stdev(values):.4f}"] if len(values) > 1 else []
+        rows.append([task.title, str(task.metric), f"{scores[task.name]:.4f}", *spread])
+    table = [columns, ["---"] * len(columns), *rows]
+    return "\n".join([about, "", *(f"| {' | '.join(row)} |" for row in table)])
 
 
 def _loading(config: RunConfig, tasks: list[Task]) -> str:

@@ -8,6 +8,7 @@ README.md                                   the model card
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,10 @@ from minbert.trainer.run.folder import RunFolder
 from minbert.trainer.run.saved_model import load_model
 
 
-def export_model(run: RunFolder, folder: Path) -> None:
-    """Write the run's best model into an empty folder. Raises UserError if there is none yet, and OSError."""
+def export_model(run: RunFolder, folder: Path, seeds: Mapping[int, Mapping[str, float]] = {}) -> None:
+    """Write the run's best model into an empty folder. `seeds`: scores of runs that differ from it in their seed only,
+    for the card. Raises UserError if there is no model yet, and OSError."""
     model, _, described = load_model(run, torch.device("cpu"))
-    write_model(folder, run, model, described["scores"], described["step"])
-
-
-def write_model(folder: Path, run: RunFolder, model: MultitaskModel, scores: dict[str, float], step: int) -> None:
-    """Write a model of the run's shape; the card tells its dev `scores` after `step`."""
     config = run.read_config()
     decoder = next((head.state_dict() for head in model.decoders.values()), None)
     save_checkpoint(folder, model.bert.config, model.bert.state_dict(), run.encoder, decoder)
@@ -45,7 +42,7 @@ def write_model(folder: Path, run: RunFolder, model: MultitaskModel, scores: dic
         shutil.copyfile(multitask_encoder.__file__, folder / "multitask_encoder.py")
     if embeds_sentences(config):
         _write_sentence_transformer(folder, config, model)
-    _write(folder / "README.md", model_card(run, config, model, scores, step).encode())
+    _write(folder / "README.md", model_card(run, config, model, described["scores"], described["step"], seeds).encode())
 
 
 def embeds_sentences(config: RunConfig) -> bool:
