@@ -7,18 +7,20 @@ import io
 import os
 import pty
 import shlex
+import shutil
 import subprocess
 import sys
-import tempfile
+import time
 from pathlib import Path
 
 from PIL import Image
 from rich.console import Console
 from rich.text import Text
+from selenium import webdriver
 
 HERE = Path(__file__).parent
 COLUMNS = 96
-SHOWN = (280, 655, 1360, 1420)  # of a page, in pixels: left, top, right, bottom
+HEIGHT = 760  # of a picture of a page, in pixels
 
 # Picture -> the command whose output, or page, it shows. A later one may need what an earlier one left.
 PICTURES = {
@@ -39,7 +41,7 @@ def main(names: list[str]) -> None:
         if name.endswith(".svg"):
             draw(command, shown, HERE / name)
         else:
-            photograph(Path(command.split()[-1]) / "report.html", HERE / name)
+            photograph(Path(command.split()[-1]) / "report.html", "curves", HERE / name)
 
 
 def run_in_terminal(command: list[str]) -> str:
@@ -84,14 +86,20 @@ def draw(command: str, shown: str, path: Path) -> None:
     path.write_text(console.export_svg(title="minbert"))
 
 
-def photograph(page: Path, path: Path) -> None:
-    """The part SHOWN of a page, in few colours."""
-    with tempfile.TemporaryDirectory() as profile:
-        command = ["chromium", "--headless", "--no-sandbox", "--hide-scrollbars", f"--user-data-dir={profile}"]
-        command += ["--window-size=1400,2000", "--virtual-time-budget=20000", f"--screenshot={path}"]
-        subprocess.run([*command, page.absolute().as_uri()], check=True, capture_output=True)
+def photograph(page: Path, section: str, path: Path) -> None:
+    """The upper part of a section of a page, in few colours."""
+    options = webdriver.ChromeOptions()
+    for word in ("--headless=new", "--no-sandbox", "--hide-scrollbars", "--window-size=1400,2400"):
+        options.add_argument(word)
+    options.binary_location = shutil.which("chromium") or ""
+    with webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver"))) as browser:
+        browser.get(page.absolute().as_uri())
+        time.sleep(5)  # until the charts are drawn
+        browser.find_element("id", section).screenshot(str(path))
     with Image.open(path) as picture:
-        picture.convert("RGB").crop(SHOWN).quantize(64).save(path, optimize=True)
+        picture.convert("RGB").crop((0, 0, picture.width, min(HEIGHT, picture.height))).quantize(64).save(
+            path, optimize=True
+        )
 
 
 if __name__ == "__main__":

@@ -452,7 +452,7 @@ def test_a_line_of_setup_that_fails_ends_the_script(lines, said, tmp_path):
 def test_a_snapshot_comes_before_the_installed_code(tmp_path):
     snapshot = take_snapshot(tmp_path)
     assert take_snapshot(tmp_path) == snapshot and [path.name for path in tmp_path.iterdir()] == [snapshot.name]
-    names = "minbert.slurm.status", "minbert.launch.job", "minbert.data.files"
+    names = "minbert", "minbert.slurm.status", "minbert.launch.job", "minbert.data.files"
     code = f"import sys, {', '.join(names)}; print(*(sys.modules[name].__file__ for name in {names}))"
     done = subprocess.run(
         [sys.executable, "-c", code],
