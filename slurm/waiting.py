@@ -102,6 +102,8 @@ def sooner(
         return [f"scontrol update jobid={job_id} starttime=now (operators may)."]
     if reason == "JobHeldUser":
         return [f"scontrol release {job_id}."]
+    if reason == "JobHeldAdmin":
+        return [f"ask those who run the cluster why they hold it; scontrol release {job_id} is theirs."]
     if reason in ("Dependency", "DependencyNeverSatisfied"):
         return [f"it depends on {job.get('Dependency', 'another job')}; {again} without that."]
     if reason == "PartitionTimeLimit":

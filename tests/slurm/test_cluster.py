@@ -269,7 +269,7 @@ def test_a_waiting_job_is_explained(cluster, runs, capsys):
         assert "pending" in said and "It waits: " in said
         assert f"It is the 2nd of 2 in the queue of partition main, behind {job_id(first)} (1 of them yours)." in said
         assert "Sooner: no node is idle now, and it wants 2." in said and "timelimit=" in said
-        cluster.run("scontrol", "hold", job_id(second))
+        cluster.run("scontrol", "uhold", job_id(second))  # as a user does, whoever runs the tests
         main(["why", str(second)])
         assert f"Sooner: scontrol release {job_id(second)}." in capsys.readouterr().out
         assert main(["cancel", str(first), str(second)]) == 0
