@@ -165,8 +165,11 @@ class Engine:
         A part at rate zero, or without one, stays as it is: no weight decay, and neither moments nor their bias
         correction move. So does everything where `finite`, a () bool on the device, is false.
         """
-        # As for a scaler of fp16 gradients: where it is not zero, the fused kernel changes nothing.
-        self.torch_optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        if self.torch_optimizer.defaults.get("fused"):
+            # As for a scaler of fp16 gradients: where it is not zero, the fused kernel changes nothing.
+            self.torch_optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+        elif not finite:
+            return
         self._rates = rates
         for group in self.optimizer.param_groups:
             group["lr"] = rates.get(group["name"], 0.0)
