@@ -83,7 +83,13 @@ class Comparison:
                 lines.append(f"| {side.name} | {reason}: {side.why.splitlines()[-1].replace('|', '/')} | | | | |")
                 continue
             share = self.share_of_peak(side)
-            cells = [side.name, f"{_median(side):,.3g}", _show(self.ratio(side)), _show(self.ratio(side, cpu=True))]
+            rate = _median(side)
+            cells = [
+                side.name,
+                f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}",
+                _show(self.ratio(side)),
+                _show(self.ratio(side, cpu=True)),
+            ]
             cells += ["" if share is None else f"{share:.0%}", f"{side.memory:,.0f}"]
             lines.append(f"| {' | '.join(cells)} |")
         if any(side.scores for side in self.sides):

@@ -14,12 +14,15 @@ import os
 import socket
 import statistics
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
+
+PATIENCE = 20.0  # seconds that a process has to end
 
 Step = Callable[[int], float]  # of a number, from 0 on: does some work, and says how much it was
 
@@ -173,8 +176,11 @@ class _Player:
         return found
 
     def close(self) -> None:
+        for channel in self.channels:
+            channel.close()  # which ends a process that waits to be asked
         for process in self.processes:
-            process.kill()  # it has nothing to save
+            process.join(PATIENCE)
+            process.kill()
             process.join()
 
     def __enter__(self) -> "_Player":
@@ -188,7 +194,8 @@ def _serve(side: Side, run: Path, place: Mapping[str, int], channel: Connection)
     """One process of a side: build it, and answer."""
     os.environ["OMP_NUM_THREADS"] = str(place["threads"])  # before torch is imported
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if place["threads"] > 1 else "false"
-    os.environ.update(PYTHONWARNINGS="ignore", HF_HUB_OFFLINE="1")
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error")
+    warnings.simplefilter("ignore")
     if side.processes > 1:
         os.environ.update(RANK=str(place["rank"]), WORLD_SIZE=str(side.processes), GLOO_SOCKET_IFNAME="lo")
         os.environ.update(LOCAL_RANK=str(place["rank"]), LOCAL_WORLD_SIZE=str(side.processes))

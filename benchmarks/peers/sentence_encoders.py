@@ -20,8 +20,7 @@ def encode(run, config) -> Step:
         raise Skipped("pip install sentence-transformers") from None
     transformer = models.Transformer(config.encoder.model, max_seq_length=config.corpus.max_length)
     model = SentenceTransformer(modules=[transformer, models.Pooling(transformer.get_word_embedding_dimension())])
-    low = config.parallel.precision == "bf16"
-    if low:
+    if config.parallel.precision == "bf16":
         model = model.bfloat16()
     return _scoring(
         config,
