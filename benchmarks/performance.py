@@ -64,8 +64,8 @@ class Options:
     """Dev examples per task, for the epoch and the scoring; without it all."""
     threads: int = 1
     """Threads of each process."""
-    profile: bool | None = None
-    """Whether to keep a profile of a step of each side. The default is to on a GPU."""
+    profile: bool = False
+    """Keep a profile of a step of each side, as on a GPU always."""
     out: Path = Path("performance")
     """Folder for the results."""
     seed: int = 0
@@ -233,8 +233,9 @@ def _take_turns(
 
 
 def _profiles(options: Options, section: str, setting: str) -> Path | None:
-    wanted = bool(_gpus()) if options.profile is None else options.profile
-    return options.out / "profiles" / section / setting.replace(", ", "-").replace(" ", "-") if wanted else None
+    if not options.profile and not _gpus():
+        return None
+    return options.out / "profiles" / section / setting.replace(", ", "-").replace(" ", "-")
 
 
 def _operations(run: Path) -> float:
