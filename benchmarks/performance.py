@@ -80,8 +80,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         os.environ["MINBERT_CACHE"] = f"{name}/cache"  # nobody else's tokens
         for model in models:
-            run = _prepare(options, model, Path(name))
-            for comparison in _compare(options, model, run, gpus, Path(name)):
+            run, title = _prepare(options, model, Path(name)), Path(model).name
+            for comparison in _compare(options, title, run, gpus, Path(name)):
                 keep(options.out, comparison, describe_machine(), str(options))
                 print(comparison.table(), flush=True)
                 failed |= any(side.failed for side in comparison.sides)

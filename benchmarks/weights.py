@@ -18,7 +18,8 @@ def starting_weights(model: str, data: str, folder: Path) -> Path:
     if model not in ("tiny", "bert-base"):
         return find_checkpoint(model).absolute()
     with tempfile.TemporaryDirectory() as scratch:
-        run = prepare(parse_run_config(["--data", data, "--trackers", "--run", f"{scratch}/run"]))
+        words = ["--data", data, "--trackers", "--run", f"{scratch}/run", "--cache", f"{scratch}/cache"]
+        run = prepare(parse_run_config(words))
         shape = read_config(run.encoder)
         if model == "bert-base":
             # The words are those of the data: how many rows of the embeddings are never used changes no arithmetic.

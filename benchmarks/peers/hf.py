@@ -112,7 +112,7 @@ def training(run, config, grouped: bool = False, compiled: bool = False) -> Step
     if compiled:
         model.bert = torch.compile(model.bert, dynamic=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.optimizer.lr)
-    rows_of = _grouped(plan, splits) if grouped else plan.rows
+    rows_of = by_length(plan, splits) if grouped else plan.rows
     low = config.parallel.precision == "bf16"
 
     def step(number: int) -> int:
@@ -120,7 +120,7 @@ def training(run, config, grouped: bool = False, compiled: bool = False) -> Step
         with torch.autocast(device.type, torch.bfloat16, enabled=low):
             for name, split in splits.items():
                 rows = rows_of(name, number)
-                columns = [_pad(column, rows, device) for column in split.columns]
+                columns = [padded(column, rows, device) for column in split.columns]
                 labels = torch.from_numpy(split.labels[rows]).to(device)
                 total = total + model.loss(name, model(name, columns), labels)
                 tokens += int(split.lengths[rows].sum())
@@ -132,7 +132,8 @@ def training(run, config, grouped: bool = False, compiled: bool = False) -> Step
     return step
 
 
-def _pad(column, rows: np.ndarray, device: torch.device) -> dict[str, Tensor]:
+def padded(column, rows: np.ndarray, device: torch.device) -> dict[str, Tensor]:
+    """A column's sentences, padded to the longest."""
     sentences = [torch.from_numpy(column.ids[column.offsets[row] : column.offsets[row + 1]]).long() for row in rows]
     ids = nn.utils.rnn.pad_sequence(sentences, batch_first=True)
     lengths = torch.tensor([len(sentence) for sentence in sentences])
@@ -140,7 +141,7 @@ def _pad(column, rows: np.ndarray, device: torch.device) -> dict[str, Tensor]:
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
-def _grouped(plan, splits):
+def by_length(plan, splits):
     """The plan's examples, of each 50 steps in batches of like length, in any order."""
     found: dict[tuple[str, int], list[np.ndarray]] = {}
 

@@ -4,17 +4,29 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from performance_report import Aim, Comparison, keep
 from turns import Measured, Turn, speed
 from weights import starting_weights
 
+from minbert.data.batches.plan import BatchPlan
 from minbert.launch.options import parse_run_config
+from minbert.trainer.assembly import assemble_engine, assemble_step
+from minbert.trainer.objectives.supervised import supervised
+from minbert.trainer.processes import world as distributed
+from minbert.trainer.run.data import build_plan, load_splits
 from minbert.trainer.run.preparation import prepare
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "performance.py"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    return starting_weights("tiny", "builtin", tmp_path_factory.mktemp("weights") / "tiny")
 
 
 def _measured(name: str, *seconds: float) -> Measured:
@@ -40,16 +52,10 @@ def test_a_comparison_that_is_made_again_takes_the_place_of_the_old_one(tmp_path
     assert "| ours | 25 | 2.00 |" in text and "| ours | 50 | 4.00 |" in text and "left out: pip install it" in text
 
 
-def test_both_sides_compute_the_same_losses(tmp_path):
+def test_both_sides_compute_the_same_losses(weights, tmp_path):
     """Of the same examples, weights and heads, without dropout, to the rounding of fp32."""
-    from peers import hf
+    from peers import hf  # imports transformers, which takes a while
 
-    from minbert.trainer.assembly import assemble_engine, assemble_step
-    from minbert.trainer.objectives.supervised import supervised
-    from minbert.trainer.processes import world as distributed
-    from minbert.trainer.run.data import build_plan, load_splits
-
-    weights = starting_weights("tiny", "builtin", tmp_path / "weights")
     words = ["--model", str(weights), "--run", str(tmp_path / "run"), "--train-limit", "40", "--batch-size", "5"]
     run = prepare(parse_run_config([*words, "--trackers"]))
     config, world = run.read_config(), distributed.start(run.read_config().parallel)
@@ -63,31 +69,26 @@ def test_both_sides_compute_the_same_losses(tmp_path):
         ours = engine(step.batch(plan.names, 0, 0), supervised)
         for name, split in splits.items():
             rows = plan.rows(name, 0)
-            columns = [hf._pad(column, rows, world.device) for column in split.columns]
+            columns = [hf.padded(column, rows, world.device) for column in split.columns]
             theirs = peer.loss(name, peer(name, columns), torch.from_numpy(split.labels[rows]))
             assert float(ours[name].mean()) == pytest.approx(float(theirs), rel=1e-5)
 
 
-def test_grouping_by_length_leaves_out_and_adds_no_example(tmp_path):
-    from types import SimpleNamespace
-
-    import numpy as np
+def test_grouping_by_length_leaves_out_and_adds_no_example():
     from peers import hf
-
-    from minbert.data.batches.plan import BatchPlan
 
     plan = BatchPlan({"sst": 300}, batch_size=4)
     lengths = np.random.default_rng(0).integers(3, 60, 300)
-    rows_of = hf._grouped(plan, {"sst": SimpleNamespace(lengths=lengths)})
+    rows_of = hf.by_length(plan, {"sst": SimpleNamespace(lengths=lengths)})
     batches = [rows_of("sst", number) for number in range(hf.TOGETHER)]
     assert sorted(np.concatenate(batches)) == sorted(np.concatenate([plan.rows("sst", n) for n in range(hf.TOGETHER)]))
     assert np.mean([np.ptp(lengths[rows]) for rows in batches]) < 3  # of 57 in batches as they come
 
 
-def test_the_command_leaves_turns_tables_and_a_plot(tmp_path):
-    words = "--model tiny --only step --sides minbert --batch-size 4 --precision fp32 --rounds 2 --steps 1"
-    command = [sys.executable, BENCHMARK, *words.split(), "--train-limit", "60", "--profile", "--out", tmp_path]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+def test_the_command_leaves_turns_tables_and_a_plot(weights, tmp_path):
+    words = "--only step --sides minbert --batch-size 4 --precision fp32 --rounds 2 --steps 1"
+    command = [sys.executable, BENCHMARK, *words.split(), "--train-limit", "60", "--profile", "--model", weights]
+    done = subprocess.run(list(map(str, [*command, "--out", tmp_path])), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     (comparison,) = json.loads((tmp_path / "results.json").read_text())
     sides = {side["name"]: side for side in comparison["sides"]}
