@@ -17,7 +17,7 @@ def training(run: RunFolder, config: RunConfig) -> Step:
     splits = load_splits(config, run, "train")
     plan = build_plan(config, splits)
     engine = assemble_engine(config, run, world, pretrained=True)
-    step = assemble_step(config, engine, plan, splits, world, {})
+    step = assemble_step(config, engine, plan, splits, world)
     return lambda number: step(number).tokens
 
 

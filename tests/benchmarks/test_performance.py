@@ -63,7 +63,7 @@ def test_both_sides_compute_the_same_losses(weights, tmp_path):
     plan = build_plan(config, splits)
     engine = assemble_engine(config, run, world, pretrained=True)
     engine.eval()
-    step = assemble_step(config, engine, plan, splits, world, {})
+    step = assemble_step(config, engine, plan, splits, world)
     peer = hf.build_model(run, config).eval()
     with torch.no_grad():
         ours = engine(step.batch(plan.names, 0, 0), supervised)
