@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 GENERATED = {"options", "methods", "recipes", "files"}  # pages of docs/hooks.py, in reference/
 OTHERS = {"head", "container-image", "kills", "damages"}  # options of ray, srun, and benchmarks/chaos.py
+OTHERS |= {"only", "sides", "profile"}  # of benchmarks/performance.py
 BLOCK = re.compile(r"(<!-- not checked: [^>]+ -->\n+)?^```(\w*)\n(.*?)^```$", re.M | re.S)
 names = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
