@@ -19,6 +19,7 @@ from minbert.data.errors import DataError, UserError
 from minbert.data.reading import read_small, read_yaml
 from minbert.data.sources.course import read_course
 from minbert.launch.commands.evaluate import EvaluateOptions
+from minbert.launch.commands.export import ExportOptions
 from minbert.launch.main import main
 from minbert.launch.options import build_run_config, parse, read_run_options
 from minbert.launch.sweep import elements
@@ -215,8 +216,8 @@ def test_words_and_options_of_every_command_come_in_any_order():
     )
     with pytest.raises(UserError, match="usage: minbert test RUN OTHERS"):
         parse(Placed, ["--data", "x"], "test")
-    with pytest.raises(UserError, match="what is 'b'"):
-        parse(EvaluateOptions, ["a", "b"], "evaluate")
+    with pytest.raises(UserError, match="what is 'c'"):
+        parse(ExportOptions, ["a", "b", "c"], "export")
     with pytest.raises(UserError, match="--split must be 'train', 'dev' or 'test'"):
         parse(EvaluateOptions, ["a", "--split=--dev"], "evaluate")
 

@@ -48,6 +48,7 @@ def write_soup(runs: Sequence[RunFolder], folder: Path) -> None:
     parts = [{"run": str(run.path.absolute()), "step": step} for run, step in zip(runs, steps)]
     with replacing(soup.average) as temporary:
         temporary.write_text(to_json({"mean_of": parts}, indent=2) + "\n")
+    soup.write_environment()
     soup.write_config(configs[0].model_copy(update={"run": folder.absolute()}))
 
 
