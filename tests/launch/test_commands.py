@@ -233,7 +233,7 @@ MISTAKES = [
     ("fly", "there are train, pretrain, resume"),
     ("train --batchsize 3", "no option --batchsize; did you mean --batch-size?"),
     ("train --optimizer.lr 3", "did you mean --lr?"),
-    ("train --quite-another 3", "`minbert train --help` lists all"),
+    ("train --xylophone 3", "`minbert train --help` lists all"),
     ("train --steps", "--steps needs a value"),
     ("train --tasks", "--tasks needs a value"),
     ("train --steps 2.5", "--steps must be a valid integer, not '2.5'"),
