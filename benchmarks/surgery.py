@@ -1,10 +1,10 @@
 """What gradient surgery costs: time, memory and communication of a step, beside the plain sum and torchjd.
 
-All ways train the same model on the same batches and take turns within one run: the plain sum of losses (one backward
-pass), the sum with one backward pass per task, PCGrad and UPGrad as they are here; and with one process PCGrad and
-UPGrad by torchjd's `mtl_backward` on this project's own model (so that only the surgery differs). Peak memory is taken
-in a process of its own for each way; bytes are the payload of the collective calls of one step, as the profiler sees
-them.
+All ways train the same model on the same batches and take turns within one run: the plain sum of losses, PCGrad and
+UPGrad as they are here, all tasks in one backward pass; PCGrad with one backward pass per task; and with one process
+PCGrad and UPGrad by torchjd's `mtl_backward` on this project's own model (so that only the surgery differs). Peak
+memory is taken in a process of its own for each way; bytes are the payload of the collective calls of one step, as the
+profiler sees them.
 
     python benchmarks/surgery.py --data FOLDER --model minilm --batch-size 32
     python benchmarks/surgery.py --processes 2 --zero-stage 2
@@ -24,7 +24,7 @@ from time import perf_counter
 
 import tyro
 
-WAYS = ("sum", "sum, per task", "pcgrad", "upgrad")
+WAYS = ("sum", "pcgrad", "upgrad", "pcgrad, per task")
 PEERS = ("torchjd pcgrad", "torchjd upgrad")
 
 
@@ -144,12 +144,8 @@ def _build(way: str, task: dict, world):
         state._shared_state = {}  # several accelerators in one process
     os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     run, config = RunFolder(Path(task["run"])), _configured(task)
-    method = {"sum, per task": "sum"}.get(way, way.removeprefix("torchjd "))
-    config = config.model_copy(
-        update={
-            "batch": config.batch.model_copy(update={"aggregator": method, "measure_every": 1 if "," in way else None})
-        }
-    )
+    method, _, per_task = way.removeprefix("torchjd ").partition(", ")
+    config = config.model_copy(update={"batch": config.batch.model_copy(update={"aggregator": method})})
     splits = {name: load_split(config, name, "train", load_tokenizer(run.encoder)) for name in config.corpus.names}
     plan = build_plan(config, splits)
     seed_everything(task["seed"])
@@ -162,7 +158,8 @@ def _build(way: str, task: dict, world):
         return _torchjd_step(method, model, optimizer, plan, splits, world)
     engine = build_engine(build_accelerator(config, world), model, optimizer)
     step = TrainingStep(engine, plan, splits, world, aggregator=method)
-    return lambda number: step(number, measure="," in way)
+    step.in_one_backward = not per_task
+    return step
 
 
 def _torchjd_step(method: str, model, optimizer, plan, splits, world):

@@ -1,11 +1,11 @@
 """The training step, as the method reads: batches, one loss per task, one gradient per task, aggregate, step.
 
 Methods that need only the losses (the plain sum, learned or random weights) take the gradient of one weighted sum, in
-one backward pass. Gradient surgery takes one gradient per task, each reduced over the processes, and combines them.
+one backward pass. Gradient surgery takes one gradient per task, each reduced over the processes, and combines them:
+these too come from one backward pass (`trainer/engine/one_backward.py`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from time import perf_counter
 
 import numpy as np
@@ -18,9 +18,10 @@ from minbert.data.sequences.draw import Draw
 from minbert.data.sequences.split import TokenisedSplit
 from minbert.trainer.engine.base import Engine, gradient_norm
 from minbert.trainer.engine.copies import TEACHER, Decays
-from minbert.trainer.engine.parts import Gradient
+from minbert.trainer.engine.parts import Block, Gradient, blocks_of
 from minbert.trainer.feed import Feed
 from minbert.trainer.model.multitask import Objective, Targets, head_part
+from minbert.trainer.model.task_gradients import covers
 from minbert.trainer.objectives.distillation import TEACHERS
 from minbert.trainer.objectives.supervised import supervised
 from minbert.trainer.processes.random_state import stream
@@ -66,6 +67,7 @@ class TrainingStep:
             engine.keep_copy(name)
         self.task_weights = task_weights or {}
         self.layers = engine.shared_parts
+        self.in_one_backward = covers(engine.module)
         groups = max(1, len(self.layers)) if per_layer else 1
         self.aggregator = Aggregator(aggregator, len(plan.names), plan.seed, groups)
         self.feed = Feed(self._make_batch, world.device)
@@ -123,20 +125,20 @@ class TrainingStep:
         names = self.plan.tasks(step)
         totals, tokens = dict.fromkeys(names, _NOTHING), 0
 
-        def loss(name: str, part: int) -> Tensor:
-            nonlocal tokens
-            batch = self.batch((name,), step, part)
-            own = self._losses(batch, step, part)[name]
-            totals[name] = totals[name] + own.detach()
+        def losses_of(part: int, names: tuple[str, ...] = names) -> dict[str, Tensor]:
+            nonlocal totals, tokens
+            batch = self.batch(names, step, part)
+            found = self._losses(batch, step, part)
+            totals = totals | {name: totals[name] + found[name].detach() for name in names}
             tokens += batch.tokens
-            return own * self.task_weights.get(name, 1.0)
+            return {name: found[name] * self.task_weights.get(name, 1.0) for name in names}
 
-        gradients = self._gradients(step, [partial(loss, name) for name in names])
+        blocks = self._task_gradients(step, names, losses_of)
         losses = self._global(totals, asks=True)
-        products = gramians(self.engine, gradients, self.layers)
+        products = gramians(self.engine, blocks, self.layers, len(names))
         result = StepResult(step, names, losses, tokens, products)
         if self.aggregator.source == "coordinates":
-            return result, drop_signs(self.engine.shards, gradients, stream(self.plan.seed, "graddrop", step))
+            return result, drop_signs(self.engine.shards, blocks, stream(self.plan.seed, "graddrop", step))
         weights = self._agree(self._weights(products, losses[: len(names)], step))
         by_layer = weights if weights.ndim == 2 else weights.expand(len(self.layers), -1)
         heads = torch.ones(len(names))  # surgery is for what the tasks share
@@ -146,8 +148,21 @@ class TrainingStep:
         trained = [index for index, layer in enumerate(self.layers) if rates.get(layer)]
         mean = weights if weights.ndim == 1 else weights[trained or ...].mean(0)
         result.weigh(mean, self.task_weights)
-        per_task = [dict(zip(self.layers, column.tolist())) for column in by_layer.T]
-        return result, combine(self.engine.shards, gradients, per_task, heads.tolist())
+        of_rows = dict(zip(self.layers, by_layer))
+        of_rows |= {head_part(name): weight[None] for name, weight in zip(names, heads)}
+        return result, combine(self.engine.shards, blocks, of_rows)
+
+    def _task_gradients(
+        self, step: int, names: tuple[str, ...], losses: Callable[..., Mapping[str, Tensor]]
+    ) -> list[Block]:
+        """The gradients of the tasks' losses: in one backward pass, or in one for each task, which is the reference."""
+        if self.in_one_backward:
+            rates = self._rates(step)
+            self.engine.fix_below(rates)
+            trained = [part for part, rate in rates.items() if rate]
+            return self.engine.task_gradients(names, losses, self.accumulation, trained)
+        found = self._gradients(step, [lambda part, name=name: losses(part, (name,))[name] for name in names])
+        return blocks_of(self.engine.shards, found, [head_part(name) for name in names])
 
     def _rates(self, step: int) -> dict[str, float]:
         """The learning rates of the parts that the step trains; other tasks' heads have none."""

@@ -94,12 +94,12 @@ class Batch:
                 tasks[name], first = replace(part, first=first), first + part.sequences
         kept = chosen[layout.sequence]
         ids, types = self.sentences.input_ids[kept], self.sentences.token_type_ids[kept]
-        own = Layout.of(layout.lengths[chosen].cpu().numpy()).to(ids.device)
+        own = Layout.of(layout.lengths[chosen].cpu().numpy(), [part.sequences for part in tasks.values()])
         places = kept.cumsum(0) - 1  # of the tokens in the smaller matrix, whose order is the same
         for name, part in tasks.items():
             if part.rows is not None:
                 tasks[name] = replace(part, rows=places[part.rows])
-        return Batch(Sentences(ids, types, own), tasks), kept.nonzero()[:, 0]
+        return Batch(Sentences(ids, types, own.to(ids.device)), tasks), kept.nonzero()[:, 0]
 
 
 def make_batch(
@@ -118,7 +118,8 @@ def make_batch(
         rows, places = (portion.rows, portion.places) if len(portion.rows) else (np.zeros(1, np.int64),) * 2
         encoded[name] = splits[name].encode(rows, Draw(draw[0], name, draw[1], places) if draw else None)
     sequences = Ragged.concatenate([part.sequences for part in encoded.values()])
-    sentences = Sentences.lay(sequences, np.concatenate([part.types for part in encoded.values()]))
+    types = np.concatenate([part.types for part in encoded.values()])
+    sentences = Sentences.lay(sequences, types, [len(part.sequences) for part in encoded.values()])
     tasks: dict[str, TaskBatch] = {}
     first = 0
     for name, part in encoded.items():

@@ -5,6 +5,7 @@ a batch of S sequences is one matrix of N real tokens, in the order in which the
 must be known of that order is worked out here, on the host, when the batch is made; the forward pass only looks it up.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,11 +17,14 @@ from minbert.data.sequences.ragged import Ragged
 
 @dataclass(frozen=True)
 class Layout:
-    """Where S sequences, which keep their numbers 0 to S - 1, lie in a matrix of N tokens, the shortest first.
+    """Where S sequences, which keep their numbers 0 to S - 1, lie in a matrix of N tokens: task by task, and of each
+    the shortest first.
 
-    On a CPU those of equal length share one call of attention without a mask: no padding at all, and small calls are
-    cheap there. On a GPU few large calls win: attention alone is padded to the longest sequence, with a mask, and
-    `cells` and `mask` are there.
+    So the rows of a task are consecutive, and its share in the gradient of a matrix is one product of slices.
+
+    On a CPU a task's sequences of equal length share one call of attention without a mask: no padding at all, and small
+    calls are cheap there. On a GPU few large calls win: attention alone is padded to the longest sequence, with a mask,
+    and `cells` and `mask` are there.
     """
 
     groups: list[tuple[int, int]]  # (number of sequences, their length), from the first token to the last
@@ -28,30 +32,44 @@ class Layout:
     lengths: Tensor  # (S,) int64
     sequence: Tensor  # (N,) int64, the number of each token's sequence
     position: Tensor  # (N,) int64, its place therein
+    tokens: tuple[int, ...]  # how many of the N are each task's, in their order
+    ends: Tensor  # (tasks,) int32, the row behind each task's last
     cells: Tensor | None = None  # (N,) int64, its cell in the (S, L) rectangle
     mask: Tensor | None = None  # (S, 1, 1, L) bool, where that rectangle has a token
 
     @staticmethod
-    def of(lengths: np.ndarray) -> "Layout":
-        """The layout of sequences of these lengths, by number. Raises ValueError if there are none."""
+    def of(lengths: np.ndarray, counts: Sequence[int] | None = None) -> "Layout":
+        """The layout of sequences of these lengths, by number: the first `counts[0]` of them are those of the first
+        task, and so on; all of one where that is not given. Raises ValueError if there are none."""
         if not len(lengths):
             raise ValueError("a batch needs at least one sequence")
-        by_length = np.argsort(lengths, kind="stable")
-        ordered = lengths[by_length]
+        counts = [len(lengths)] if counts is None else list(counts)
+        task = np.repeat(np.arange(len(counts)), counts)
+        order = np.lexsort((lengths, task))  # stable
+        ordered = lengths[order]
         first = np.cumsum(ordered) - ordered
         starts = np.empty_like(first)
-        starts[by_length] = first
+        starts[order] = first
         position = np.arange(ordered.sum()) - np.repeat(first, ordered)
-        sizes, counts = np.unique(ordered, return_counts=True)
-        arrays = starts, np.asarray(lengths, np.int64), np.repeat(by_length, ordered), position
-        return Layout(list(zip(counts.tolist(), sizes.tolist())), *map(torch.from_numpy, arrays))
+        begins = np.flatnonzero(np.diff(ordered, prepend=0) | np.diff(task, prepend=-1))  # of the groups
+        groups = list(zip(np.diff(begins, append=len(ordered)).tolist(), ordered[begins].tolist()))
+        tokens = np.bincount(task, lengths, len(counts)).astype(np.int64)
+        return Layout(
+            groups,
+            torch.from_numpy(starts),
+            torch.from_numpy(np.asarray(lengths, np.int64)),
+            torch.from_numpy(np.repeat(order, ordered)),
+            torch.from_numpy(position),
+            tuple(tokens.tolist()),
+            torch.from_numpy(np.cumsum(tokens).astype(np.int32)),
+        )
 
     def __len__(self) -> int:
         return sum(count for count, _ in self.groups)
 
     def padded(self) -> "Layout":
         """The same with attention padded to the longest sequence."""
-        longest = self.groups[-1][1]
+        longest = max(length for _, length in self.groups)
         mask = (torch.arange(longest) < self.lengths[:, None])[:, None, None, :]
         return replace(self, cells=self.sequence * longest + self.position, mask=mask)
 
@@ -64,7 +82,7 @@ class Layout:
         if device.type == "cpu":
             return self
         padded = self.padded_for(device)
-        names = ("starts", "lengths", "sequence", "position", "cells", "mask")
+        names = ("starts", "lengths", "sequence", "position", "ends", "cells", "mask")
         return replace(padded, **{name: getattr(padded, name).to(device, non_blocking=True) for name in names})
 
 
@@ -77,9 +95,9 @@ class Sentences:
     layout: Layout
 
     @staticmethod
-    def lay(tokens: Ragged, types: np.ndarray) -> "Sentences":
-        """Lay out sequences that stand end to end, with the types (N,) of their tokens."""
-        layout = Layout.of(tokens.lengths)
+    def lay(tokens: Ragged, types: np.ndarray, counts: Sequence[int] | None = None) -> "Sentences":
+        """Lay out sequences that stand end to end, so many of each task, with the types (N,) of their tokens."""
+        layout = Layout.of(tokens.lengths, counts)
         order = tokens.offsets[layout.sequence.numpy()] + layout.position.numpy()
         columns = [torch.from_numpy(array[order].astype(np.int64)) for array in (tokens.ids, types)]
         return Sentences(columns[0], columns[1], layout)

@@ -101,6 +101,8 @@ def run_case(run: RunFolder, case: dict, world: World, out: Path) -> None:
         rates=rates,
         copies=copies_in(case),
     )
+    assert step.in_one_backward
+    step.in_one_backward = "per_task" not in case
     history = {}
     for number in range(case["steps"]):
         if number == case.get("broken_step"):

@@ -1,5 +1,7 @@
 """A model of two tasks so small that whatever is done with it is quick, and a batch for it."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from known_tasks import QUORA, SST
@@ -7,6 +9,7 @@ from known_tasks import QUORA, SST
 from minbert.data.batches.batch import Batch, Portion, make_batch
 from minbert.data.sequences.ragged import Ragged, ends
 from minbert.data.sequences.split import TokenisedSplit
+from minbert.data.task import Task
 from minbert.trainer.config import EncoderConfig, HeadsConfig
 from minbert.trainer.model.bert import BertConfig
 from minbert.trainer.model.multitask import MultitaskModel
@@ -14,10 +17,10 @@ from minbert.trainer.model.multitask import MultitaskModel
 SHAPE = dict(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
 
 
-def build(dropout: float = 0.0) -> MultitaskModel:
+def build(dropout: float = 0.0, tasks: Sequence[Task] = (SST, QUORA)) -> MultitaskModel:
     torch.manual_seed(0)
     shape = BertConfig(**SHAPE, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout)
-    model = MultitaskModel([SST, QUORA], shape, EncoderConfig(), HeadsConfig(head_dropout=dropout))
+    model = MultitaskModel(tasks, shape, EncoderConfig(), HeadsConfig(head_dropout=dropout))
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.5)

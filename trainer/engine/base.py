@@ -7,7 +7,8 @@ hands back. So whatever is done to gradients is written once, for every number o
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 from minbert.data.batches.batch import Batch
 from minbert.trainer.config import RunConfig
 from minbert.trainer.engine.copies import AVERAGE, swap
+from minbert.trainer.engine.one_backward import OneBackward
 from minbert.trainer.engine.optimizer import MOMENTS, adam_state
-from minbert.trainer.engine.parts import Gradient, Part, Shard
+from minbert.trainer.engine.parts import Block, Gradient, Part, Shard
 from minbert.trainer.model.multitask import MultitaskModel
 from minbert.trainer.processes.world import World, world_size
 
@@ -105,6 +107,7 @@ class Engine:
     """Plain PyTorch on one process, or data parallel on several: every process holds the whole gradient."""
 
     is_sharded = False
+    needs_wrapper = False  # whether the model computes nothing without it
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Any):
         self.accelerator, self.model, self.optimizer = accelerator, model, optimizer
@@ -115,6 +118,7 @@ class Engine:
         self.shards: list[Shard] = self._shards()
         self.peak_rates: dict[str, float] = {group["name"]: group["lr"] for group in optimizer.param_groups}
         self._rates: Mapping[str, float] = {}  # of the update under way
+        self._is_unwrapped = False
         self.copies: tuple[str, ...] = ()  # names of the copies of the weights that are kept
         self.torch_optimizer.register_step_pre_hook(self._leave_out)
 
@@ -126,7 +130,30 @@ class Engine:
 
     def __call__(self, batch: Batch, *arguments: Any) -> dict[str, Tensor]:
         """As `MultitaskModel.forward`."""
-        return self.model(batch, *arguments)
+        return (self.module if self._is_unwrapped else self.model)(batch, *arguments)
+
+    def task_gradients(
+        self, tasks: Sequence[str], losses: Callable[[int], Mapping[str, Tensor]], parts: int, trained: Collection[str]
+    ) -> list[Block]:
+        """The gradients of all tasks at once, as `OneBackward` makes them; for a model that it `covers`."""
+        return self._one_backward(tasks, losses, parts, trained)
+
+    @cached_property
+    def _one_backward(self) -> OneBackward:
+        return OneBackward(self)
+
+    @contextlib.contextmanager
+    def unwrapped(self) -> Iterator[None]:
+        """Inside, the model is called without its wrapper and what that does about gradients."""
+        self._is_unwrapped = not self.needs_wrapper
+        try:
+            yield
+        finally:
+            self._is_unwrapped = False
+
+    def backward_alone(self, loss: Tensor) -> None:
+        """A backward pass that leaves no gradient at the parameters, and in which no other process has a part."""
+        loss.backward()
 
     def gradients(self, losses: Sequence[Callable[[int], Tensor]], parts: int) -> list[Gradient]:
         """One gradient for each of several losses, reduced over the processes, in the order of `shards`.
@@ -179,7 +206,7 @@ class Engine:
     def _hand_back(self, gradient: Gradient) -> None:
         """Put the gradient where the optimizer finds it. Parameters without one get zeros, as a flat shard has them."""
         for parameter, part in zip(self.parameters.values(), gradient, strict=True):
-            parameter.grad = torch.zeros_like(parameter) if part is None else part
+            parameter.grad = torch.zeros_like(parameter) if part is None else part.view_as(parameter)
 
     def _leave_out(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Before the optimizer's step: it passes over what has no gradient. DeepSpeed calls it once for each group."""

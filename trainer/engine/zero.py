@@ -122,6 +122,15 @@ class ZeroEngine(ShardedEngine):
 class Zero3Engine(ShardedEngine):
     """Stage 3: every parameter is cut into equal parts, one per process; the last may be padded."""
 
+    needs_wrapper = True  # it gathers weights
+
+    def backward_alone(self, loss: Tensor) -> None:
+        self.model.set_gradient_accumulation_boundary(False)
+        self.model.backward(loss)
+        self.model.set_gradient_accumulation_boundary(True)
+        self.zero.averaged_gradients = {}
+        self.zero.zero_grad()
+
     def collect_gradient(self) -> Gradient:
         padded: list[Tensor] = []
         for group in range(len(self.zero.fp16_groups)):

@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from minbert.data.batches.layout import Layout, Sentences
-from minbert.trainer.model.linear import Linear, linear
+from minbert.trainer.model.tokenwise import Embedding, LayerNorm, Linear, linear
 
 _Size = Annotated[int, Field(ge=1, lt=2**31)]
 _Share = Annotated[float, Field(ge=0, lt=1)]
@@ -57,7 +57,7 @@ def _attention(qkv: Tensor, heads: int, dropout: float, mask: Tensor | None) -> 
     return context.transpose(1, 2).reshape(sequences * length, width // 3)
 
 
-class WordEmbedding(nn.Embedding):
+class WordEmbedding(Embedding):
     """Embeddings of token ids (N,); or, of states (M, H), their products with the embeddings of all tokens, and a bias
     (V,): (M, V). Both uses are calls of this module, as sharding gathers a weight for a call of its own module."""
 
@@ -71,9 +71,9 @@ class Embeddings(nn.Module):
     def __init__(self, config: BertConfig):
         super().__init__()
         self.word = WordEmbedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
-        self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.token_type = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.position = Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type = Embedding(config.type_vocab_size, config.hidden_size)
+        self.norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids: Tensor, positions: Tensor, token_type_ids: Tensor) -> Tensor:
@@ -114,9 +114,9 @@ class Layer(nn.Module):
     def __init__(self, config: BertConfig):
         super().__init__()
         self.attention = SelfAttention(config)
-        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.feed_forward = FeedForward(config)
-        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.feed_forward_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden: Tensor, layout: Layout) -> Tensor:

@@ -1,4 +1,4 @@
-"""A linear layer that runs on oneDNN where that is faster: fp32 on a CPU.
+"""Products of matrices that run on oneDNN where that is faster: fp32 on a CPU.
 
 PyTorch's own fp32 matrix product on a CPU is MKL's, which leaves half of an AMD processor's vector width unused;
 oneDNN's is about twice as fast there and no slower elsewhere (`benchmarks/training_step.py`). It is the same
@@ -7,24 +7,24 @@ arithmetic, in another order. Everything else (GPUs, bf16, float64) takes PyTorc
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 _AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-class Linear(nn.Linear):
-    """torch.nn.Linear for (N, in) inputs."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+def multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """a b' + bias, of (n, k) and (m, k). Nothing that autograd can look into."""
+    return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "") if _fast(a, b) else F.linear(a, b, bias)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x W' + b for (N, in) inputs."""
-    fast = _AVAILABLE and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.ndim == 2
-    if fast and not torch.is_autocast_enabled("cpu") and len(x):
-        return _OneDnnLinear.apply(x, weight, bias)
-    return F.linear(x, weight, bias)
+    return _OneDnnLinear.apply(x, weight, bias) if _fast(x, weight) else F.linear(x, weight, bias)
+
+
+def _fast(a: Tensor, b: Tensor) -> bool:
+    fits = _AVAILABLE and a.device.type == "cpu" and a.dtype == b.dtype == torch.float32 and a.ndim == 2
+    return fits and not torch.is_autocast_enabled("cpu") and a.numel() > 0
 
 
 class _OneDnnLinear(torch.autograd.Function):
@@ -37,18 +37,13 @@ class _OneDnnLinear(torch.autograd.Function):
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.has_bias = bias is not None
-        return _multiply(x, weight, bias)
+        return multiply(x, weight, bias)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        multiply = F.linear if torch.is_grad_enabled() else _multiply
-        dx = multiply(dy, weight.T) if ctx.needs_input_grad[0] else None
-        dw = multiply(dy.T, x.T) if ctx.needs_input_grad[1] else None
+        product = F.linear if torch.is_grad_enabled() else multiply
+        dx = product(dy, weight.T) if ctx.needs_input_grad[0] else None
+        dw = product(dy.T, x.T) if ctx.needs_input_grad[1] else None
         db = dy.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
         return dx, dw, db
-
-
-def _multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a b' + bias."""
-    return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")

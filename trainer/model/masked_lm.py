@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minbert.trainer.model.bert import BertConfig, WordEmbedding
-from minbert.trainer.model.linear import Linear
+from minbert.trainer.model.task_gradients import PerTask
+from minbert.trainer.model.tokenwise import LayerNorm, Linear, whole
 
 # transformers' name -> ours. There the scores' bias has a second name, and the weight beside it is the embeddings.
 NAMES = {
@@ -23,21 +24,21 @@ NAMES = {
 }
 
 
-class MaskedLMHead(nn.Module):
+class MaskedLMHead(nn.Module, PerTask):
     """A linear layer, GELU and layer norm, then a score for each token of the vocabulary: its embedding times the
     state, and a bias (Devlin et al. 2019, section 3.1)."""
 
     def __init__(self, shape: BertConfig):
         super().__init__()
         self.dense = Linear(shape.hidden_size, shape.hidden_size)
-        self.norm = nn.LayerNorm(shape.hidden_size, eps=shape.layer_norm_eps)
+        self.norm = LayerNorm(shape.hidden_size, eps=shape.layer_norm_eps)
         self.bias = nn.Parameter(torch.zeros(shape.vocab_size))
         nn.init.normal_(self.dense.weight, std=shape.initializer_range)
         nn.init.zeros_(self.dense.bias)
 
     def forward(self, hidden: Tensor, labels: Tensor, word: WordEmbedding) -> Tensor:
         """States (M, H) of hidden tokens, and which tokens (M,) they were -> negative log likelihoods (M,), fp32."""
-        scores = word(self.norm(F.gelu(self.dense(hidden))), self.bias)
+        scores = word(self.norm(F.gelu(self.dense(hidden))), whole(self.bias))
         return F.cross_entropy(scores.to(torch.promote_types(scores.dtype, torch.float32)), labels, reduction="none")
 
 

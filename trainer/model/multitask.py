@@ -7,6 +7,7 @@ objective's to say (`trainer/objectives/`).
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 
 import torch
@@ -18,6 +19,8 @@ from minbert.data.task import Task
 from minbert.trainer.config import EncoderConfig, HeadsConfig
 from minbert.trainer.model.bert import Bert, BertConfig, mean_pool
 from minbert.trainer.model.masked_lm import MaskedLMHead
+from minbert.trainer.model.task_gradients import rows_of
+from minbert.trainer.model.tokenwise import Linear
 
 
 class Head(nn.Module):
@@ -30,9 +33,9 @@ class Head(nn.Module):
         hidden = config.hidden_size or width
         layers: list[nn.Module] = [nn.Dropout(config.head_dropout)]
         for _ in range(config.hidden_layers):
-            layers += [nn.Linear(inputs, hidden), nn.ReLU(), nn.Dropout(config.head_dropout)]
+            layers += [Linear(inputs, hidden), nn.ReLU(), nn.Dropout(config.head_dropout)]
             inputs = hidden
-        self.layers = nn.Sequential(*layers, nn.Linear(inputs, task.outputs))
+        self.layers = nn.Sequential(*layers, Linear(inputs, task.outputs))
 
     def forward(self, sides: Tensor) -> Tensor:
         """(sides, B, H) embeddings, one of a sentence or of a pair as one sequence, two of a pair -> (B, outputs)."""
@@ -163,24 +166,25 @@ class Forward:
         """What the first layer sees: word, position and type embeddings, normalised, after dropout; (N, H)."""
         if self._given is not None:
             return self._given
-        with self._arithmetic():
+        with self._arithmetic(), self._tokens():
             return self.model.bert.embed(self.sentences)
 
     @cached_property
     def hidden(self) -> Tensor:
         """States of the last layer, (N, H)."""
-        with self._arithmetic():
+        with self._arithmetic(), self._tokens():
             return self.model.bert.encode(self.embeddings, self.sentences.layout)
 
     @cached_property
     def pooled(self) -> dict[str, Tensor]:
         """Embeddings (sides, R B, H) of each task's examples in R readings, one reading after the other."""
         layout, tasks = self.sentences.layout, self.batch.tasks
-        with self._arithmetic():
+        hidden = self.hidden
+        with self._arithmetic(), rows_of({name: part.sequences for name, part in tasks.items()}):
             if self.model.pooling == "mean":
-                pooled = mean_pool(self.hidden, layout)
+                pooled = mean_pool(hidden, layout)
             else:
-                pooled = self.model.bert.pooler(self.hidden[layout.starts])
+                pooled = self.model.bert.pooler(hidden[layout.starts])
         parts = pooled.split([part.sequences for part in tasks.values()])
         return {name: own.unflatten(0, (part.sides, -1)) for (name, part), own in zip(tasks.items(), parts)}
 
@@ -203,11 +207,20 @@ class Forward:
     def _output(self, name: str) -> Tensor:
         head, part = self.model.heads[name], self.batch.tasks[name]
         if part.rows is None:
-            return head(self.pooled[name])
-        losses = head(self.hidden.index_select(0, part.rows), part.labels, self.model.bert.embeddings.word)
+            pooled = self.pooled[name]
+            with rows_of({name: pooled.shape[1]}):
+                return head(pooled)
+        hidden = self.hidden.index_select(0, part.rows)
+        with rows_of({name: len(hidden)}):
+            losses = head(hidden, part.labels, self.model.bert.embeddings.word)
         example = self.sentences.layout.sequence[part.rows] - part.first
         pair = torch.stack([losses, torch.ones_like(losses)], 1)
         return pair.new_zeros(len(part), 2).index_add(0, example, pair)
+
+    def _tokens(self) -> AbstractContextManager:
+        """Of the matrices that the encoder works on, which rows are whose."""
+        layout = self.sentences.layout
+        return rows_of(dict(zip(self.batch.tasks, layout.tokens, strict=True)), layout.ends)
 
     def _arithmetic(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.model.low_precision)

@@ -7,15 +7,12 @@ combines its own shards. The result equals that of one process with the whole ba
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations_with_replacement
 
 import torch
 from torch import Tensor
 
 from minbert.trainer.engine.base import Engine
-from minbert.trainer.engine.parts import Gradient, Shard
-
-BLOCK = 1 << 20  # coordinates that are summed in float32
+from minbert.trainer.engine.parts import CHUNK, Block, Gradient, Shard
 
 
 @dataclass(frozen=True)
@@ -30,74 +27,68 @@ class Gramians:
         return self.by_layer.sum(0)
 
 
-def gramians(engine: Engine, gradients: Sequence[Gradient], layers: Sequence[str]) -> Gramians:
-    """Gramians of T gradients: products of blocks in float32, their sums in float64. Collective.
+def gramians(engine: Engine, blocks: Sequence[Block], layers: Sequence[str], tasks: int) -> Gramians:
+    """Gramians of the gradients of so many tasks: products of pieces in float32, their sums in float64. Collective."""
+    device = engine.accelerator.device
+    by_layer = dict.fromkeys(layers, torch.zeros(tasks, tasks, dtype=torch.float64, device=device))
+    for block in blocks:
+        if block.is_shared and block.rows.numel():
+            pieces = block.rows.view(tasks, -1, CHUNK).transpose(0, 1)
+            by_layer[block.part] = torch.bmm(pieces, pieces.mT).sum(0, dtype=torch.float64)
+    empty = torch.zeros(0, tasks, tasks, dtype=torch.float64, device=device)
+    result = torch.stack([*by_layer.values()]) if layers else empty
+    found = engine.sum_over_shards(result)
+    return Gramians(tuple(layers), (found + found.mT) / 2)
 
-    Blocks are multiplied where they lie: gathering a layer's rows into a matrix for one product would take four times
-    as long on a CPU, for the memory that it touches.
+
+def combine(shards: Sequence[Shard], blocks: Sequence[Block], weights: Mapping[str, Tensor]) -> Gradient:
+    """The combination of the gradients, by the weights (rows,) of each part's. It may lie in the memory of the first.
+
+    Weights on a GPU are not looked at.
     """
-    count, device = len(gradients), engine.accelerator.device
-    result = torch.zeros(len(layers), count, count, dtype=torch.float64, device=device)
-    pairs = list(combinations_with_replacement(range(count), 2))
-    for index, layer in enumerate(layers):
-        products: dict[tuple[int, int], list[Tensor]] = {pair: [] for pair in pairs}
-        for k, shard in enumerate(engine.shards):
-            if shard.part == layer and shard.length:
-                blocks = [None if (part := g[k]) is None else part.flatten().split(BLOCK) for g in gradients]
-                for i, j in pairs:
-                    first, second = blocks[i], blocks[j]
-                    if first is not None and second is not None:
-                        products[i, j] += [torch.dot(a, b) for a, b in zip(first, second)]
-        for (i, j), found in products.items():
-            if found:
-                result[index, i, j] = result[index, j, i] = torch.stack(found).double().sum()
-    return Gramians(tuple(layers), engine.sum_over_shards(result))
+    totals, alike = dict[str, Tensor](), dict[tuple[float, ...], list[Block]]()
+    for block in blocks:
+        own = weights[block.part]
+        if own.device.type == "cpu":
+            alike.setdefault(tuple(own.tolist()), []).append(block)
+        else:
+            totals[block.part] = torch.mv(block.rows.T, own.to(block.rows.dtype))
+    for (first, *others), some in alike.items():
+        # Without what follows the coordinates, which stays zero whatever the weights are.
+        rows = [block.rows[:, : block.width(shards)] for block in some]
+        combined = [each[0] for each in rows]
+        if first != 1.0:
+            torch._foreach_mul_(combined, first)
+        for number, weight in enumerate(others, 1):
+            torch._foreach_add_(combined, [each[number] for each in rows], alpha=weight)
+        totals |= {block.part: total for block, total in zip(some, combined)}
+    return _pieces(shards, blocks, [totals[block.part] for block in blocks])
 
 
-def combine(
-    shards: Sequence[Shard],
-    gradients: Sequence[Gradient],
-    weights: Sequence[Mapping[str, float]],
-    heads: Sequence[float],
-) -> Gradient:
-    """The combination of T gradients, in the memory of the first.
-
-    `weights[t]` maps the encoder's layers to the weight of task t there; `heads[t]` is its weight in the heads.
-    """
-    result: Gradient = []
-    for k, shard in enumerate(shards):
-        total = None
-        for gradient, by_layer, head in zip(gradients, weights, heads, strict=True):
-            weight, part = by_layer[shard.part] if shard.is_shared else head, gradient[k]
-            if part is None:
-                continue
-            if total is None:
-                total = part if weight == 1.0 else part.mul_(weight)
-            else:
-                total.add_(part, alpha=weight)
-        result.append(total)
-    return result
-
-
-def drop_signs(shards: Sequence[Shard], gradients: Sequence[Gradient], seed: int) -> Gradient:
+def drop_signs(shards: Sequence[Shard], blocks: Sequence[Block], seed: int) -> Gradient:
     """GradDrop (Chen et al. 2020, algorithm 1, lines 10 to 15): each coordinate keeps one sign's gradients.
 
     A coordinate keeps the positive ones with probability (1 + sum g / sum |g|) / 2. The draw is a function of seed,
     parameter and coordinate, so that it is the same however the coordinates are cut into shards. Heads are summed.
     """
-    result: Gradient = []
-    for k, shard in enumerate(shards):
-        parts = [part for gradient in gradients if (part := gradient[k]) is not None]
-        if not parts:
-            result.append(None)
-            continue
-        rows = torch.stack([part.flatten() for part in parts])
-        if shard.is_shared:
+    totals = []
+    for block in blocks:
+        rows = block.rows
+        if block.is_shared:
+            draws = torch.cat([uniform(shard, seed, rows.device) for shard in shards[block.first : block.last]])
+            rows = rows[:, : block.width(shards)]
             purity = 0.5 * (1 + (rows.sum(0) / rows.abs().sum(0)).nan_to_num(0.0))
-            keep_positive = purity > uniform(shard, seed, rows.device)
-            rows = torch.where(keep_positive, rows.clamp_min(0), rows.clamp_max(0))
-        result.append(rows.sum(0).view_as(parts[0]))
-    return result
+            rows = torch.where(purity > draws, rows.clamp_min(0), rows.clamp_max(0))
+        totals.append(rows.sum(0))
+    return _pieces(shards, blocks, totals)
+
+
+def _pieces(shards: Sequence[Shard], blocks: Sequence[Block], totals: Sequence[Tensor]) -> Gradient:
+    """The gradient that has these totals of the blocks, shard by shard."""
+    gradient: Gradient = [None] * len(shards)
+    for block, total in zip(blocks, totals, strict=True):
+        gradient[block.first : block.last] = block.pieces(shards, total)
+    return gradient
 
 
 def uniform(shard: Shard, seed: int, device: torch.device) -> Tensor:

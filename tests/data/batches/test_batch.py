@@ -76,7 +76,18 @@ def test_each_task_finds_its_examples(one, two, seed):
         expected = [own.take(np.array([row])).ids.tolist() for own in splits[name].columns for row in rows[name]]
         assert [sequence(batch, first + number) for number in range(part.sequences)] == expected
         first += part.sequences
-    assert first == len(batch.sentences.layout)
+    layout = batch.sentences.layout
+    assert first == len(layout)
+    # Task by task, and of each the shortest first.
+    whose = (layout.sequence >= batch.tasks["single"].first).long()
+    assert (
+        layout.tokens == tuple(whose.bincount().tolist())
+        and layout.ends.tolist() == whose.bincount().cumsum(0).tolist()
+    )
+    order = list(zip(whose.tolist(), layout.lengths[layout.sequence].tolist()))
+    assert order == sorted(order) and len(layout.groups) == len(set(order))
+    smaller, kept = batch.only(["single"])
+    assert smaller.sentences.layout.tokens == layout.tokens[1:] and whose[kept].all()
     assert batch.tokens == sum(int(splits[name].lengths[own].sum()) for name, own in rows.items())
 
 

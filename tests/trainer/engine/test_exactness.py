@@ -107,7 +107,9 @@ COUPLED = [
         (3, "sum", "pearson", {}),
     ]
 ]
-ALL = EVERYWHERE + ODD + OBJECTIVE + JOINT + AVERAGED + MASKED + COUPLED
+# What the others do in one backward pass, in one for each task.
+PER_TASK = [case(stage, "pcgrad", per_task=True, accumulation=2) for stage in (None, 2, 3)]
+ALL = EVERYWHERE + ODD + OBJECTIVE + JOINT + AVERAGED + MASKED + COUPLED + PER_TASK
 
 
 def cases(processes: int) -> list[dict]:
@@ -258,7 +260,7 @@ def test_every_stage_equals_the_dense_process(prepared, processes):
     for wanted in cases(processes):
         if wanted["aggregator"] not in DENSE or wanted.keys() & {"surgery_scope", "frozen_at"}:
             continue
-        key = {k: v for k, v in wanted.items() if k not in ("name", "zero_stage", "accumulation")}
+        key = {k: v for k, v in wanted.items() if k not in ("name", "zero_stage", "accumulation", "per_task")}
         before, losses, expected, average = dense_result(prepared.path, json.dumps(key))
         state = load_file(folder / f"{wanted['name']}.safetensors")
         assert_same_weights(state, expected, TOLERANCE[wanted["optimizer"]])

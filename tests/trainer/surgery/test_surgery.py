@@ -15,7 +15,7 @@ from minbert.launch.options import parse_run_config
 from minbert.trainer import train as training
 from minbert.trainer.engine.base import build_accelerator, build_engine
 from minbert.trainer.engine.optimizer import build_optimizer
-from minbert.trainer.engine.parts import Shard
+from minbert.trainer.engine.parts import Shard, blocks_of
 from minbert.trainer.metrics import MetricsWindow
 from minbert.trainer.processes.random_state import seed_everything
 from minbert.trainer.processes.world import World
@@ -65,7 +65,9 @@ def whole_gradients(tasks=3, seed=0):
 
 
 def held_by(shards, gradients):
-    return [[part[s.start : s.start + s.length].clone() for s, part in zip(shards, g)] for g in gradients]
+    """The blocks of one process; the head is the first task's."""
+    own = [[part[s.start : s.start + s.length] for s, part in zip(shards, g)] for g in gradients]
+    return blocks_of(shards, own, ["heads.sst", "heads.quora", "heads.sts"])
 
 
 WHOLE = [cut(name, 0, size) for name, size in NAMES.items()]
@@ -75,7 +77,7 @@ WHOLE = [cut(name, 0, size) for name, size in NAMES.items()]
 @settings(max_examples=40)
 def test_gramians_of_shards_add_up(processes):
     gradients = whole_gradients()
-    parts = [gramians(Held(shards), held_by(shards, gradients), LAYERS).by_layer for shards in processes]
+    parts = [gramians(Held(shards), held_by(shards, gradients), LAYERS, 3).by_layer for shards in processes]
     for layer in range(2):
         rows = torch.stack([gradient[layer] for gradient in gradients]).double()
         torch.testing.assert_close(sum(parts)[layer], rows @ rows.T, rtol=1e-5, atol=1e-5)
@@ -84,11 +86,12 @@ def test_gramians_of_shards_add_up(processes):
 @given(cuts())
 @settings(max_examples=40)
 def test_combining_and_dropping_do_not_depend_on_the_cut(processes):
-    weights = [{"embeddings": 0.5, "layer 0": 2.0}, {"embeddings": -1.0, "layer 0": 1.0}, dict.fromkeys(LAYERS, 3.0)]
-    expected = combine(WHOLE, held_by(WHOLE, whole_gradients()), weights, [1.0, 1.0, 1.0])
-    dropped = drop_signs(WHOLE, whole_gradients(), seed=7)
+    weights = {"embeddings": [0.5, -1.0, 3.0], "layer 0": [2.0, 1.0, 3.0], "heads.sst": [1.0]}
+    weights = {part: torch.tensor(own) for part, own in weights.items()}
+    expected = combine(WHOLE, held_by(WHOLE, whole_gradients()), weights)
+    dropped = drop_signs(WHOLE, held_by(WHOLE, whole_gradients()), seed=7)
     for shards in processes:
-        found = combine(shards, held_by(shards, whole_gradients()), weights, [1.0, 1.0, 1.0])
+        found = combine(shards, held_by(shards, whole_gradients()), weights)
         signs = drop_signs(shards, held_by(shards, whole_gradients()), seed=7)
         for shard, part, sign, whole, whole_sign in zip(shards, found, signs, expected, dropped):
             here = slice(shard.start, shard.start + shard.length)
@@ -97,12 +100,11 @@ def test_combining_and_dropping_do_not_depend_on_the_cut(processes):
 
 
 def test_combination_is_the_weighted_sum_and_heads_keep_their_gradients():
-    gradients = whole_gradients()
-    weights = [dict.fromkeys(LAYERS, w) for w in (0.5, -2.0, 1.0)]
+    weights = {layer: torch.tensor([0.5, -2.0, 1.0]) for layer in LAYERS} | {"heads.sst": torch.ones(1)}
     first, second, third = whole_gradients()
-    found = combine(WHOLE, gradients, weights, [1.0, 1.0, 1.0])
+    found = combine(WHOLE, held_by(WHOLE, whole_gradients()), weights)
     torch.testing.assert_close(found[0], 0.5 * first[0] - 2 * second[0] + third[0])
-    torch.testing.assert_close(found[2], first[2] + second[2] + third[2])
+    torch.testing.assert_close(found[2], first[2])
 
 
 def test_dropped_signs_follow_the_formula():
@@ -112,7 +114,7 @@ def test_dropped_signs_follow_the_formula():
     purity = 0.5 * (1 + rows.sum(0) / rows.abs().sum(0))
     mask = purity > uniform(WHOLE[0], 3, torch.device("cpu"))
     expected = sum(torch.where(mask, row * (row > 0), row * (row < 0)) for row in rows)
-    torch.testing.assert_close(drop_signs(WHOLE, gradients, seed=3)[0], expected)
+    torch.testing.assert_close(drop_signs(WHOLE, held_by(WHOLE, gradients), seed=3)[0], expected)
 
 
 def test_hashed_numbers_are_uniform_and_independent():
