@@ -148,7 +148,7 @@ class TrainingStep:
         trained = [index for index, layer in enumerate(self.layers) if rates.get(layer)]
         mean = weights if weights.ndim == 1 else weights[trained or ...].mean(0)
         result.weigh(mean, self.task_weights)
-        of_rows = dict(zip(self.layers, by_layer))
+        of_rows = dict(zip(self.layers, by_layer.float()))
         of_rows |= {head_part(name): weight[None] for name, weight in zip(names, heads)}
         return result, combine(self.engine.shards, blocks, of_rows)
 

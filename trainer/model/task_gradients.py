@@ -101,6 +101,7 @@ class TaskGradients:
         self.anchor = torch.zeros((), requires_grad=True)
         self._blocks: dict[str, Tensor] = {}
         self._written: set[tuple[Place, int]] = set()
+        self._uncopied: list[tuple[Tensor, Tensor]] = []  # targets and products, to be copied together
         self._awaited: dict[str, int] = {}
         self._next = 0
 
@@ -157,7 +158,12 @@ class TaskGradients:
         if place is None:
             return
         if self._at_once(place, rows) and dy.dtype == torch.bfloat16 and not (dy.shape[1] % 8 or x.shape[1] % 8):
-            self._put(place, None, F.grouped_mm(dy.contiguous().T, x.contiguous(), offs=rows.ends))
+            found = F.grouped_mm(dy.contiguous().T, x.contiguous(), offs=rows.ends)
+            target, first = self._claim(place, None)
+            if first:
+                self._uncopied += zip(target.unbind(), found.unbind())
+            else:
+                target.add_(found)
             return
         for task, own in rows.slices:
             if self.grouped and dy.dtype == torch.float32:
@@ -240,13 +246,15 @@ class TaskGradients:
         """Whether one operation may do for all tasks."""
         return self.grouped and place.is_shared and rows.ends is not None and len(rows.tasks) == len(self.tasks)
 
-    def _put(self, place: Place | None, task: int | None, gradient: Tensor) -> None:
+    def _put(self, place: Place | None, task: int, gradient: Tensor) -> None:
         if place is not None:
             target, first = self._claim(place, task)
             target.copy_(gradient) if first else target.add_(gradient)
 
     def _claim(self, place: Place, task: int | None) -> tuple[Tensor, bool]:
         """A parameter's gradient of a task, or (T, ...) those of all, and whether nothing is there yet."""
+        if self._uncopied and any((place, row) in self._written for row in range(len(self.tasks))):
+            self._copy()
         columns = self._block(place.part)[:, place.start : place.start + place.shape.numel()]
         if task is None:
             every = {(place, row) for row in range(len(columns))}
@@ -261,6 +269,12 @@ class TaskGradients:
         self._written.add((place, row))
         return columns[row].view(place.shape), first
 
+    def _copy(self) -> None:
+        if self._uncopied:
+            targets, products = zip(*self._uncopied)
+            torch._foreach_copy_(targets, products)
+            self._uncopied = []
+
     def _block(self, part: str) -> Tensor:
         if part not in self._blocks:
             self._blocks[part] = self.memory(part)
@@ -268,6 +282,7 @@ class TaskGradients:
 
     def _filled(self, part: str) -> Tensor:
         """A part's block, with zeros where nothing came."""
+        self._copy()
         block = self._block(part)
         for place in self._of_part[part]:
             for row in range(len(block)):

@@ -42,9 +42,9 @@ def gramians(engine: Engine, blocks: Sequence[Block], layers: Sequence[str], tas
 
 
 def combine(shards: Sequence[Shard], blocks: Sequence[Block], weights: Mapping[str, Tensor]) -> Gradient:
-    """The combination of the gradients, by the weights (rows,) of each part's. It may lie in the memory of the first.
+    """The combination of the gradients by the weights, (rows,) fp32 for each part. Those on a GPU are not looked at.
 
-    Weights on a GPU are not looked at.
+    It may lie in the memory of the first.
     """
     totals, alike = dict[str, Tensor](), dict[tuple[float, ...], list[Block]]()
     for block in blocks:
@@ -52,7 +52,7 @@ def combine(shards: Sequence[Shard], blocks: Sequence[Block], weights: Mapping[s
         if own.device.type == "cpu":
             alike.setdefault(tuple(own.tolist()), []).append(block)
         else:
-            totals[block.part] = torch.mv(block.rows.T, own.to(block.rows.dtype))
+            totals[block.part] = torch.mv(block.rows.T, own)
     for (first, *others), some in alike.items():
         # Without what follows the coordinates, which stays zero whatever the weights are.
         rows = [block.rows[:, : block.width(shards)] for block in some]

@@ -117,6 +117,8 @@ def test_products_of_bf16_are_summed_in_fp32(grouped):
     assert_equal(found, low, 0.01)
     assert all(gradient.dtype == torch.float32 for gradient in found.values())
     assert any(not torch.equal(gradient, wanted[key]) for key, gradient in found.items())
+    twice = recorded(model, lambda: losses_of(model, batch), grouped, passes=2)
+    assert all(torch.equal(twice[key], 2 * gradient) for key, gradient in found.items())
 
 
 @pytest.mark.parametrize("grouped", [False, True])
