@@ -1,7 +1,8 @@
 """How many operations a step asks of a GPU.
 
 No GPU is needed: tensors on the device "meta" have shapes and no values, and everything that PyTorch would launch for
-them passes by here. That nothing is read back between logged steps is for `test_waiting` to say.
+them passes by here; attention as some twenty operations, of which a GPU makes two, for the sum as for surgery. That
+nothing is read back between logged steps is for `test_waiting` to say.
 """
 
 from contextlib import nullcontext
