@@ -6,6 +6,7 @@ these too come from one backward pass (`trainer/engine/one_backward.py`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from time import perf_counter
 
 import numpy as np
@@ -161,7 +162,11 @@ class TrainingStep:
             self.engine.fix_below(rates)
             trained = [part for part, rate in rates.items() if rate]
             return self.engine.task_gradients(names, losses, self.accumulation, trained)
-        found = self._gradients(step, [lambda part, name=name: losses(part, (name,))[name] for name in names])
+
+        def alone(name: str, part: int) -> Tensor:
+            return losses(part, (name,))[name]
+
+        found = self._gradients(step, [partial(alone, name) for name in names])
         return blocks_of(self.engine.shards, found, [head_part(name) for name in names])
 
     def _rates(self, step: int) -> dict[str, float]:
