@@ -1,7 +1,7 @@
 """Products of matrices that run on oneDNN where that is faster: fp32 on a CPU.
 
 PyTorch's own fp32 matrix product on a CPU is MKL's, which leaves half of an AMD processor's vector width unused;
-oneDNN's is about twice as fast there and no slower elsewhere (`benchmarks/training_step.py`). It is the same
+oneDNN's is about twice as fast there and no slower elsewhere (`benchmarks/performance.py`). It is the same
 arithmetic, in another order. Everything else (GPUs, bf16, float64) takes PyTorch's way.
 """
 
