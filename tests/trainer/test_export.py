@@ -192,6 +192,7 @@ def hub(monkeypatch) -> Iterator[ThreadingHTTPServer]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.address, server.files, server.created = f"http://127.0.0.1:{server.server_port}", {}, None
     monkeypatch.setattr(constants, "ENDPOINT", server.address)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # whatever it was when the hub's client was imported
     monkeypatch.setenv("HF_TOKEN", "hf_nobodys")
     thread = Thread(target=server.serve_forever)
     thread.start()
