@@ -25,7 +25,7 @@ def chaos(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("chaos") / "out"
     command = [sys.executable, BENCHMARK, "--out", out, "--kills", 8, "--damages", 0]
     command += ["--steps", 24, "--save-every", 3, "--eval-every", 8]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stdout + done.stderr
     return out
 
