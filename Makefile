@@ -10,8 +10,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
-# Four of them keep two cores busy, as two mostly wait for SLURM.
-PYTEST := $(BIN)/pytest --numprocesses 4 --dist loadgroup
+# Three of them keep two cores busy; with more, tests wait long for what others hold.
+PYTEST := $(BIN)/pytest --numprocesses 3 --dist loadgroup
 
 .PHONY: train test coverage lint docs wheel clean
 

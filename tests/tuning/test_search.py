@@ -323,7 +323,7 @@ def test_a_search_on_an_existing_cluster(tmp_path, existing, monkeypatch):
     assert read_config_file(run / "config.yaml").corpus.max_length == 64
     assert (run / "predictions").exists()
 
-    long = small_search(tmp_path / "long", "--samples", "2", "--epochs", "1000", "--address", existing)
+    long = small_search(tmp_path / "long", "--samples", "2", "--epochs", "200", "--address", existing)
     process = subprocess.Popen(long, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     await_trials(tmp_path / "long", process, lambda trials: any(trial.step for trial in trials))
     head = next(p for p in psutil.process_iter() if p.name() == "gcs_server" and existing_port(p) in existing)
