@@ -44,8 +44,9 @@ class Reporter:
             for record in self.folder.read_metrics():
                 view.take(record)
             self.trackers.start(flatten(config), state.step, state.trackers)
-        device, half = self.accelerator.device, self.accelerator.mixed_precision == "bf16"
-        peak = matmul_peak(device, torch.bfloat16 if half else torch.float32)
+        # Accelerate is told of no precision: the model lowers its own.
+        dtype = torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
+        peak = matmul_peak(self.accelerator.device, dtype)
         process = here(self.accelerator.process_index, self.accelerator.num_processes, state.step, total_steps, peak)
         with Heartbeat(self.folder.logs, process) as self.heartbeat:
             look = _looking_at(view, self.folder, self.heartbeat)

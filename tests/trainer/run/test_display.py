@@ -11,8 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
+from minbert.launch.main import main
 from minbert.trainer.config import RunConfig
 from minbert.trainer.model.bert import Bert, BertConfig
+from minbert.trainer.run import reporting
 from minbert.trainer.run import standing as standings
 from minbert.trainer.run.display import View, as_json, clock, line, panel
 from minbert.trainer.run.speed import flops_per_token, matmul_peak
@@ -146,3 +148,12 @@ def test_no_step_for_long_is_a_hang():
     assert standing.hangs() and not standing.hangs(1000.0)
     standing.step = 4  # each step takes 25 s
     assert not standing.hangs()
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_peak_is_of_the_precision_in_which_the_run_computes(precision, dtype, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(reporting, "matmul_peak", lambda device, dtype: asked.append(dtype) or 1e9)
+    small = "--train-limit 20 --eval-limit 8 --batch-size 4 --steps 1 --trackers --tasks sst"
+    assert main(["train", "--run", str(tmp_path / "run"), *small.split(), "--precision", precision]) == 0
+    assert asked == [dtype]
