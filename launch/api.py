@@ -187,10 +187,9 @@ class Run:
 
     def _outputs(self, texts: Sequence[str | tuple[str, str]], name: str | None) -> tuple[Task, Any]:
         """The task, and the model's raw outputs (n, outputs)."""
-        from minbert.data.sources.examples import Examples
         from minbert.launch.commands.predict import find_task
         from minbert.trainer.evaluation.scoring import outputs
-        from minbert.trainer.run.data import tokenise_as
+        from minbert.trainer.run.data import tokenise_texts
 
         task = find_task(self.folder, name)
         rows = [(text,) if isinstance(text, str) else tuple(text) for text in texts]
@@ -199,12 +198,9 @@ class Run:
             raise UserError(f"task {task.name} takes {wanted}")
         if not rows:
             raise UserError("there is no text to predict")
-        corpus = self.config.corpus.model_copy(update={"cache": None})
-        config = self.config.model_copy(update={"corpus": corpus})
-        columns = tuple(list(column) for column in zip(*rows))
-        examples = Examples(task, "test", "", [str(row) for row in range(len(rows))], columns, None)
+        columns = [list(column) for column in zip(*rows)]
         model, tokenizer, world = self._loaded
-        return task, outputs(model, task, tokenise_as(config, examples, tokenizer), world)
+        return task, outputs(model, task, tokenise_texts(self.config, task, columns, tokenizer), world)
 
 
 class Comparison:
@@ -267,13 +263,11 @@ def compare(*compared: Run | Path_) -> Comparison:
 
 def _train(options: dict[str, Any], force: bool) -> Run:
     from minbert.launch.commands.train import start
-    from minbert.trainer.run.preparation import new_run_path
+    from minbert.trainer.run.preparation import in_folder
 
     if threading.current_thread() is not threading.main_thread():
         raise UserError("a run is started from the main thread, which hears Ctrl-C; for several, start processes")
-    config = build_run_config(options)
-    if config.run is None:
-        config = config.model_copy(update={"run": new_run_path(config)})
+    config = in_folder(build_run_config(options))
     code = start(config, force, apart=True)
     run = Run(config.folder)
     if code != ExitCode.FINISHED:

@@ -17,7 +17,7 @@ from minbert.data.task import Split, Task
 from minbert.trainer.checkpoint.saving import now
 from minbert.trainer.config import RunConfig
 from minbert.trainer.evaluation.averaging import mean_predictions
-from minbert.trainer.evaluation.prediction_files import prediction_file_name, write_predictions
+from minbert.trainer.evaluation.prediction_files import RECORD, prediction_file_name, write_predictions
 from minbert.trainer.evaluation.scoring import beside, count_batches, outputs, overall, score
 from minbert.trainer.model.multitask import MultitaskModel
 from minbert.trainer.processes.stop import StopRequest
@@ -29,7 +29,6 @@ from minbert.trainer.run.saved_model import load_model
 from minbert.trainer.run.soup import require_alike
 
 REPORTED: tuple[Split, ...] = ("dev", "test")
-RECORD = "predictions.json"
 
 
 def is_reported(run: RunFolder) -> bool:

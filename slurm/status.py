@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from minbert.data.errors import UserError
-from minbert.slurm import controller
+from minbert.slurm import controller, waiting
 from minbert.slurm.controller import Queued
 from minbert.slurm.endings import Ending, State
 from minbert.slurm.records import Attempt, Records, Submission
@@ -27,14 +27,7 @@ UNFINISHED = (State.RUNNING, State.INTERRUPTED, State.NOT_STARTED, State.NOT_SUB
 SETTLED = 300.0  # seconds after which a submission that SLURM does not know was none
 WORDS = {"COMPLETING": "ending", "CONFIGURING": "starting"}
 # Why a job waits, where SLURM's word does not say what to do; `minbert why` tells more.
-REASONS = {
-    "PartitionConfig": "for ever: it asks for more than the partition has",
-    "PartitionNodeLimit": "for ever: it asks for more nodes than the partition has or allows",
-    "PartitionTimeLimit": "for ever: it asks for more time than the partition allows",
-    "PartitionDown": "the partition is down",
-    "PartitionInactive": "the partition is inactive",
-    "BadConstraints": "for ever: no node is what it asks for",
-    "DependencyNeverSatisfied": "for ever: what it depends on has failed",
+REASONS = {reason: waiting.REASONS[reason] for reason in (*waiting.NEVER, "PartitionDown", "PartitionInactive")} | {
     "ReqNodeNotAvail": "nodes that it needs are down or reserved",
     "JobHeldUser": "held: scontrol release lets it go",
     "JobHeldAdmin": "held by an administrator",

@@ -11,6 +11,7 @@ from minbert.slurm.controller import Life
 from minbert.slurm.records import Attempt, Records
 from minbert.slurm.supervisor import read_errors
 from minbert.slurm.verdict import Error
+from minbert.trainer.run.display import clock
 from minbert.trainer.run.standing import SILENT, Standing, read_standing
 
 TAIL = 12  # lines of a log
@@ -69,7 +70,7 @@ def _of_attempt(before: Attempt | None, attempt: Attempt) -> list[Event]:
     events = [Event(attempt.started, "started", text)]
     if attempt.ended is not None:
         parts = [attempt.detail.partition("\n")[0]] if attempt.detail else []
-        parts.append(f"after {_seconds(attempt.ended - attempt.started)}")
+        parts.append(f"after {clock(round(attempt.ended - attempt.started))}")
         if attempt.reached is not None:
             parts.append(f"at step {attempt.reached}, saved up to {attempt.last_step}")
         elif attempt.last_step is not None:
@@ -124,7 +125,7 @@ def _describe(standing: Standing) -> str:
     if standing.ended:
         return f"{where}, has left"
     if standing.age > SILENT:
-        return f"{where}, no sign of life for {_seconds(standing.age)}: the process itself stands still, or is gone"
+        return f"{where}, no sign of life for {clock(round(standing.age))}: the process itself stands still, or is gone"
     doing = f", {standing.activity}" if standing.activity else ""
     waits = " waits for others" if standing.waits else ""
     place = f" at {standing.place}" if standing.place else ""
@@ -159,9 +160,3 @@ def _ranks(ranks: Iterable[int]) -> str:
             parts.append([rank])
     shown = ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
     return f"rank{'' if len(parts) == 1 and len(parts[0]) == 1 else 's'} {shown}"
-
-
-def _seconds(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{rest:02}s" if minutes else f"{rest}s"

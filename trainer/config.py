@@ -460,6 +460,9 @@ class RunConfig(Section):
         return alone or self.batch.task_schedule != "all" or self.unfreezes
 
 
+# Options that say where and how a run is trained, not what it is.
+INCIDENTAL = frozenset({"run", "seed", "cache", "trackers", "progress", "log_every", "recipe"})
+
 # Options by which a resumed run may differ from what its folder says.
 MAY_CHANGE = frozenset(
     [

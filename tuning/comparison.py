@@ -6,7 +6,7 @@ a seed have in common.
 """
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,10 +40,13 @@ class Difference:
     wins: int  # seeds in which the variant is ahead
     count: int
 
+    @property
+    def interval(self) -> str:
+        """The mean, with its interval if there is one."""
+        return f"{self.mean:+.3f}" + ("" if self.low is None else f" [{self.low:+.3f}, {self.high:+.3f}]")
+
     def __str__(self) -> str:
-        if self.low is None:
-            return f"{self.mean:+.3f}"
-        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}], {self.wins} of {self.count}"
+        return self.interval + ("" if self.low is None else f", {self.wins} of {self.count}")
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,7 @@ def compare(ablation: Ablation, trials: Sequence[Trial]) -> list[Row]:
         if trial.status == "failed":
             failed[trial.variant] += 1
         elif trial.status == "finished" and (records := trial.evaluations()):
-            best = max(records, key=lambda record: record[METRIC])
-            by_variant[trial.variant][trial.seed] = _scores(best)
+            by_variant[trial.variant][trial.seed] = best_scores(records)
     baseline = by_variant[BASELINE]
     rows = []
     for variant, runs in by_variant.items():
@@ -94,5 +96,7 @@ def spread(values: Sequence[float]) -> Spread:
     return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
 
 
-def _scores(record: dict[str, Any]) -> dict[str, float]:
+def best_scores(evaluations: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The tasks' scores and the overall one, of which more is better, at the evaluation where that is the highest."""
+    record = max(evaluations, key=lambda record: record[METRIC])
     return {name.removeprefix("dev/"): value for name, value in record.items() if name.startswith("dev/")}

@@ -18,16 +18,16 @@ import torch
 from minbert.data.errors import UserError
 from minbert.data.reading import read_json
 from minbert.data.task import Task
-from minbert.trainer.config import RunConfig, flatten
-from minbert.trainer.evaluation.prediction_files import prediction_file_name
+from minbert.trainer.config import INCIDENTAL, RunConfig, flatten
+from minbert.trainer.evaluation.prediction_files import RECORD, prediction_file_name
 from minbert.trainer.evaluation.scoring import overall, score
 from minbert.trainer.run.data import load_examples_of
 from minbert.trainer.run.folder import RunFolder
-from minbert.tuning.comparison import Difference, Spread, paired, spread
-from minbert.tuning.trial import METRIC, score_of
+from minbert.tuning.comparison import Difference, Spread, best_scores, paired, spread
+from minbert.tuning.trial import score_of
 
-# Options that make no other run.
-INCIDENTAL = ("run", "cache", "trackers", "progress", "log_every", "recipe", "keep", "keep_every", "keep_best")
+# Options that make no other run, or only another seed of it.
+SAME_GROUP = INCIDENTAL | {"keep", "keep_every", "keep_best"}
 DRAWS = 1000  # of the bootstrap
 
 
@@ -46,12 +46,7 @@ class Group:
         for run, config in zip(self.runs, self.configs):
             records = [record for record in run.read_metrics() if score_of(record) is not None]
             if records:
-                best = max(records, key=lambda record: record[METRIC])
-                found[config.seed] = {  # the tasks' own scores and the overall one, of which more is better
-                    name.removeprefix("dev/"): value
-                    for name, value in best.items()
-                    if name.startswith("dev/") and name.count("/") == 1
-                }
+                found[config.seed] = best_scores(records)
         return found
 
     def spreads(self) -> dict[str, Spread]:
@@ -81,7 +76,7 @@ def compare_runs(paths: Sequence[Path]) -> Compared:
     options = {
         name: [each[name] for each in flat]
         for name in flat[0]
-        if name not in (*INCIDENTAL, "seed") and any(each[name] != flat[0][name] for each in flat[1:])
+        if name not in SAME_GROUP and any(each[name] != flat[0][name] for each in flat[1:])
     }
     if any(len(group.runs) == 1 for group in groups) and len({group.configs[0].seed for group in groups}) > 1:
         options["seed"] = [", ".join(str(config.seed) for config in group.configs) for group in groups]
@@ -98,7 +93,7 @@ def _grouped(runs: Sequence[RunFolder]) -> list[Group]:
     members: dict[str, list[tuple[RunFolder, RunConfig]]] = {}
     for run in runs:
         config = run.read_config()
-        same = {name: str(value) for name, value in flatten(config).items() if name not in (*INCIDENTAL, "seed")}
+        same = {name: str(value) for name, value in flatten(config).items() if name not in SAME_GROUP}
         key = json.dumps(same, sort_keys=True)
         while any(other.seed == config.seed for _, other in members.get(key, [])):
             key += "'"
@@ -211,7 +206,7 @@ def _predicted(run: RunFolder) -> Predicted:
     config = run.read_config()
     corpus = config.corpus.model_copy(update={"eval_limit": None})
     config = config.model_copy(update={"corpus": corpus})
-    record = read_json(run.predictions / "predictions.json") if run.predictions.is_dir() else {}
+    record = read_json(run.predictions / RECORD) if run.predictions.is_dir() else {}
     found = {}
     for task in config.corpus.tasks:
         path = run.predictions / prediction_file_name(config, task, "dev") if task.kind != "masked_lm" else None

@@ -16,7 +16,7 @@ from minbert.launch.options import parse
 from minbert.launch.outputs import require_place
 from minbert.slurm.status import find_runs
 from minbert.trainer.processes.exit_codes import ExitCode
-from minbert.tuning.report.compared import compared_report, interval, metrics_of, shown
+from minbert.tuning.report.compared import compared_report, metrics_of, shown
 from minbert.tuning.runs_compared import Compared, compare_runs
 
 
@@ -79,7 +79,8 @@ def tables(found: Compared) -> Sequence[Table]:
         cells = []
         for group in found.groups:
             spreads = group.spreads()
-            difference = interval(found.differences.get(group.name, {}).get(metric))
-            cells.append(f"{spreads[metric]}\n{escape(difference)}".rstrip() if metric in spreads else "–")
+            difference = found.differences.get(group.name, {}).get(metric)
+            shown_difference = escape(difference.interval) if difference else ""
+            cells.append(f"{spreads[metric]}\n{shown_difference}".rstrip() if metric in spreads else "–")
         scores.add_row(metric, *cells)
     return differs, scores

@@ -12,7 +12,6 @@ import tyro
 from rich.console import Console
 
 from minbert.data.errors import UserError
-from minbert.data.sources.examples import Examples
 from minbert.data.task import Split, Task
 from minbert.launch.help import open_option
 from minbert.launch.options import parse
@@ -138,17 +137,14 @@ def _predict_texts(runs: Sequence[RunFolder], task: Task, columns: list[list[str
     from minbert.trainer.evaluation.averaging import mean_predictions
     from minbert.trainer.evaluation.scoring import count_batches, outputs
     from minbert.trainer.processes.world import World, pick_device
-    from minbert.trainer.run.data import tokenise_as
+    from minbert.trainer.run.data import tokenise_texts
     from minbert.trainer.run.progress import PredictionProgress
 
     config = runs[0].read_config()
     world = World(0, 1, pick_device(config.parallel))
     members = load_members(runs, world)
-    config = config.model_copy(update={"corpus": config.corpus.model_copy(update={"cache": None})})
-    ids = [str(row) for row in range(len(columns[0]))]
-    examples = Examples(task, "test", "", ids, tuple(columns), None)
-    seen = [tokenise_as(each.sees(config), examples, each.tokenizer) for each in members]
-    about = {"task": task.name, "rows": len(ids), "examples": seen[0].fingerprint()} | about_models(members)
+    seen = [tokenise_texts(each.sees(config), task, columns, each.tokenizer) for each in members]
+    about = {"task": task.name, "rows": len(columns[0]), "examples": seen[0].fingerprint()} | about_models(members)
     with PredictionProgress(sum(map(count_batches, seen)), Console(stderr=True)) as progress:
         ask = progress.counting(task.name, lambda: False)
         raw = [outputs(each.model, task, split, world, ask) for each, split in zip(members, seen)]

@@ -18,7 +18,7 @@ from minbert.slurm.settings import JobSettings
 from minbert.slurm.status import inspect_runs
 from minbert.trainer.config import RunConfig
 from minbert.trainer.processes.exit_codes import ExitCode
-from minbert.trainer.run.preparation import new_run_path, resolve
+from minbert.trainer.run.preparation import in_folder, resolve
 
 DESCRIPTION = (
     "Train as a job on a SLURM cluster, or go on with the run in --run: `minbert train` with a queue before it."
@@ -44,8 +44,7 @@ def submit(line: CommandLine) -> int:
         configs, settings, folder = _sweep(line)
     else:
         config, settings = _reconcile(build_run_config(line.run), line, line.run.get("run"))
-        if config.run is None:
-            config = config.model_copy(update={"run": new_run_path(config)})
+        config = in_folder(config)
         configs, folder = [config], config.folder
     if dry:
         _show(configs, settings, folder)

@@ -13,7 +13,7 @@ from minbert.trainer.model.memory import require_memory
 from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.processes.world import require_devices
 from minbert.trainer.run.data import reading_once
-from minbert.trainer.run.preparation import known_shape, new_run_path, prepare
+from minbert.trainer.run.preparation import in_folder, known_shape, prepare
 from minbert.trainer.run.progress import say
 
 
@@ -23,10 +23,7 @@ def main(arguments: list[str]) -> int:
 
 def train(options: Mapping[str, Any]) -> int:
     """Train the run that the options describe."""
-    config = build_run_config(options)
-    if config.run is None:
-        config = config.model_copy(update={"run": new_run_path(config)})
-    return start(config, force=options.get("force", False))
+    return start(in_folder(build_run_config(options)), force=options.get("force", False))
 
 
 def start(config: RunConfig, force: bool, apart: bool = False) -> int:

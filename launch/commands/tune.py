@@ -151,7 +151,7 @@ def _space(options: Mapping[str, Any], saved: Search | None, config: RunConfig, 
 def _start_best(line: CommandLine) -> int:
     """The full run from the best trial; options of the run override its configuration."""
     from minbert.launch.commands.train import start
-    from minbert.trainer.run.preparation import new_run_path
+    from minbert.trainer.run.preparation import in_folder
 
     if others := [name for name in (*line.command, *line.job) if name != "best"]:
         raise UserError(f"--best starts a run, to which --{others[0].replace('_', '-')} means nothing")
@@ -162,9 +162,7 @@ def _start_best(line: CommandLine) -> int:
         raise UserError(f"no trial of {folder} has a score yet: minbert tune --search {folder}")
     if "config" in line.run:
         raise UserError("--best takes the configuration of the best trial; give single options to change it")
-    config = build_run_config(line.run | {"config": folder / "best.yaml"})
-    if config.run is None:
-        config = config.model_copy(update={"run": new_run_path(config)})
+    config = in_folder(build_run_config(line.run | {"config": folder / "best.yaml"}))
     print(f"From {winner.name} of {folder}, {METRIC} {winner.score:.3f} in the search.")
     return start(config, force=line.run.get("force", False))
 

@@ -8,6 +8,8 @@ from minbert.data.files import replacing
 from minbert.data.task import Split, Task, named
 from minbert.trainer.config import RunConfig
 
+RECORD = "predictions.json"  # beside them: what was predicted from what, by which model
+
 
 def prediction_file_name(config: RunConfig, task: Task, split: Split) -> str:
     """`sst-dev-output.csv` of a multitask run; a run of one sentence classifier alone is the course's first part,

@@ -1,6 +1,6 @@
 """A run's data as its configuration wants them: examples, tokens, and the plan of its batches."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -13,7 +13,7 @@ from minbert.data.sequences.texts import load_texts, training_texts
 from minbert.data.sequences.tokens import Tokenizer, default_cache_dir, load_tokenizer, tokenise
 from minbert.data.sources.examples import Examples, limit
 from minbert.data.sources.loading import load_examples
-from minbert.data.task import Split
+from minbert.data.task import Split, Task
 from minbert.trainer.config import RunConfig
 from minbert.trainer.run.budget import Budget
 from minbert.trainer.run.folder import RunFolder
@@ -98,6 +98,14 @@ def tokenise_as(config: RunConfig, examples: Examples, tokenizer: Tokenizer) -> 
     """Examples as the run's model is to see them."""
     corpus, joint = config.corpus, config.heads.pair_encoding == "joint"
     return tokenise(examples, tokenizer, corpus.max_length, corpus.cache, joint)
+
+
+def tokenise_texts(config: RunConfig, task: Task, columns: Sequence[list[str]], tokenizer: Tokenizer) -> TokenisedSplit:
+    """Texts of no data set, one list of n for each of the task's sentences, as the run's model is to see them; kept in
+    no cache."""
+    config = config.model_copy(update={"corpus": config.corpus.model_copy(update={"cache": None})})
+    ids = [str(row) for row in range(len(columns[0]))]
+    return tokenise_as(config, Examples(task, "test", "", ids, tuple(columns), None), tokenizer)
 
 
 def load_splits(config: RunConfig, run: RunFolder, split: Split) -> dict[str, TokenisedSplit]:

@@ -69,6 +69,12 @@ class RunFolder:
             raise UserError(f"{path} is not a run folder: it has no config.yaml")
         return run
 
+    @property
+    def vocabulary(self) -> dict[str, str]:
+        """The files that say what the model's tokens are, each with the beginning of its SHA-256."""
+        files = [path for path in sorted(self.encoder.iterdir()) if path.name in ("vocab.txt", "tokenizer.json")]
+        return {path.name: f"SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}" for path in files}
+
     def read_config(self) -> RunConfig:
         return read_config_file(self.config_file)
 

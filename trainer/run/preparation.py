@@ -4,7 +4,6 @@ It happens once, in the process that starts the others, so that mistakes in opti
 """
 
 import difflib
-import hashlib
 import logging
 import os
 import shutil
@@ -47,6 +46,11 @@ def new_run_path(config: RunConfig) -> Path:
     base = Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{Path(config.encoder.model).name}"
     candidates = chain([base], (base.with_name(f"{base.name}-{n}") for n in range(2, 1000)))
     return next(path for path in candidates if not path.exists())
+
+
+def in_folder(config: RunConfig) -> RunConfig:
+    """The configuration itself if it names its run folder, or else with a fresh one."""
+    return config if config.run is not None else config.model_copy(update={"run": new_run_path(config)})
 
 
 def prepare(config: RunConfig, force: bool = False) -> RunFolder:
@@ -177,10 +181,9 @@ def identity(config: RunConfig, run: RunFolder, splits: Mapping[str, TokenisedSp
     heads: dict[str, Any] = {"features": config.heads.features, "pair_encoding": config.heads.pair_encoding}
     heads["head_layers"] = config.heads.hidden_layers
     heads |= {"head_size": config.heads.hidden_size, "pooling": config.encoder.pooling}
-    words = [path for path in sorted(run.encoder.iterdir()) if path.name in ("vocab.txt", "tokenizer.json")]
     return {
         "model": shape | heads | {"tasks": {task.name: task.identity for task in config.corpus.tasks}},
-        "vocabulary": {path.name: f"SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}" for path in words},
+        "vocabulary": run.vocabulary,
         "data": {name: split.fingerprint() for name, split in splits.items()},
         "settings": settings(config),
     }

@@ -4,7 +4,6 @@ It is written as a run folder that was never trained, which `evaluate`, `predict
 any other.
 """
 
-import hashlib
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -54,12 +53,10 @@ def write_soup(runs: Sequence[RunFolder], folder: Path) -> None:
 
 def _shape(run: RunFolder, config: RunConfig) -> dict[str, Any]:
     """All that must be alike for the mean of two models to be a model."""
-    words = [path for path in sorted(run.encoder.iterdir()) if path.name in ("vocab.txt", "tokenizer.json")]
     shape = {name: value for name, value in asdict(read_config(run.encoder)).items() if not name.endswith("_prob")}
     heads = config.heads.model_dump(exclude={"head_dropout"}) | {"pooling": config.encoder.pooling}
     tasks: dict[str, Any] = {f"task {task.name}": task.identity for task in config.corpus.tasks}
-    digests = {path.name: f"SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()[:16]}" for path in words}
-    return shape | heads | {"tasks": sorted(config.corpus.names)} | tasks | digests
+    return shape | heads | {"tasks": sorted(config.corpus.names)} | tasks | run.vocabulary
 
 
 def _in(*runs: RunFolder) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -55,10 +55,9 @@ def require_teachers(config: RunConfig) -> None:
 def model_digest(run: RunFolder) -> str:
     """The SHA-256 that the best model's file gives itself, which is checked when it is read. Raises UserError."""
     try:
-        with run.best_model.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            return str(json.loads(file.read(size))["__metadata__"]["sha256"])
-    except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError):
+        with safe_open(run.best_model, "pt") as file:
+            return str(file.metadata()["sha256"])
+    except (OSError, KeyError, TypeError, SafetensorError):
         raise UserError(f"{run.best_model} is no model that a teacher could have") from None
 
 
@@ -140,13 +139,10 @@ class OutputCache:
     """The raw outputs of one model for rows of one task, under `root`."""
 
     def __init__(self, root: Path, run: RunFolder, task: Task):
-        config, words = run.read_config(), hashlib.sha256()
-        for name in ("vocab.txt", "tokenizer.json"):
-            if (path := run.encoder / name).exists():
-                words.update(path.read_bytes())
+        config = run.read_config()
         self.about: dict[str, Any] = {
             "model": model_digest(run),
-            "vocabulary": words.hexdigest(),
+            "vocabulary": run.vocabulary,
             "task": task.name,
             "max_length": config.corpus.max_length,
             "symmetric": task.symmetric,

@@ -75,16 +75,10 @@ def scores_table(found: Compared, metrics: Sequence[str]) -> Table:
     for group in found.groups:
         spreads, differences = group.spreads(), found.differences.get(group.name, {})
         cells = [str(spreads[name]) if name in spreads else "–" for name in metrics]
-        rows.append([group.name, *cells, *(interval(differences.get(name)) for name in metrics)])
+        rows.append(
+            [group.name, *cells, *(differences[name].interval if name in differences else "" for name in metrics)]
+        )
     return Table(["runs", *metrics, *(f"{name}, difference" for name in metrics)], rows)
-
-
-def interval(difference: Any) -> str:
-    if difference is None:
-        return ""
-    if difference.low is None:
-        return f"{difference.mean:+.3f}"
-    return f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
 
 
 def _intervals(found: Compared) -> list[Chart]:
@@ -106,7 +100,7 @@ def _intervals(found: Compared) -> list[Chart]:
             },
             mode="markers",
             marker={"color": COLOURS[(place + 1) % len(COLOURS)], "size": 9},
-            text=[escaped(interval(difference)) for difference in known.values()][::-1],
+            text=[escaped(difference.interval) for difference in known.values()][::-1],
             hovertemplate="%{y}: %{text}<extra></extra>",
         )
         drawn = figure(

@@ -8,11 +8,8 @@ from typing import Any
 
 from minbert.data.errors import UserError
 from minbert.data.reading import read_json
-from minbert.trainer.config import RunConfig, flatten
+from minbert.trainer.config import INCIDENTAL, RunConfig, flatten
 from minbert.tuning.report.page import duration, setting
-
-# Options that say where and how a run was trained, not what it is.
-ASIDE = ("run", "seed", "cache", "trackers", "progress", "log_every", "recipe")
 
 
 def facts(
@@ -49,7 +46,7 @@ def _command(words: list[str]) -> str:
 def not_default(config: RunConfig) -> dict[str, Any]:
     """The options whose values are not the defaults."""
     usual = flatten(RunConfig())
-    return {name: value for name, value in flatten(config).items() if value != usual[name] and name not in ASIDE}
+    return {name: value for name, value in flatten(config).items() if value != usual[name] and name not in INCIDENTAL}
 
 
 def _environment(folder: Path) -> Mapping[str, Any]:
