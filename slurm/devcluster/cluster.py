@@ -234,7 +234,8 @@ class DevCluster:
         install = ["mariadb-install-db", "--no-defaults", *data, "--skip-test-db"]
         install += _long({"auth-root-authentication-method": "socket", "auth-root-socket-user": user_name()})
         with (self.folder / "log" / "mariadb-install-db.out").open("wb") as output:
-            environment = self._daemon_environment(CONTROLLER)
+            # In a folder that another cluster shares, each would remove the other's temporary tables.
+            environment = self._daemon_environment(CONTROLLER) | {"TMPDIR": str(self.folder)}
             done = subprocess.run(install, env=environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL)
         if done.returncode != 0:
             raise UserError(self._failure("mariadb-install-db", f"failed with exit code {done.returncode}"))
