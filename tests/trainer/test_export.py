@@ -34,6 +34,7 @@ KINDS = {
     "cls": {"pooling": "cls", "features": "baseline", "hidden_layers": 0, "max_length": 32},
     "cosine": {"losses": ["sts=cosent"]},
     "joint": {"pair_encoding": "joint", "hidden_layers": 2, "hidden_size": 24},
+    "sides": {"pair_encoding": "joint_sides", "hidden_size": 24},
 }
 
 
