@@ -137,8 +137,8 @@ class HeadsConfig(Section):
     """The tasks' heads, and what they see of an example."""
 
     pair_encoding: Literal["siamese", "joint", "joint_sides"] = "siamese"
-    """How the encoder sees a pair: `siamese` (sentence by sentence) or `joint` (both in one sequence, with one embedding
-    for the pair); `joint_sides` pools each sentence's part of that sequence for itself."""
+    """How the encoder sees a pair: `siamese` (sentence by sentence), `joint` (both in one sequence, with one embedding
+    for the pair), or `joint_sides` (one sequence, of which each sentence's part is pooled for itself)."""
     features: Literal["baseline", "siamese"] = "siamese"
     """What a pair head sees of sentence embeddings u and v: `baseline` (u, v) or `siamese` (u, v, |u - v|)."""
     hidden_layers: Annotated[int, Field(ge=0, lt=2**31)] = 1
@@ -158,7 +158,7 @@ class HeadsConfig(Section):
 
     def embeddings(self, task: Task) -> int:
         """How many embeddings the task's head sees side by side."""
-        if not task.is_pair or self.joins(task) and not self.has_sides(task):
+        if not task.is_pair or (self.joins(task) and not self.has_sides(task)):
             return 1
         return 3 if self.features == "siamese" else 2
 
@@ -387,8 +387,8 @@ class RunConfig(Section):
             )
         if self.heads.pair_encoding == "joint_sides" and self.encoder.pooling != "mean":
             raise ValueError(
-                f"pair_encoding=joint_sides needs pooling=mean, not {self.encoder.pooling}: a pair has one [CLS], and two "
-                "sentences to be told apart"
+                f"pair_encoding=joint_sides needs pooling=mean, not {self.encoder.pooling}: a pair has one [CLS], and "
+                "two sentences to be told apart"
             )
         try:
             source = self._weights_from()

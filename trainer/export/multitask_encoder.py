@@ -65,14 +65,15 @@ class MultitaskEncoder(nn.Module):
 
     def forward(self, task: str, texts: Texts) -> Tensor:
         """(n, outputs) of a task's head: logits of its classes or labels, or one number."""
-        about, head = self.tasks[task], self.heads[task] if task in self.heads else None
+        about = self.tasks[task]
+        if about["head"] == "cosine":
+            u, v = (self.embed(column) for column in zip(*texts))
+            return torch.nn.functional.cosine_similarity(u, v)[:, None]
+        head = self.heads[task]
         if about["sentences"] == 1:
             return head(self.embed(texts))
         if about["pairs"] == "siamese":
-            u, v = (self.embed(column) for column in zip(*texts))
-            if head is None:
-                return torch.nn.functional.cosine_similarity(u, v)[:, None]
-            return head(self._features(about, u, v))
+            return head(self._features(about, *(self.embed(column) for column in zip(*texts))))
         readings = [texts, [(b, a) for a, b in texts]] if about["symmetric"] else [texts]
         if about["pairs"] == "joint":
             seen = [self.embed(reading) for reading in readings]
