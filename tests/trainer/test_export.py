@@ -194,7 +194,7 @@ def hub(monkeypatch) -> Iterator[ThreadingHTTPServer]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.address, server.files, server.created = f"http://127.0.0.1:{server.server_port}", {}, None
     monkeypatch.setattr(constants, "ENDPOINT", server.address)
-    # Whatever it was when the hub's client was imported, or last used: it keeps its sessions, those without network too.
+    # Whatever it was when the client was imported, or last used: it keeps its sessions, those without network too.
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     reset_sessions()
     monkeypatch.setenv("HF_TOKEN", "hf_nobodys")
