@@ -136,8 +136,9 @@ class EncoderConfig(Section):
 class HeadsConfig(Section):
     """The tasks' heads, and what they see of an example."""
 
-    pair_encoding: Literal["siamese", "joint"] = "siamese"
-    """How the encoder sees a pair: `siamese` (sentence by sentence) or `joint` (both in one sequence)."""
+    pair_encoding: Literal["siamese", "joint", "joint_sides"] = "siamese"
+    """How the encoder sees a pair: `siamese` (sentence by sentence), `joint` (both in one sequence, with one embedding
+    for the pair), or `joint_sides` (one sequence, of which each sentence's part is pooled for itself)."""
     features: Literal["baseline", "siamese"] = "siamese"
     """What a pair head sees of sentence embeddings u and v: `baseline` (u, v) or `siamese` (u, v, |u - v|)."""
     hidden_layers: Annotated[int, Field(ge=0, lt=2**31)] = 1
@@ -149,11 +150,15 @@ class HeadsConfig(Section):
 
     def joins(self, task: Task) -> bool:
         """Whether the task's examples are joint pairs."""
-        return task.is_pair and self.pair_encoding == "joint"
+        return task.is_pair and self.pair_encoding != "siamese"
+
+    def has_sides(self, task: Task) -> bool:
+        """Whether they are, and each sentence has an embedding of its own."""
+        return task.is_pair and self.pair_encoding == "joint_sides"
 
     def embeddings(self, task: Task) -> int:
         """How many embeddings the task's head sees side by side."""
-        if not task.is_pair or self.joins(task):
+        if not task.is_pair or (self.joins(task) and not self.has_sides(task)):
             return 1
         return 3 if self.features == "siamese" else 2
 
@@ -380,6 +385,11 @@ class RunConfig(Section):
                 f"head_warmup={self.optimizer.head_warmup:g} ends after the unfreezing would, which "
                 f"unfreeze_share={self.optimizer.unfreeze_share:g} of the steps are for"
             )
+        if self.heads.pair_encoding == "joint_sides" and self.encoder.pooling != "mean":
+            raise ValueError(
+                f"pair_encoding=joint_sides needs pooling=mean, not {self.encoder.pooling}: a pair has one [CLS], and "
+                "two sentences to be told apart"
+            )
         try:
             source = self._weights_from()
         except UserError as error:
@@ -424,8 +434,8 @@ class RunConfig(Section):
             )
         if task.is_cosine and self.heads.joins(task):
             raise ValueError(
-                f"the loss {task.loss} of {task.name} compares the embeddings of two sentences, which "
-                "pair_encoding=joint does not have"
+                f"the loss {task.loss} of {task.name} compares the embeddings of two sentences that are encoded each "
+                f"for itself, which pair_encoding={self.heads.pair_encoding} does not do"
             )
         if task.is_cosine and (self.encoder.freeze == "encoder" or self.optimizer.head_warmup):
             raise ValueError(

@@ -24,6 +24,7 @@ EXTENSIONS: dict[str, Parameters] = {
     "gradual_unfreezing": {"freeze": "none", "unfreeze": "gradual"},
     "pretrained": {},  # its folder
     "joint_pairs": {"pair_encoding": "joint"},
+    "joint_sides": {"pair_encoding": "joint_sides"},
     "averaged_weights": {"average_decay": 0.999},
     "layer_decay": {"layer_decay": 0.95},
     "rdrop": {},  # its weight

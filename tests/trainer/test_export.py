@@ -11,6 +11,7 @@ from threading import Thread
 import pytest
 import torch
 from huggingface_hub import ModelCard, constants
+from huggingface_hub.utils import reset_sessions
 
 import minbert
 from minbert.data.sources.examples import Examples
@@ -34,6 +35,7 @@ KINDS = {
     "cls": {"pooling": "cls", "features": "baseline", "hidden_layers": 0, "max_length": 32},
     "cosine": {"losses": ["sts=cosent"]},
     "joint": {"pair_encoding": "joint", "hidden_layers": 2, "hidden_size": 24},
+    "sides": {"pair_encoding": "joint_sides", "hidden_size": 24},
 }
 
 
@@ -192,7 +194,9 @@ def hub(monkeypatch) -> Iterator[ThreadingHTTPServer]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.address, server.files, server.created = f"http://127.0.0.1:{server.server_port}", {}, None
     monkeypatch.setattr(constants, "ENDPOINT", server.address)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # whatever it was when the hub's client was imported
+    # Whatever it was when the client was imported, or last used: it keeps its sessions, those without network too.
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    reset_sessions()
     monkeypatch.setenv("HF_TOKEN", "hf_nobodys")
     thread = Thread(target=server.serve_forever)
     thread.start()

@@ -52,30 +52,45 @@ class MultitaskEncoder(nn.Module):
 
     def embed(self, texts: Texts) -> Tensor:
         """(n, H) embeddings of n sentences, or of n pairs of sentences that are read as one sequence."""
+        batch, output = self._read(texts)
+        if self.pooling == "cls":
+            return output.pooler_output
+        return _mean(output.last_hidden_state, batch["attention_mask"])
+
+    def embed_sides(self, pairs: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
+        """(n, H) embeddings of the first and of the second sentences of pairs that are read as one sequence."""
+        batch, output = self._read(pairs)
+        mask, types = batch["attention_mask"], batch["token_type_ids"]
+        return _mean(output.last_hidden_state, mask * (1 - types)), _mean(output.last_hidden_state, mask * types)
+
+    def forward(self, task: str, texts: Texts) -> Tensor:
+        """(n, outputs) of a task's head: logits of its classes or labels, or one number."""
+        about = self.tasks[task]
+        if about["head"] == "cosine":
+            u, v = (self.embed(column) for column in zip(*texts))
+            return torch.nn.functional.cosine_similarity(u, v)[:, None]
+        head = self.heads[task]
+        if about["sentences"] == 1:
+            return head(self.embed(texts))
+        if about["pairs"] == "siamese":
+            return head(self._features(about, *(self.embed(column) for column in zip(*texts))))
+        readings = [texts, [(b, a) for a, b in texts]] if about["symmetric"] else [texts]
+        if about["pairs"] == "joint":
+            seen = [self.embed(reading) for reading in readings]
+        else:
+            seen = [self._features(about, *self.embed_sides(reading)) for reading in readings]
+        return torch.stack([head(each) for each in seen]).mean(0)
+
+    def _read(self, texts: Texts) -> tuple[Any, Any]:
         pairs = [(text,) if isinstance(text, str) else tuple(text) for text in texts]
         columns = [list(column) for column in zip(*pairs)]
         batch = self.tokenizer(
             *columns, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
         ).to(self.encoder.device)
-        output = self.encoder(**batch)
-        if self.pooling == "cls":
-            return output.pooler_output
-        mask = batch["attention_mask"][..., None].to(output.last_hidden_state.dtype)
-        return (output.last_hidden_state * mask).sum(1) / mask.sum(1)
+        return batch, self.encoder(**batch)
 
-    def forward(self, task: str, texts: Texts) -> Tensor:
-        """(n, outputs) of a task's head: logits of its classes or labels, or one number."""
-        about = self.tasks[task]
-        if about["sentences"] == 1:
-            return self.heads[task](self.embed(texts))
-        if about["pairs"] == "joint":
-            readings = [texts, [(b, a) for a, b in texts]] if about["symmetric"] else [texts]
-            return torch.stack([self.heads[task](self.embed(reading)) for reading in readings]).mean(0)
-        u, v = (self.embed(column) for column in zip(*texts))
-        if about["head"] == "cosine":
-            return torch.nn.functional.cosine_similarity(u, v)[:, None]
-        sides = [u, v, (u - v).abs()] if about["features"] == "siamese" else [u, v]
-        return self.heads[task](torch.cat(sides, -1))
+    def _features(self, about: dict[str, Any], u: Tensor, v: Tensor) -> Tensor:
+        return torch.cat([u, v, (u - v).abs()] if about["features"] == "siamese" else [u, v], -1)
 
     @torch.no_grad()
     def predict(self, task: str, texts: Texts) -> list[Any]:
@@ -91,6 +106,12 @@ class MultitaskEncoder(nn.Module):
         low, high = about["range"]
         share = outputs[:, 0].clamp(0, 1) if about["head"] == "cosine" else torch.sigmoid(outputs[:, 0])
         return (low + (high - low) * share).tolist()
+
+
+def _mean(hidden: Tensor, mask: Tensor) -> Tensor:
+    """The mean of those of the states (n, L, H) that `mask` (n, L) names."""
+    chosen = mask[..., None].to(hidden.dtype)
+    return (hidden * chosen).sum(1) / chosen.sum(1)
 
 
 class _Head(nn.Module):

@@ -198,3 +198,12 @@ def mean_pool(hidden: Tensor, layout: Layout) -> Tensor:
     """The mean of each sequence's hidden states, by its number: (N, H) -> (S, H)."""
     summed = hidden.new_zeros(len(layout), hidden.shape[-1]).index_add(0, layout.sequence, hidden)
     return summed / layout.lengths.to(hidden.dtype)[:, None]
+
+
+def pool_sides(hidden: Tensor, layout: Layout, types: Tensor) -> Tensor:
+    """The same for the tokens of type 0 and those of type 1 apart: (N, H) and (N,) -> (2, S, H). Zeros where a sequence
+    has none of a type."""
+    place = types * len(layout) + layout.sequence
+    summed = hidden.new_zeros(2 * len(layout), hidden.shape[-1]).index_add(0, place, hidden)
+    count = hidden.new_zeros(2 * len(layout)).index_add(0, place, hidden.new_ones(len(place)))
+    return (summed / count.clamp(min=1)[:, None]).unflatten(0, (2, -1))

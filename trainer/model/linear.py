@@ -5,9 +5,15 @@ oneDNN's is about twice as fast there and no slower elsewhere (`benchmarks/perfo
 arithmetic, in another order. Everything else (GPUs, bf16, float64) takes PyTorch's way.
 """
 
+import os
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+# oneDNN makes a kernel for each shape of a product, in bf16 too, and keeps the last 1,024. The shapes of batches
+# without padding do not come again: what one step needs is enough, and a gigabyte less.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100")
 
 _AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 

@@ -17,7 +17,7 @@ from minbert.data.batches.batch import Batch
 from minbert.data.batches.layout import Sentences
 from minbert.data.task import Task
 from minbert.trainer.config import EncoderConfig, HeadsConfig
-from minbert.trainer.model.bert import Bert, BertConfig, mean_pool
+from minbert.trainer.model.bert import Bert, BertConfig, mean_pool, pool_sides
 from minbert.trainer.model.masked_lm import MaskedLMHead
 from minbert.trainer.model.task_gradients import rows_of
 from minbert.trainer.model.tokenwise import Linear
@@ -80,6 +80,7 @@ class MultitaskModel(nn.Module):
         self.bert = Bert(bert_config)
         self.heads = nn.ModuleDict({task.name: build_head(task, bert_config, heads) for task in tasks})
         self.pooling = encoder.pooling
+        self.sided = {task.name for task in tasks if heads.has_sides(task)}
         # Weights stay fp32 and autocast lowers the arithmetic, so that every back end, sharded or not, keeps the
         # gradients, their sums over processes and the optimizer in fp32.
         self.low_precision = precision == "bf16"
@@ -186,7 +187,17 @@ class Forward:
             else:
                 pooled = self.model.bert.pooler(hidden[layout.starts])
         parts = pooled.split([part.sequences for part in tasks.values()])
-        return {name: own.unflatten(0, (part.sides, -1)) for (name, part), own in zip(tasks.items(), parts)}
+        found = {name: own.unflatten(0, (part.sides, -1)) for (name, part), own in zip(tasks.items(), parts)}
+        for name in self.model.sided & tasks.keys():
+            part = tasks[name]
+            found[name] = self._sides[:, part.first : part.first + part.sequences]
+        return found
+
+    @cached_property
+    def _sides(self) -> Tensor:
+        """Embeddings (2, S, H) of both sentences of joint pairs."""
+        with self._arithmetic():
+            return pool_sides(self.hidden, self.sentences.layout, self.sentences.token_type_ids)
 
     @cached_property
     def outputs(self) -> dict[str, Tensor]:

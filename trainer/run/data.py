@@ -96,7 +96,7 @@ def _augmentation(config: RunConfig, examples: Examples) -> Augmentation:
 
 def tokenise_as(config: RunConfig, examples: Examples, tokenizer: Tokenizer) -> TokenisedSplit:
     """Examples as the run's model is to see them."""
-    corpus, joint = config.corpus, config.heads.pair_encoding == "joint"
+    corpus, joint = config.corpus, config.heads.pair_encoding != "siamese"
     return tokenise(examples, tokenizer, corpus.max_length, corpus.cache, joint)
 
 

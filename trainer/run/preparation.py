@@ -368,8 +368,8 @@ def _require_fitting(encoder: Path, config: RunConfig) -> None:
     pairs = [task.name for task in config.corpus.tasks if config.heads.joins(task)]
     if pairs and shape.type_vocab_size < 2:
         raise UserError(
-            f"pair_encoding=joint tells the sentences of {' and '.join(pairs)} apart by token types, and the encoder "
-            "has only one; use pair_encoding=siamese"
+            f"pair_encoding={config.heads.pair_encoding} tells the sentences of {' and '.join(pairs)} apart by token "
+            "types, and the encoder has only one; use pair_encoding=siamese"
         )
     if isinstance(freeze, int) and freeze > shape.num_hidden_layers:
         raise UserError(f"freeze={freeze}, but the encoder has {shape.num_hidden_layers} layers")

@@ -92,6 +92,7 @@ AVERAGED = [
 ]
 # The order of a pair is drawn: by its place in the batch, whoever has it.
 JOINT = [case(stage, "pcgrad", pair_encoding="joint", accumulation=2) for stage in (None, 2, 3)]
+JOINT += [case(2, "pcgrad", pair_encoding="joint_sides", accumulation=2)]
 # The tied embeddings have a part in every task's gradient; hidden tokens are few, and not as many on every process.
 MASKED = [
     case(stage, aggregator, tasks=["sst", "mlm"], **more)

@@ -21,7 +21,7 @@ from minbert.data.sequences.ragged import Ragged, ends
 from minbert.data.sequences.tokens import load_tokenizer, tokenise
 from minbert.data.sources.examples import Examples
 from minbert.launch.options import parse_run_config
-from minbert.trainer.model.bert import Bert, BertConfig, attend, mean_pool
+from minbert.trainer.model.bert import Bert, BertConfig, attend, mean_pool, pool_sides
 from minbert.trainer.model.linear import _OneDnnLinear
 from minbert.trainer.model.weights import (
     find_checkpoint,
@@ -258,9 +258,13 @@ def test_joint_pairs_are_encoded_as_by_transformers(ours, reference, minilm):
     layout = batch.sentences.layout
     with torch.no_grad():
         hidden = ours(batch.sentences)
+        sides = pool_sides(hidden, layout, batch.sentences.token_type_ids)
         for number, (first, second) in enumerate([*pairs, *((b, a) for a, b in pairs)]):
             inputs = tokenizer(first, second, truncation="longest_first", max_length=24, return_tensors="pt")
             expected = reference(**inputs)
             own = hidden[layout.sequence == number]
             torch.testing.assert_close(own, expected.last_hidden_state[0], atol=1e-5, rtol=0)
             torch.testing.assert_close(ours.pooler(own[:1]), expected.pooler_output, atol=1e-5, rtol=0)
+            types = inputs["token_type_ids"][0]
+            means = torch.stack([expected.last_hidden_state[0][types == side].mean(0) for side in (0, 1)])
+            torch.testing.assert_close(sides[:, number], means, atol=1e-5, rtol=0)
