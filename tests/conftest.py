@@ -35,8 +35,8 @@ LONGEST = ("slurm", "ray", "chaos", "exactness", "devcluster")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What a module makes once for several tests is made by one process of the suite: they are a group. Groups go before
-    single tests."""
+    """What a module makes once for several tests is made by one process of the suite: they are a group. Groups go
+    before single tests."""
     for item in items:
         if item.get_closest_marker("xdist_group") is None and _shares_what_its_module_makes(item):
             item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))

@@ -30,6 +30,7 @@ from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from scipy.stats import pearsonr
+from small_runs import COMMAND, CORPUS
 
 from minbert.data.errors import UserError, disk_trouble
 from minbert.data.files import replacing
@@ -45,8 +46,6 @@ from minbert.trainer.processes.stop import StopRequest
 from minbert.trainer.run import data
 from minbert.trainer.run.folder import RunFolder
 
-COMMAND = [sys.executable, "-m", "minbert.launch.main"]
-
 
 def minbert(*arguments: object) -> int:
     """The exit code of a command called here."""
@@ -61,7 +60,7 @@ def trained(tmp_path_factory) -> RunFolder:
     """A short run, scored on whole dev splits."""
     folder = tmp_path_factory.mktemp("commands") / "run"
     os.environ["MINBERT_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")
-    size = ["--steps", 6, "--train-limit", 200, "--batch-size", 8, "--log-every", 2, "--measure-every", 3]
+    size = ["--data", CORPUS, "--steps", 6, "--batch-size", 8, "--log-every", 2, "--measure-every", 3]
     assert minbert("train", "--run", folder, *size) == 0
     return RunFolder(folder)
 
@@ -107,7 +106,7 @@ def course_folder(tmp_path) -> Path:
 def test_prediction_files_hold_what_was_scored(trained, capsys, name):
     assert minbert("evaluate", trained.path, "--json") == 0
     scores = json.loads(capsys.readouterr().out)
-    task, examples = TASKS[name], load_examples("builtin", TASKS[name], "dev")
+    task, examples = TASKS[name], load_examples(CORPUS, TASKS[name], "dev")
     text = (trained.predictions / prediction_file_name(trained.read_config(), task, "dev")).read_bytes().decode()
     lines = text.split("\n")
     values = [line.split(" , ")[1][:-1] for line in lines[1:-1]]
@@ -132,7 +131,7 @@ def test_predict_writes_the_same_files_again(trained, capsys):
     assert record.keys() == before.keys()
     told = record["para-test-output.csv"]
     assert told["model_sha256"] == hashlib.sha256(trained.best_model.read_bytes()).hexdigest() and told["step"] == 6
-    assert (told["data"], told["task"], told["split"]) == ("builtin", "quora", "test")
+    assert (told["data"], told["task"], told["split"]) == (CORPUS, "quora", "test")
     assert told["rows"] == len(before["para-test-output.csv"].splitlines()) - 1
 
 
@@ -569,7 +568,7 @@ def test_a_start_reads_each_split_once(tmp_path, monkeypatch):
     """For the vocabulary, the tokens, the training and the scores."""
     asked, read = [], data.load_examples
     monkeypatch.setattr(data, "load_examples", lambda *found: asked.append((found[1].name, found[2])) or read(*found))
-    options = ["--train-limit", "40", "--batch-size", "8", "--steps", "2", "--trackers"]
+    options = ["--data", CORPUS, "--train-limit", "40", "--batch-size", "8", "--steps", "2", "--trackers"]
     assert minbert("train", "--run", tmp_path / "run", *options) == 0
     assert sorted(asked) == sorted((task, split) for task in ("sst", "quora", "sts") for split in SPLITS)
     asked.clear()
@@ -582,7 +581,7 @@ def test_a_start_reads_each_split_once(tmp_path, monkeypatch):
 def test_the_terminal_shows_progress_and_no_chatter(tmp_path):
     """DeepSpeed and its friends speak to the log only, on every rank."""
     run = tmp_path / "run"
-    size = ["--train-limit", "40", "--eval-limit", "20", "--batch-size", "8", "--steps", "3"]
+    size = ["--data", CORPUS, "--train-limit", "40", "--eval-limit", "20", "--batch-size", "8", "--steps", "3"]
     parallel = ["--zero-stage", "2", "--processes", "2"]
     master, slave = pty.openpty()
     environment = os.environ | {"COLUMNS": "120", "TERM": "xterm"}

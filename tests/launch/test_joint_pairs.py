@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_runs import CORPUS
 from transformers import AutoModel, BertTokenizer
 
 from minbert.launch.main import main
@@ -17,7 +18,7 @@ from minbert.tuning.space import check_space, combination, grid_size, parse_spac
 
 PAIR = "a man is playing a very long song", "nobody plays the guitar"
 OPTIONS = ["--tasks", "sst", "sts", "quora", "--pair-encoding", "joint", "--trackers", "--log-every", "2"]
-SIZE = ["--steps", "6", "--train-limit", "200", "--batch-size", "8", "--max-length", "16"]
+SIZE = ["--data", CORPUS, "--steps", "6", "--batch-size", "8", "--max-length", "16"]
 
 
 @pytest.fixture(scope="module")

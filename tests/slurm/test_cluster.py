@@ -20,6 +20,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_runs import CORPUS, logged
 
 from minbert.launch.main import main
 from minbert.slurm.endings import Ending
@@ -29,7 +30,7 @@ from minbert.trainer.run.folder import RunFolder
 
 pytestmark = pytest.mark.xdist_group("slurm")
 
-SMALL = ["--train-limit", 120, "--eval-limit", 40, "--batch-size", 8, "--log-every", 5]
+SMALL = ["--data", CORPUS, "--train-limit", 120, "--eval-limit", 40, "--batch-size", 8, "--log-every", 5]
 LONG = [*SMALL, "--steps", 120, "--eval-every", 40, "--save-every", 10]  # for two processes
 LONGER = [*SMALL, "--steps", 600, "--eval-every", 200, "--save-every", 20]  # for one, which is faster
 PATIENCE = 150.0
@@ -141,11 +142,6 @@ def job_id(run: Path) -> str:
 
 def attempts(run: Path) -> list[Attempt]:
     return Records(run).attempts()
-
-
-def logged(run: Path) -> list[dict]:
-    records = RunFolder(run).read_metrics()
-    return [{key: value for key, value in record.items() if key != "tokens_per_second"} for record in records]
 
 
 def assert_finished_like(run: Path, whole: Path) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from small_runs import CORPUS
 
 from minbert.data.errors import UserError
 from minbert.launch.main import main
@@ -35,7 +36,8 @@ from minbert.trainer.checkpoint.format import published, read_manifest
 from minbert.trainer.run.folder import RunFolder
 from minbert.trainer.run.standing import Standing
 
-SMALL = ["--train-limit", "120", "--eval-limit", "40", "--batch-size", "8", "--steps", "4", "--log-every", "1"]
+SMALL = ["--data", CORPUS, "--train-limit", "120", "--eval-limit", "40", "--batch-size", "8", "--steps", "4"]
+SMALL += ["--log-every", "1"]
 ROOT = Path(__file__).parents[2]
 
 

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from known_tasks import TASKS
+from small_runs import CORPUS
 
 from minbert.data.errors import UserError
 from minbert.launch.main import main
@@ -15,7 +16,7 @@ from minbert.tuning.comparison import paired
 from minbert.tuning.extensions import DEFAULT, EXTENSIONS, PAPER_BASELINE, extension
 from minbert.tuning.trial import Trial
 
-TINY = ["--train-limit", "60", "--eval-limit", "20", "--batch-size", "8", "--trackers"]
+TINY = ["--data", CORPUS, "--train-limit", "60", "--eval-limit", "20", "--batch-size", "8", "--trackers"]
 
 
 def test_variants_that_groups_share_exist_once():

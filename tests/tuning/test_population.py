@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import TrialScheduler
 from safetensors.torch import load_file
+from small_runs import CORPUS
 
 from minbert.launch.main import main
 from minbert.trainer.checkpoint.format import MANIFEST, published, read_manifest
@@ -27,8 +28,9 @@ from minbert.tuning.space import EXPLORED, Choice, check_space, explore, paper_s
 from minbert.tuning.take_over import STAGING, stage, take_over
 from minbert.tuning.trial import METRIC, SCHEDULE_FILE, Trial, best, read_trials
 
-TINY = ["--train-limit", "60", "--eval-limit", "20", "--batch-size", "8", "--trackers"]
-OPTIONS = {"train_limit": 60, "eval_limit": 20, "batch_size": 8, "trackers": (), "steps": 12, "eval_every": 3}
+TINY = ["--data", CORPUS, "--train-limit", "60", "--eval-limit", "20", "--batch-size", "8", "--trackers"]
+OPTIONS = {"data": CORPUS, "train_limit": 60, "eval_limit": 20, "batch_size": 8, "trackers": (), "steps": 12}
+OPTIONS |= {"eval_every": 3}
 
 
 @given(seed=st.integers(0, 2**31), times=st.integers(1, 20))

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import ttest_rel
+from small_runs import CORPUS
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from minbert.data.errors import UserError
@@ -121,6 +122,7 @@ def run(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINBERT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
         words = ["--steps", "12", "--eval-every", "4", "--log-every", "1", "--train-limit", "60", "--batch-size", "8"]
+        words += ["--data", CORPUS]
         assert main(["train", "--run", str(folder), *words, "--aggregator", "pcgrad", "--trackers"]) == 0
     return folder
 

@@ -21,6 +21,7 @@ import pytest
 import yaml
 from filelock import FileLock, Timeout
 from ray.tune.schedulers import TrialScheduler
+from small_runs import CORPUS
 
 from minbert.data.errors import UserError
 from minbert.launch.main import main
@@ -42,7 +43,7 @@ from minbert.tuning.space import (
 from minbert.tuning.trainable import TrialWorker
 from minbert.tuning.trial import METRIC, Trial, best, better, ranked, read_trials, score_of
 
-TINY = ["--train-limit", "60", "--eval-limit", "20", "--batch-size", "8", "--trackers"]
+TINY = ["--data", CORPUS, "--train-limit", "60", "--eval-limit", "20", "--batch-size", "8", "--trackers"]
 TOKEN = "0123456789abcdef" * 4
 ray = pytest.mark.xdist_group("ray")  # two clusters of Ray at once would starve each other
 

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -19,11 +18,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from safetensors.torch import load_file
+from small_runs import CORPUS, minbert
 from torch.distributed import HashStore, TCPStore
 
 from minbert.data.errors import UserError
 from minbert.data.files import LineFile
-from minbert.launch.main import main
 from minbert.trainer import train as training
 from minbert.trainer.checkpoint.format import (
     MANIFEST,
@@ -48,7 +47,7 @@ from minbert.trainer.processes.random_state import random_state, seed_everything
 from minbert.trainer.processes.world import World
 from minbert.trainer.run.folder import RunFolder
 
-SMALL = ["--train-limit", 120, "--eval-limit", 40, "--batch-size", 8]
+SMALL = ["--data", CORPUS, "--train-limit", 120, "--eval-limit", 40, "--batch-size", 8]
 ALONE = World(0, 1, torch.device("cpu"))
 
 
@@ -64,10 +63,6 @@ def write(folder: Path, step: int, content: bytes = b"weights") -> Path:
     unfinished.mkdir(parents=True)
     files = {name: write_hashed(unfinished / name, [content, name.encode()]) for name in ("a", "b")}
     return publish(unfinished, manifest(step, files=files))
-
-
-def minbert(*arguments: object) -> int:
-    return main([str(argument) for argument in arguments])
 
 
 # Tensors by name and range
@@ -502,13 +497,8 @@ def test_a_model_of_another_shape_cannot_be_forced(run, capsys):
 
 def test_two_cannot_train_in_one_folder(run, capsys):
     with RunFolder(run).locked():
-        code = subprocess.run(
-            [sys.executable, "-m", "minbert.launch.main", "resume", str(run), "--steps", "4"],
-            capture_output=True,
-            text=True,
-            timeout=100,
-        )
-    assert code.returncode == ExitCode.USER_MISTAKE and "is being trained by another process" in code.stderr
+        assert minbert("resume", run, "--steps", 4) == ExitCode.USER_MISTAKE
+    assert "is being trained by another process" in capsys.readouterr().err
 
 
 def test_the_last_words_on_the_budget_count(run, capsys):
