@@ -30,7 +30,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 COURSE_DATA = Path(os.environ.get("MINBERT_COURSE_DATA", Path(__file__).parents[2] / "shared" / "data" / "cs224n"))
 
 # Groups of tests that take longest: they begin first, and the short tests fill what is left of the time.
-LONGEST = ("slurm", "ray", "chaos", "exactness", "devcluster")
+LONGEST = ("slurm", "ray", "tests/launch/test_chaos.py", "tests/trainer/engine/test_exactness.py", "devcluster")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -31,8 +31,9 @@ from minbert.trainer.run.folder import RunFolder
 pytestmark = pytest.mark.xdist_group("slurm")
 
 SMALL = ["--data", CORPUS, "--train-limit", 120, "--eval-limit", 40, "--batch-size", 8, "--log-every", 5]
-LONG = [*SMALL, "--steps", 120, "--eval-every", 40, "--save-every", 10]  # for two processes
-LONGER = [*SMALL, "--steps", 600, "--eval-every", 200, "--save-every", 20]  # for one, which is faster
+# Long enough to be caught on the way: for two processes, and for one, which is faster.
+LONG = [*SMALL, "--steps", 80, "--eval-every", 40, "--save-every", 10]
+LONGER = [*SMALL, "--steps", 240, "--eval-every", 80, "--save-every", 20]
 PATIENCE = 150.0
 
 

@@ -127,7 +127,6 @@ def deepspeed(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.xdist_group("deepspeed")
 @pytest.mark.parametrize("source", ["stage-0", "stage-1", "stage-2", "stage-3", "universal-2", "universal-3"])
 def test_what_deepspeed_saved_becomes_a_checkpoint(deepspeed, tmp_path, capsys, source):
     """Bit by bit, and training goes on from it."""
@@ -165,7 +164,6 @@ class Evil:
         return os.system, ("echo run",)
 
 
-@pytest.mark.xdist_group("deepspeed")
 def test_a_pickle_that_could_run_code_is_not_read(deepspeed, tmp_path, capfd):
     source = tmp_path / "source"
     source.mkdir()
@@ -176,7 +174,6 @@ def test_a_pickle_that_could_run_code_is_not_read(deepspeed, tmp_path, capfd):
     assert "posix.system that could run code when loaded; it is not read" in said.err and said.out.count("run\n") == 0
 
 
-@pytest.mark.xdist_group("deepspeed")
 def test_a_checkpoint_of_another_model_is_refused(deepspeed, tmp_path, capsys):
     source = deepspeed / "stage-2" / "deepspeed"
     assert minbert("checkpoint", "convert", source, tmp_path / "run", *SMALL, "--features", "baseline") == 2

@@ -254,7 +254,6 @@ def dense_result(path: Path, text: str):
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
-@pytest.mark.xdist_group("exactness")
 def test_every_stage_equals_the_dense_process(prepared, processes):
     folder = results(prepared, processes)
     for wanted in cases(processes):
@@ -284,7 +283,6 @@ def test_every_stage_equals_the_dense_process(prepared, processes):
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.xdist_group("exactness")
 def test_methods_without_a_dense_twin_equal_one_process(prepared, processes):
     alone, together = results(prepared, 1), results(prepared, processes)
     for wanted in cases(processes):
@@ -296,7 +294,6 @@ def test_methods_without_a_dense_twin_equal_one_process(prepared, processes):
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.xdist_group("exactness")
 def test_weights_are_identical_on_all_ranks(prepared, processes):
     folder = results(prepared, processes)
     for wanted in cases(processes):
@@ -307,7 +304,6 @@ def test_weights_are_identical_on_all_ranks(prepared, processes):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.xdist_group("exactness")
 def test_each_process_holds_its_share_of_the_gradient(prepared, stage):
     """No full gradient: the shards of all ranks are a partition of the encoder."""
     held = {

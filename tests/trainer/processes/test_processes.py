@@ -94,7 +94,7 @@ class Run:
 
     def wait(self) -> tuple[int, str]:
         try:
-            output, _ = self.process.communicate(timeout=60)
+            output, _ = self.process.communicate(timeout=200)
         finally:
             self.process.kill()
         return self.process.returncode, output
@@ -109,7 +109,7 @@ class Run:
         return [int(pid) for name in names for pid in self.notes(name)]
 
 
-def _eventually(condition, seconds: float = 30.0) -> None:
+def _eventually(condition, seconds: float = 150.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited too long"
