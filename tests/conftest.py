@@ -109,6 +109,13 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def no_site(tmp_path_factory, monkeypatch):
+    """No test reads the user's own site file."""
+    monkeypatch.delenv("MINBERT_SITE", raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.getbasetemp() / "config"))
+
+
+@pytest.fixture(autouse=True)
 def own_signals():
     """A run that was asked to stop keeps its handlers to the end of its process, which here is not the end."""
     from minbert.trainer.processes.stop import stop_signals
