@@ -120,7 +120,7 @@ def test_a_resumed_run_draws_what_it_would_have(augmented, tmp_path):
 
 def test_kill_and_go_on(models, tmp_path):
     """A real process is killed after its first shard. The same command keeps that, and ends as if nothing had been."""
-    words = ["augment", "sts", "--data", CORPUS, "--translator", str(models), "--pivot", "xx"]
+    words = ["augment", "sts", "--translator", str(models), "--pivot", "xx", "--train-limit", "300"]
     words += ["--filters", "empty", "--sample", "--variants", "2", "--batch-size", "16", "--output"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     process = subprocess.Popen([*COMMAND, *words, str(killed)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)

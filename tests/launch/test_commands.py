@@ -57,7 +57,7 @@ def trained(tmp_path_factory) -> RunFolder:
     """A short run, scored on whole dev splits."""
     folder = tmp_path_factory.mktemp("commands") / "run"
     os.environ["MINBERT_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")
-    size = ["--data", CORPUS, "--steps", 6, "--batch-size", 8, "--log-every", 2, "--measure-every", 3]
+    size = ["--steps", 6, "--train-limit", 200, "--batch-size", 8, "--log-every", 2, "--measure-every", 3]
     assert minbert("train", "--run", folder, *size) == 0
     return RunFolder(folder)
 
@@ -103,7 +103,7 @@ def course_folder(tmp_path) -> Path:
 def test_prediction_files_hold_what_was_scored(trained, capsys, name):
     assert minbert("evaluate", trained.path, "--json") == 0
     scores = json.loads(capsys.readouterr().out)
-    task, examples = TASKS[name], load_examples(CORPUS, TASKS[name], "dev")
+    task, examples = TASKS[name], load_examples("builtin", TASKS[name], "dev")
     text = (trained.predictions / prediction_file_name(trained.read_config(), task, "dev")).read_bytes().decode()
     lines = text.split("\n")
     values = [line.split(" , ")[1][:-1] for line in lines[1:-1]]
@@ -128,7 +128,7 @@ def test_predict_writes_the_same_files_again(trained, capsys):
     assert record.keys() == before.keys()
     told = record["para-test-output.csv"]
     assert told["model_sha256"] == hashlib.sha256(trained.best_model.read_bytes()).hexdigest() and told["step"] == 6
-    assert (told["data"], told["task"], told["split"]) == (CORPUS, "quora", "test")
+    assert (told["data"], told["task"], told["split"]) == ("builtin", "quora", "test")
     assert told["rows"] == len(before["para-test-output.csv"].splitlines()) - 1
 
 

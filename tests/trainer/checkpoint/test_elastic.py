@@ -91,7 +91,7 @@ def stop_before(run: Path, step: int) -> None:
     remember(run / "checkpoints", step)
 
 
-def test_an_evaluation_elsewhere_leaves_a_checkpoint_what_it_was(tmp_path, monkeypatch, capsys):
+def test_an_evaluation_elsewhere_leaves_a_checkpoint_what_it_was(tmp_path, monkeypatch, capfd):
     """Stopped after a step and before its evaluation, which two other processes make up for: the tensors of the
     checkpoint, and the random numbers in it, are still those of one process."""
     run = tmp_path / "run"
@@ -110,9 +110,9 @@ def test_an_evaluation_elsewhere_leaves_a_checkpoint_what_it_was(tmp_path, monke
     after = read_manifest(published(run / "checkpoints")[-1])
     assert (before.step, before.state.evaluated_at, before.processes) == (3, 0, 1)
     assert (after.step, after.state.evaluated_at, after.processes, after.files) == (3, 3, 1, before.files)
-    capsys.readouterr()
+    capfd.readouterr()
     assert minbert("resume", run, "--steps", 4) == 0
-    assert "from step 3 of 4" in capsys.readouterr().out
+    assert "from step 3 of 4" in capfd.readouterr().out
 
 
 # DeepSpeed's checkpoints

@@ -57,7 +57,8 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(small_disk, tmp_path, mon
     """Nothing is lost: neither lines of the log, nor the best model, nor the checkpoint from before."""
     run, whole = small_disk / "run", tmp_path / "whole"
     arguments = [*SMALL, "--steps", 12, "--eval-every", 4, "--log-every", 1, "--keep", 1, "--trackers"]
-    arguments += ["--seed", 1]  # whose score rises: there is a best model to write when the disk is full
+    # The score rises: there is a best model to write when the disk is full.
+    arguments += ["--data", "builtin", "--seed", 1]
     assert minbert("train", "--run", whole, *arguments) == 0
     assert "step      8/12" in (said := capsys.readouterr().out) and said.count("best so far") == 3
     seen = []
