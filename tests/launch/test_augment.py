@@ -132,10 +132,9 @@ def test_kill_and_go_on(models, tmp_path):
     assert process.wait() == -signal.SIGKILL
     kept = shards(killed)
     assert not (killed / "sts.tsv").exists()
-    assert subprocess.run([*COMMAND, *words, str(whole)], capture_output=True, timeout=280).returncode == 0
+    assert main([*words, str(whole)]) == 0
     assert 0 < len(kept) < len(shards(whole))
-    done = subprocess.run([*COMMAND, *words, str(killed)], capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
+    assert main([*words, str(killed)]) == 0
     assert kept.items() <= shards(killed).items() and shards(killed) == shards(whole)
     assert (killed / "sts.tsv").read_bytes() == (whole / "sts.tsv").read_bytes()
     assert not list(killed.rglob("*.lock"))
@@ -173,7 +172,7 @@ def test_two_commands_at_once_share_the_work(tmp_path, course_data):
 
 
 @needs_apertium
-def test_real_rows_from_augmentation_to_training(tmp_path, course_data, capsys):
+def test_real_rows_from_augmentation_to_training(tmp_path, course_data, capfd):
     """On a slice of the course's data, in several processes, into a run that scores the untouched dev rows."""
     output = tmp_path / "out"
     words = ["augment", "sts", "sst", "--data", str(course_data), "--translator", "apertium", "--pivot", "es"]
@@ -186,9 +185,8 @@ def test_real_rows_from_augmentation_to_training(tmp_path, course_data, capsys):
     files = [str(output / "sts.tsv"), str(output / "sst.tsv")]
     words = ["train", "--run", str(tmp_path / "run"), *SMALL, "--data", str(course_data), "--tasks", "sts", "sst"]
     words += ["--train-limit", "150", "--augmented", *files, "--augment-share", "0.7", "--processes", "2"]
-    done = subprocess.run([*COMMAND, *words], capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
-    assert "Finished: 3 of 3 steps" in done.stdout
+    assert main(words) == 0
+    assert "Finished: 3 of 3 steps" in capfd.readouterr().out
 
 
 @needs_apertium

@@ -1,16 +1,14 @@
 """A run whose pairs are joint, through every command that meets pairs."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from small_runs import CORPUS
+from small_runs import CORPUS, minbert
 from transformers import AutoModel, BertTokenizer
 
 from minbert.launch.main import main
-from minbert.launch.processes import launch
 from minbert.trainer.run.folder import RunFolder
 from minbert.trainer.run.preparation import known_shape
 from minbert.trainer.run.saved_model import load_model
@@ -25,8 +23,7 @@ SIZE = ["--data", CORPUS, "--steps", "6", "--batch-size", "8", "--max-length", "
 def run(tmp_path_factory) -> RunFolder:
     """Trained by two processes that share gradients and moments."""
     folder = tmp_path_factory.mktemp("joint") / "run"
-    command = [sys.executable, "-m", "minbert.launch.main", "train", "--run", str(folder), *OPTIONS, *SIZE]
-    assert launch([*command, "--processes", "2", "--zero-stage", "2"], 1, folder.parent) == 0
+    assert minbert("train", "--run", folder, *OPTIONS, *SIZE, "--processes", 2, "--zero-stage", 2) == 0
     return RunFolder(folder)
 
 

@@ -105,10 +105,10 @@ def test_a_run_killed_in_between_ends_as_if_it_had_not_been(whole, tmp_path, cap
     assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-@pytest.mark.parametrize(("step", "processes", "stage"), [(2, 2, 3), (3, 2, 2), (6, 1, 1)])
-def test_it_goes_on_elsewhere(whole_without_dropout, tmp_path, step, processes, stage):
+@pytest.mark.parametrize(("step", "stage"), [(2, 3), (3, 2)])
+def test_it_goes_on_elsewhere(whole_without_dropout, tmp_path, step, stage):
     run = killed_after(whole_without_dropout, tmp_path / "run", step)
-    assert minbert("resume", run, "--processes", processes, "--zero-stage", stage) == 0
+    assert minbert("resume", run, "--processes", 2, "--zero-stage", stage) == 0
     for path in (run, whole_without_dropout):
         assert read_manifest(checkpoints(path)[12]).state.updates == {p: 12 - first for p, first in JOINS.items()}
     for expected, found in zip(logged(whole_without_dropout), logged(run), strict=True):
