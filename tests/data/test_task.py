@@ -219,6 +219,7 @@ def corpus(folder: Path) -> Path:
     return declare(folder)
 
 
+@pytest.mark.xdist_group("ray")
 def test_a_fourth_task_from_its_files_to_predictions_and_a_search(tmp_path, capfd):
     declaration, run = corpus(tmp_path), tmp_path / "run"
     options = ["--data", CORPUS, "--batch-size", 16, "--log-every", 5, "--trackers"]
