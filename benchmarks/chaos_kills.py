@@ -124,11 +124,12 @@ class Life:
     @contextmanager
     def frozen(self) -> Iterator[None]:
         """Its processes stand still inside, so that as much of it is left afterwards as was before. The launcher, which
-        owns the folder, is the first to stop."""
-        launcher = psutil.Process(self.process.pid)
+        owns the folder, is the first to stop. Raises Ended."""
+        self.must_be_here()
+        launcher = psutil.Process(self.process.pid)  # at worst a zombie: nobody else takes note of its end
         stopped = [launcher]
         try:
-            launcher.suspend()
+            os.kill(launcher.pid, signal.SIGSTOP)
             while launcher.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
                 time.sleep(0.001)
             for child in self._children():
