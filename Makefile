@@ -10,8 +10,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --constraint constraints.txt
 
-# Three of them keep two cores busy; with more, tests wait long for what others hold.
-PYTEST := $(BIN)/pytest --numprocesses 3 --dist loadgroup
+# Three of them keep two cores busy; with more, tests wait long for what others hold. Their order is tests/conftest.py's.
+PYTEST := $(BIN)/pytest --numprocesses 3 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: train test coverage lint docs wheel clean
 

@@ -52,6 +52,7 @@ class Options:
     eval_every: int = 20
     damages: int = 200
     """Bit flips, and truncations, of each file of a checkpoint; 0 leaves damage out."""
+    data: str = "builtin"
     seed: int = 0
 
 
@@ -72,7 +73,7 @@ class Chaos:
         o = self.options
         command = f"train --run {run.path} --seed {o.seed} --steps {o.steps} --eval-every {o.eval_every}"
         command += f" --save-every {o.save_every} --processes {o.processes} --aggregator {o.aggregator}"
-        command += " --log-every 1 --batch-size 8 --train-limit 120 --eval-limit 40 --trackers"
+        command += f" --data {o.data} --log-every 1 --batch-size 8 --train-limit 120 --eval-limit 40 --trackers"
         command += "" if o.zero_stage is None else f" --zero-stage {o.zero_stage}"
         with self.output(run).open("ab") as output:
             process = subprocess.Popen(
@@ -91,7 +92,7 @@ class Chaos:
             life, times = self.start(run), []
             for step in (1, self.options.steps):
                 while life.process.poll() is None and life.step() < step:
-                    time.sleep(0.01)
+                    time.sleep(0.02)
                 times.append(time.monotonic() - life.started)
             if life.process.wait() != ExitCode.FINISHED:
                 sys.exit(f"an undisturbed run failed:\n{self.output(run).read_text()}")
@@ -122,19 +123,18 @@ class Chaos:
         return done < self.options.kills or len(kinds) < min(self.options.kills, len(KINDS))
 
     def live(self, run: RunFolder) -> bool:
-        """Start a run, and kill it if kills are wanted and it is still training; whether it finished."""
+        """Start a run; disturb and kill it if that is wanted and it is still training. Whether it finished."""
         newest, kind = newest_step(run), None
-        life = self.start(run)
-        if self.wants_more() and newest < self.options.steps:
-            kind = self.draw_kind(newest)
-            try:
+        life, loads = self.start(run), newest > 0
+        try:
+            while kind is None and self.wants_more() and newest < self.options.steps:
+                kind = self.draw_kind(loads)
                 wrong = KINDS[kind](life, self.random)
-            except Ended:
-                kind = None
-            else:
                 if wrong is not None:
                     self.note_disturbance(run, kind, wrong)
-                    kind, newest = None, self.options.steps  # it was not too late
+                    kind, loads = None, False  # it has loaded long ago
+        except Ended:
+            kind = None
         code = self.end(life)
         if code == ExitCode.FINISHED:
             self.late += self.wants_more() and newest < self.options.steps
@@ -153,11 +153,11 @@ class Chaos:
         self.disturbances.append({"run": run.path.name, "kind": kind})
         print(json.dumps(self.disturbances[-1]), *wrong, sep="\n  ", flush=True)
 
-    def draw_kind(self, newest: int) -> str:
-        """At random, but so that every kind comes up equally often."""
+    def draw_kind(self, loads: bool) -> str:
+        """At random, but so that every kind comes up equally often. `loads`: whether the life is still to load."""
         while True:
             for kind in self._kinds:
-                if newest or kind != LOADING:
+                if loads or kind != LOADING:
                     return kind
             self._kinds += self.random.sample(list(KINDS), len(KINDS))
 

@@ -13,7 +13,8 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,7 +65,8 @@ class Life:
         return max((record["step"] for record in self.run.read_metrics()), default=0) if self.trained() else 0
 
     def wait(self, rng: random.Random) -> None:
-        """Sleep until a random moment, any one of this life being as likely as any other. Raises Ended.
+        """Sleep until a random moment, any one of this life being as likely as any other; not at all if it is past.
+        Raises Ended.
 
         While it trains, time is told by its steps, as others may be using the machine.
         """
@@ -78,7 +80,7 @@ class Life:
         goal = min(course.steps, before + int(steps))
         while self.step() < max(goal, 1):
             self.must_be_here()
-            time.sleep(0.01)
+            time.sleep(0.02)
         self.sleep(rest + pace * (before + int(steps) - goal))
 
     def sleep(self, seconds: float) -> None:
@@ -118,6 +120,27 @@ class Life:
                 os.kill(target.pid, number)
             except ProcessLookupError:
                 continue
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Its processes stand still inside, so that as much of it is left afterwards as was before. The launcher, which
+        owns the folder, is the first to stop. Raises Ended."""
+        self.must_be_here()
+        launcher = psutil.Process(self.process.pid)  # at worst a zombie: nobody else takes note of its end
+        stopped = [launcher]
+        try:
+            os.kill(launcher.pid, signal.SIGSTOP)
+            while launcher.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
+                time.sleep(0.001)
+            for child in self._children():
+                with suppress(psutil.NoSuchProcess):
+                    child.suspend()
+                    stopped.append(child)
+            yield
+        finally:
+            for process in reversed(stopped):
+                with suppress(psutil.NoSuchProcess):
+                    process.resume()
 
     def new_unfinished(self) -> Path | None:
         """The checkpoint that is being written."""
@@ -224,15 +247,10 @@ def start_again(life: Life, rng: random.Random, *command: str) -> list[str]:
         time.sleep(0.01)
     before = [(life.run.path / name).read_bytes() for name in PREPARED]
     words = [*(command or ("train",)), "--run", str(life.run.path), *OTHER]
-    os.kill(life.process.pid, signal.SIGSTOP)  # the launcher, which owns the folder: it cannot end meanwhile
-    try:
-        while psutil.Process(life.process.pid).status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE):
-            time.sleep(0.001)
+    with life.frozen():
         if not _is_locked(life.run.path / LOCK):
             raise Ended
         again = subprocess.run([sys.executable, "-m", "minbert.launch.main", *words], capture_output=True, text=True)
-    finally:
-        os.kill(life.process.pid, signal.SIGCONT)
     wrong = []
     if again.returncode != ExitCode.USER_MISTAKE or "is being trained by another process" not in again.stderr:
         wrong.append(f"`{words[0]}` was not refused: exit code {again.returncode}: {again.stderr}")
@@ -253,7 +271,7 @@ def submit_again(life: Life, rng: random.Random) -> list[str]:
 
 
 LOADING = "while loading"  # makes sense where there is something to load
-# After the last two the run lives on.
+# After the last two the life goes on, and may be killed as well.
 KINDS: dict[str, Callable[[Life, random.Random], list[str] | None]] = {
     "SIGKILL, one rank": kill_one_rank,
     "SIGKILL, all": kill_all,

@@ -1,4 +1,5 @@
-"""Fixtures shared by the tests. Tests run in parallel, so each process computes with one thread."""
+"""Fixtures shared by the tests, and which tests stay together. They run in parallel, so each process computes with one
+thread."""
 
 import importlib.util
 import logging
@@ -11,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["DS_ACCELERATOR"] = "cpu"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # every process that tests start would compile all modules anew
 
 import pytest
 from hypothesis import settings
@@ -26,6 +28,31 @@ if "PYTEST_XDIST_WORKER" in os.environ and "COVERAGE_CHILDREN" in os.environ:
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 COURSE_DATA = Path(os.environ.get("MINBERT_COURSE_DATA", Path(__file__).parents[2] / "shared" / "data" / "cs224n"))
+
+# Groups of tests that take longest: they begin first, and the short tests fill what is left of the time.
+LONGEST = ("slurm", "ray", "tests/launch/test_chaos.py", "tests/trainer/engine/test_exactness.py", "devcluster")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What a module makes once for several tests is made by one process of the suite: they are a group. Groups go
+    before single tests."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None and _shares_what_its_module_makes(item):
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+
+    def turn(item: pytest.Item) -> int:
+        mark = item.get_closest_marker("xdist_group")
+        if mark is None:
+            return len(LONGEST) + 1
+        return LONGEST.index(mark.args[0]) if mark.args[0] in LONGEST else len(LONGEST)
+
+    items.sort(key=turn)
+
+
+def _shares_what_its_module_makes(item: pytest.Item) -> bool:
+    fixtures = [one for same_name in item._fixtureinfo.name2fixturedefs.values() for one in same_name]
+    return any(one.scope in ("module", "session") and one.func.__module__ == item.module.__name__ for one in fixtures)
 
 
 @pytest.fixture(scope="session")
@@ -79,6 +106,13 @@ def terminal():
 def own_cache(tmp_path_factory, monkeypatch):
     """No test reads or writes the user's cache; those of one session share theirs."""
     monkeypatch.setenv("MINBERT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def no_site(tmp_path_factory, monkeypatch):
+    """No test reads the user's own site file."""
+    monkeypatch.delenv("MINBERT_SITE", raising=False)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.getbasetemp() / "config"))
 
 
 @pytest.fixture(autouse=True)

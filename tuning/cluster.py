@@ -71,6 +71,8 @@ SETTINGS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Tune does not survive that Ray ends a worker for want of memory; when the system does so the trial goes on.
     "RAY_memory_monitor_refresh_ms": "0",
+    # A worker is started for a trial, not one for every core in advance: Python with Ray takes each half a second.
+    "RAY_prestart_worker_first_driver": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the run folder logs everything
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # signals are the search's
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # heartbeats have no score

@@ -2,8 +2,6 @@
 a fourth task all the way from its files to predictions and a search."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ import yaml
 from known_tasks import SST, STS, TASKS
 from scipy.stats import spearmanr
 from sklearn.metrics import f1_score, matthews_corrcoef
+from small_runs import CORPUS, minbert, outside
 
 from minbert.data.errors import DataError, UserError
 from minbert.data.sources.loading import load_examples
@@ -220,34 +219,31 @@ def corpus(folder: Path) -> Path:
     return declare(folder)
 
 
-def test_a_fourth_task_from_its_files_to_predictions_and_a_search(tmp_path, capsys):
+@pytest.mark.xdist_group("ray")
+def test_a_fourth_task_from_its_files_to_predictions_and_a_search(tmp_path, capfd):
     declaration, run = corpus(tmp_path), tmp_path / "run"
-    options = ["--train-limit", "200", "--eval-limit", "60", "--batch-size", "16", "--log-every", "5", "--trackers"]
-    command = [sys.executable, "-m", "minbert.launch.main", "train", "--run", str(run), "--tasks", "sst", "sts"]
-    command += [str(declaration), *options, "--steps", "60", "--eval-every", "30", "--aggregator", "pcgrad"]
-    done = subprocess.run(
-        [*command, "--processes", "2", "--zero-stage", "2", "--lr", "3e-3"], capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    options = ["--data", CORPUS, "--batch-size", 16, "--log-every", 5, "--trackers"]
+    words = ["--tasks", "sst", "sts", declaration, *options, "--steps", 60, "--eval-every", 30, "--lr", "3e-3"]
+    words += ["--aggregator", "pcgrad", "--processes", 2, "--zero-stage", 2]
+    assert minbert("train", "--run", run, *words) == 0
+    capfd.readouterr()
     assert "cosine/sst-mood" in (run / "metrics.jsonl").read_text()
     declaration.unlink()  # the run has it
 
     assert main(["evaluate", str(run), "--json"]) == 0
-    scores = json.loads(capsys.readouterr().out)
+    scores = json.loads(capfd.readouterr().out)
     assert [name for name in scores if "/" not in name] == ["sst", "sts", "mood", "overall"] and scores["mood"] > 0.9
     lines = (run / "predictions" / "mood-test-output.csv").read_text().splitlines()
     assert len(lines) == 21 and {line.split(" , ")[1].strip() for line in lines[1:]} <= set(MOOD["classes"])
     assert main(["predict", str(run), "--task", "mood", "--text", "the plot was lovely , 3"]) == 0
-    assert capsys.readouterr().out.strip() == "good"
+    assert capfd.readouterr().out.strip() == "good"
     assert main(["export", str(run), str(tmp_path / "encoder")]) == 0
     assert main(["report", str(run)]) == 0
     assert "neutral" in (run / "report.html").read_text()
 
     search = tmp_path / "search"
     declare(tmp_path)
-    command = [sys.executable, "-m", "minbert.launch.main", "tune", "--search", str(search), "--samples", "2"]
-    command += ["--space", "lr=0.001,0.003", "--tasks", "sst", str(declaration), *options, "--steps", "6"]
-    done = subprocess.run([*command, "--evaluations", "2"], capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
+    words = ["--samples", 2, "--space", "lr=0.001,0.003", "--tasks", "sst", declaration, *options, "--steps", 6]
+    outside("tune", "--search", search, *words, "--evaluations", 2)
     trial = json.loads((search / "trials" / "trial-0001" / "trial.json").read_text())
     assert trial["status"] == "finished" and trial["score"] > 0

@@ -6,11 +6,11 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from small_runs import COMMAND, CORPUS
 from tiny_marian import write_models
 
 from minbert.data.augmentation.apertium import DATA
@@ -23,8 +23,9 @@ needs_apertium = pytest.mark.skipif(
     not shutil.which("apertium") or not (DATA / "modes" / "eng-spa.mode").exists(),
     reason="Apertium is not installed: apt-get install apertium apertium-eng-spa",
 )
-COMMAND = [sys.executable, "-m", "minbert.launch.main"]
-SMALL = ["--steps", "3", "--eval-every", "3", "--batch-size", "4", "--eval-limit", "20", "--trackers"]
+NEW_ROWS = ["augment", "sts", "sst", "--data", CORPUS, "--pivot", "xx", "--train-limit", "40", "--filters", "empty"]
+NEW_ROWS += ["--beam", "1"]
+SMALL = ["--data", CORPUS, "--steps", "3", "--eval-every", "3", "--batch-size", "4", "--eval-limit", "20", "--trackers"]
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +45,8 @@ def shards(folder: Path) -> dict[str, bytes]:
 def augmented(models, tmp_path_factory) -> Path:
     """New rows of the built-in similarity and sentiment by the tiny models, with nothing filtered away."""
     output = tmp_path_factory.mktemp("augmented") / "out"
-    words = ["augment", "sts", "sst", "--translator", str(models), "--pivot", "xx", "--train-limit", "40"]
-    assert main([*words, "--filters", "empty", "--beam", "1", "--output", str(output)]) == 0
+    words = [*NEW_ROWS, "--translator", str(models)]
+    assert main([*words, "--output", str(output)]) == 0
     return output
 
 
@@ -68,8 +69,8 @@ def test_new_rows_and_report(augmented):
 
 def test_a_second_run_translates_nothing(models, augmented, capsys):
     before = {path: path.stat().st_mtime_ns for path in (augmented / "translations").rglob("*.jsonl")}
-    words = ["augment", "sts", "sst", "--translator", str(models), "--pivot", "xx", "--train-limit", "40"]
-    assert main([*words, "--filters", "empty", "--beam", "1", "--output", str(augmented)]) == 0
+    words = [*NEW_ROWS, "--translator", str(models)]
+    assert main([*words, "--output", str(augmented)]) == 0
     assert "missing" not in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in (augmented / "translations").rglob("*.jsonl")} == before
 
@@ -105,8 +106,8 @@ def test_a_run_goes_on_with_its_own_new_rows_only(augmented, tmp_path, capsys):
 
 def test_a_resumed_run_draws_what_it_would_have(augmented, tmp_path):
     """The same steps with and without a stop between, to the last digit."""
-    words = ["--augmented", str(augmented / "sts.tsv"), "--train-limit", "40", "--tasks", "sts", "--log-every", "1"]
-    words += ["--lr-schedule", "constant", "--batch-size", "4", "--eval-every", "3", "--eval-limit", "20", "--trackers"]
+    words = [*SMALL, "--augmented", str(augmented / "sts.tsv"), "--train-limit", "40", "--tasks", "sts"]
+    words += ["--log-every", "1", "--lr-schedule", "constant"]
     assert main(["train", "--run", str(tmp_path / "whole"), *words, "--steps", "6"]) == 0
     assert main(["train", "--run", str(tmp_path / "parts"), *words, "--steps", "3"]) == 0
     assert main(["resume", str(tmp_path / "parts"), "--steps", "6"]) == 0
@@ -131,10 +132,9 @@ def test_kill_and_go_on(models, tmp_path):
     assert process.wait() == -signal.SIGKILL
     kept = shards(killed)
     assert not (killed / "sts.tsv").exists()
-    assert subprocess.run([*COMMAND, *words, str(whole)], capture_output=True, timeout=280).returncode == 0
+    assert main([*words, str(whole)]) == 0
     assert 0 < len(kept) < len(shards(whole))
-    done = subprocess.run([*COMMAND, *words, str(killed)], capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
+    assert main([*words, str(killed)]) == 0
     assert kept.items() <= shards(killed).items() and shards(killed) == shards(whole)
     assert (killed / "sts.tsv").read_bytes() == (whole / "sts.tsv").read_bytes()
     assert not list(killed.rglob("*.lock"))
@@ -146,8 +146,8 @@ def test_a_damaged_shard_is_translated_again(models, augmented, tmp_path, capsys
     victim = next(iter((output / "translations").rglob("*.jsonl")))
     content = victim.read_bytes()
     victim.write_bytes(content[:100] + b"?" + content[101:])
-    words = ["augment", "sts", "sst", "--translator", str(models), "--pivot", "xx", "--train-limit", "40"]
-    assert main([*words, "--filters", "empty", "--beam", "1", "--output", str(output)]) == 0
+    words = [*NEW_ROWS, "--translator", str(models)]
+    assert main([*words, "--output", str(output)]) == 0
     assert shards(output) == shards(augmented)
     assert rows(output / "sts.tsv") == rows(augmented / "sts.tsv")
 
@@ -172,7 +172,7 @@ def test_two_commands_at_once_share_the_work(tmp_path, course_data):
 
 
 @needs_apertium
-def test_real_rows_from_augmentation_to_training(tmp_path, course_data, capsys):
+def test_real_rows_from_augmentation_to_training(tmp_path, course_data, capfd):
     """On a slice of the course's data, in several processes, into a run that scores the untouched dev rows."""
     output = tmp_path / "out"
     words = ["augment", "sts", "sst", "--data", str(course_data), "--translator", "apertium", "--pivot", "es"]
@@ -183,11 +183,10 @@ def test_real_rows_from_augmentation_to_training(tmp_path, course_data, capsys):
     new = rows(output / "sts.tsv")
     assert len(new) > 150 and not any("*" in row["sentence1"] for row in new)
     files = [str(output / "sts.tsv"), str(output / "sst.tsv")]
-    words = ["train", "--run", str(tmp_path / "run"), "--data", str(course_data), "--tasks", "sts", "sst"]
-    words += ["--train-limit", "150", "--augmented", *files, "--augment-share", "0.7", "--processes", "2", *SMALL]
-    done = subprocess.run([*COMMAND, *words], capture_output=True, text=True, timeout=280)
-    assert done.returncode == 0, done.stderr
-    assert "Finished: 3 of 3 steps" in done.stdout
+    words = ["train", "--run", str(tmp_path / "run"), *SMALL, "--data", str(course_data), "--tasks", "sts", "sst"]
+    words += ["--train-limit", "150", "--augmented", *files, "--augment-share", "0.7", "--processes", "2"]
+    assert main(words) == 0
+    assert "Finished: 3 of 3 steps" in capfd.readouterr().out
 
 
 @needs_apertium

@@ -11,10 +11,9 @@ from chaos_damage import DAMAGE, MISSED, damage_and_look
 from chaos_kills import KINDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_runs import CORPUS
 
 from minbert.trainer.checkpoint.format import published
-
-pytestmark = pytest.mark.xdist_group("chaos")  # one process of the suite makes the runs for all
 
 BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "chaos.py"
 
@@ -24,7 +23,7 @@ def chaos(tmp_path_factory) -> Path:
     """Runs of two processes, killed in every way."""
     out = tmp_path_factory.mktemp("chaos") / "out"
     command = [sys.executable, BENCHMARK, "--out", out, "--kills", 8, "--damages", 0]
-    command += ["--steps", 24, "--save-every", 3, "--eval-every", 8]
+    command += ["--steps", 24, "--save-every", 3, "--eval-every", 8, "--data", CORPUS]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stdout + done.stderr
     return out

@@ -19,33 +19,29 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
 import pytest
 import torch
 from known_tasks import TASKS
-from pydantic import Field
 from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from scipy.stats import pearsonr
+from small_runs import COMMAND, CORPUS
 
-from minbert.data.errors import UserError, disk_trouble
+from minbert.data.errors import disk_trouble
 from minbert.data.files import replacing
 from minbert.data.sources.loading import load_examples
 from minbert.data.task import SPLITS
 from minbert.launch.main import main
 from minbert.launch.options import parse_run_config
 from minbert.launch.results import predict_splits, whole_splits
-from minbert.launch.words import read_options
 from minbert.launch.worker import work
 from minbert.trainer.evaluation.prediction_files import prediction_file_name
 from minbert.trainer.processes.stop import StopRequest
 from minbert.trainer.run import data
 from minbert.trainer.run.folder import RunFolder
-
-COMMAND = [sys.executable, "-m", "minbert.launch.main"]
 
 
 def minbert(*arguments: object) -> int:
@@ -467,41 +463,6 @@ def test_help_names_every_option_and_no_python(monkeypatch, capsys):
 
 # Options
 
-TYPES = {
-    "flag": bool,
-    "count": Annotated[int, Field(ge=1)],
-    "some_rate": float | None,
-    "stage": Literal[0, 1] | None,
-    "level": Literal["low"] | int,
-    "where": Path | None,
-    "names": tuple[Literal["a", "b"], ...],
-    "weights": tuple[float, ...] | None,
-}
-
-
-@pytest.mark.parametrize(
-    ("line", "options", "rest"),
-    [
-        ("x --flag y", {"flag": True}, ["x", "y"]),
-        ("--count=3 x", {"count": 3}, ["x"]),
-        ("--some-rate -1e-3 x", {"some_rate": -1e-3}, ["x"]),
-        ("--some_rate None", {"some_rate": None}, []),
-        ("--stage 1 --level 1", {"stage": 1, "level": 1}, []),
-        ("--level low --level 2", {"level": 2}, []),
-        ("--names a b --weights 1 -2", {"names": ("a", "b"), "weights": (1.0, -2.0)}, []),
-        ("--names --weights None", {"names": (), "weights": None}, []),
-        ("--where a=b", {"where": Path("a=b")}, []),
-    ],
-)
-def test_words_become_values_by_the_types_of_their_options(line, options, rest):
-    assert read_options(TYPES, line.split(), "test") == (options, rest)
-
-
-@pytest.mark.parametrize("line", ["--count 0", "--stage 2", "--level high", "--names a c", "--nam a", "--some-rate"])
-def test_wrong_words_are_refused(line):
-    with pytest.raises(UserError):
-        read_options(TYPES, line.split(), "test")
-
 
 def test_the_later_source_of_an_option_wins(trained, tmp_path):
     file = tmp_path / "run.yaml"
@@ -569,7 +530,7 @@ def test_a_start_reads_each_split_once(tmp_path, monkeypatch):
     """For the vocabulary, the tokens, the training and the scores."""
     asked, read = [], data.load_examples
     monkeypatch.setattr(data, "load_examples", lambda *found: asked.append((found[1].name, found[2])) or read(*found))
-    options = ["--train-limit", "40", "--batch-size", "8", "--steps", "2", "--trackers"]
+    options = ["--data", CORPUS, "--train-limit", "40", "--batch-size", "8", "--steps", "2", "--trackers"]
     assert minbert("train", "--run", tmp_path / "run", *options) == 0
     assert sorted(asked) == sorted((task, split) for task in ("sst", "quora", "sts") for split in SPLITS)
     asked.clear()
@@ -582,7 +543,7 @@ def test_a_start_reads_each_split_once(tmp_path, monkeypatch):
 def test_the_terminal_shows_progress_and_no_chatter(tmp_path):
     """DeepSpeed and its friends speak to the log only, on every rank."""
     run = tmp_path / "run"
-    size = ["--train-limit", "40", "--eval-limit", "20", "--batch-size", "8", "--steps", "3"]
+    size = ["--data", CORPUS, "--train-limit", "40", "--eval-limit", "20", "--batch-size", "8", "--steps", "3"]
     parallel = ["--zero-stage", "2", "--processes", "2"]
     master, slave = pty.openpty()
     environment = os.environ | {"COLUMNS": "120", "TERM": "xterm"}

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -125,9 +124,7 @@ def test_slurm_commands(no_commands):
 )
 def test_slurm_controller(no_commands, script, ok, found, seconds):
     _command(no_commands, "scontrol", script)
-    start = time.monotonic()
     check = slurm_controller(seconds)
-    assert time.monotonic() - start < 30
     assert check.ok is ok and found in check.found and bool(check.remedy) is (ok is None)
 
 

@@ -15,6 +15,7 @@ import pytest
 import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from small_runs import CORPUS
 
 from minbert.launch.main import main
 from minbert.trainer.config import OPTIONS, SECTIONS
@@ -104,7 +105,7 @@ def runs(tmp_path_factory) -> Path:
     """A folder with a finished run and its neighbour."""
     folder = tmp_path_factory.mktemp("runs")
     small = "--train-limit 24 --eval-limit 12 --batch-size 4 --steps 4 --eval-every 2 --log-every 1 --tasks sst sts"
-    options = [*small.split(), "--measure-every", "2", "--trackers"]
+    options = ["--data", CORPUS, *small.split(), "--measure-every", "2", "--trackers"]
     assert main(["train", "--run", str(folder / "run"), "--aggregator", "dwa", *options]) == 0
     shutil.copytree(folder / "run", folder / "neighbour")
     return folder

@@ -1,15 +1,14 @@
 """A run whose pairs are joint, through every command that meets pairs."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from small_runs import CORPUS, minbert
 from transformers import AutoModel, BertTokenizer
 
 from minbert.launch.main import main
-from minbert.launch.processes import launch
 from minbert.trainer.run.folder import RunFolder
 from minbert.trainer.run.preparation import known_shape
 from minbert.trainer.run.saved_model import load_model
@@ -17,15 +16,14 @@ from minbert.tuning.space import check_space, combination, grid_size, parse_spac
 
 PAIR = "a man is playing a very long song", "nobody plays the guitar"
 OPTIONS = ["--tasks", "sst", "sts", "quora", "--pair-encoding", "joint", "--trackers", "--log-every", "2"]
-SIZE = ["--steps", "6", "--train-limit", "200", "--batch-size", "8", "--max-length", "16"]
+SIZE = ["--data", CORPUS, "--steps", "6", "--batch-size", "8", "--max-length", "16"]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> RunFolder:
     """Trained by two processes that share gradients and moments."""
     folder = tmp_path_factory.mktemp("joint") / "run"
-    command = [sys.executable, "-m", "minbert.launch.main", "train", "--run", str(folder), *OPTIONS, *SIZE]
-    assert launch([*command, "--processes", "2", "--zero-stage", "2"], 1, folder.parent) == 0
+    assert minbert("train", "--run", folder, *OPTIONS, *SIZE, "--processes", 2, "--zero-stage", 2) == 0
     return RunFolder(folder)
 
 
@@ -79,7 +77,7 @@ def test_a_run_cannot_switch(run, capsys):
     command = ["train", "--run", str(run.path), *OPTIONS, *SIZE]
     assert main([*command, "--pair-encoding", "siamese"]) == 2
     assert "pair_encoding" in (told := capsys.readouterr().err) and "joint" in told and "siamese" in told
-    assert main(command) == 0
+    assert main([*command, "--processes", "1", "--zero-stage", "None"]) == 0
 
 
 def test_whether_a_pair_is_symmetric_is_part_of_the_run(run, tmp_path, capsys):

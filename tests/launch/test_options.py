@@ -14,6 +14,7 @@ import tyro
 import yaml
 from known_tasks import TASKS
 from pydantic import Field
+from small_runs import CORPUS
 
 from minbert.data.errors import DataError, UserError
 from minbert.data.reading import read_small, read_yaml
@@ -30,7 +31,8 @@ from minbert.trainer.model.memory import require_memory
 from minbert.trainer.model.weights import TINY, read_config, write_shape
 from minbert.trainer.processes.stop import Stopped, StopRequest
 
-SMALL = ["--train-limit", "40", "--eval-limit", "20", "--batch-size", "4", "--trackers", "--tasks", "sst"]
+SMALL = ["--data", CORPUS, "--train-limit", "40", "--eval-limit", "20", "--batch-size", "4", "--trackers"]
+SMALL += ["--tasks", "sst"]
 
 
 def written(folder: Path, content: str | bytes, name: str = "some.yaml") -> Path:

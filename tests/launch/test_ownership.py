@@ -15,10 +15,10 @@ import pytest
 import torch
 import yaml
 from known_tasks import TASKS
+from small_runs import CORPUS, minbert
 
 from minbert.data.errors import UserError
 from minbert.data.files import to_json
-from minbert.launch.main import main
 from minbert.launch.worker import work
 from minbert.slurm.records import Records, Submission
 from minbert.trainer.checkpoint.format import Damaged, Manifest, TrainingState, published, read_manifest
@@ -28,12 +28,9 @@ from minbert.trainer.processes.stop import StopRequest
 from minbert.trainer.run.folder import RunFolder
 from minbert.trainer.run.saved_model import read_model, save_model
 
-SMALL = ["--train-limit", 60, "--eval-limit", 20, "--batch-size", 8, "--trackers", "--aggregator", "gradvac"]
+SMALL = ["--data", CORPUS, "--train-limit", 60, "--eval-limit", 20, "--batch-size", 8, "--trackers"]
+SMALL += ["--aggregator", "gradvac"]
 OTHER = ["--lr", 0.5, "--train-limit", 30, "--force"]  # what would change a run's vocabulary and rates
-
-
-def minbert(*arguments: object) -> int:
-    return main(list(map(str, arguments)))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 import yaml
 from known_tasks import MLM, QUORA, SST, STS
 from safetensors.torch import load_file
+from small_runs import minbert, outside, started
 from transformers import AutoModel, AutoTokenizer, BertForMaskedLM
 
 from minbert.data.batches.layout import Sentences
@@ -29,13 +29,6 @@ SMALL = ["--model", "tiny", "--train-limit", 400, "--eval-limit", 60, "--batch-s
 SMALL += ["--log-every", 1, "--trackers"]
 
 
-def minbert(*arguments: object, check: int = 0) -> str:
-    command = [sys.executable, "-m", "minbert.launch.main", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == check, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done.stdout + done.stderr
-
-
 @pytest.fixture(scope="module")
 def lines(tmp_path_factory) -> Path:
     """A text file of the built-in reviews."""
@@ -48,9 +41,8 @@ def lines(tmp_path_factory) -> Path:
 def pretrained(tmp_path_factory, lines) -> RunFolder:
     """A model pretrained from nothing on a text file."""
     folder = tmp_path_factory.mktemp("pretrained") / "run"
-    said = minbert(
-        "pretrain", "--run", folder, *SMALL, "--texts", lines, "--train-limit", 1900, "--steps", 80, "--eval-every", 40
-    )
+    words = ["--texts", lines, "--train-limit", 1900, "--steps", 80, "--eval-every", 40]
+    said = outside("pretrain", "--run", folder, *SMALL, *words).stdout
     assert f"for transformers: {folder / 'model'}" in said and "predictions" not in said.lower()
     return RunFolder(folder)
 
@@ -85,33 +77,38 @@ def test_the_folder_holds_the_best_model_for_transformers(pretrained):
 def test_other_runs_take_the_folder(pretrained, tmp_path, capsys):
     """For the tasks, and to go on from it, which has the head."""
     common = ["--model", pretrained.pretrained, "--eval-limit", 40, "--steps", 1, "--trackers"]
-    said = minbert("train", "--run", tmp_path / "tasks", *common, "--train-limit", 100, "--tasks", "sst")
-    assert "start at random" not in said
+    capsys.readouterr()
+    assert minbert("train", "--run", tmp_path / "tasks", *common, "--train-limit", 100, "--tasks", "sst") == 0
+    assert "start at random" not in "".join(capsys.readouterr())
     assert (tmp_path / "tasks" / "encoder" / "vocab.txt").read_bytes() == (
         pretrained.pretrained / "vocab.txt"
     ).read_bytes()
-    said = minbert("pretrain", "--run", tmp_path / "on", *common, "--batch-size", 4, "--max-length", 48, "--lr", 1e-9)
-    assert "start at random" not in said
+    words = ["--batch-size", 4, "--max-length", 48, "--lr", 1e-9]
+    assert minbert("pretrain", "--run", tmp_path / "on", *common, *words) == 0
+    assert "start at random" not in "".join(capsys.readouterr())
     found, expected = (load_file(run.best_model) for run in (RunFolder(tmp_path / "on"), pretrained))
     assert all(torch.allclose(found[name], expected[name], atol=1e-7) for name in expected)
 
 
-def test_a_checkpoint_without_the_head_starts_it_at_random_and_says_so(minilm, tmp_path):
-    said = minbert("pretrain", "--run", tmp_path / "run", *SMALL, "--model", minilm, "--steps", 1, "--eval-limit", 4)
-    assert "has no weights for the masked-language-model head: they start at random" in said
+def test_a_checkpoint_without_the_head_starts_it_at_random_and_says_so(minilm, tmp_path, capsys):
+    words = [*SMALL, "--model", minilm, "--steps", 1, "--eval-limit", 4]
+    assert minbert("pretrain", "--run", tmp_path / "run", *words) == 0
+    assert "has no weights for the masked-language-model head: they start at random" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("more", [[], ["--processes", 2, "--zero-stage", 2]], ids=["alone", "zero 2"])
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(lines, tmp_path, more):
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(lines, tmp_path, capfd, more):
     options = [*SMALL, "--texts", lines, "--packed", "--steps", 12, "--eval-every", 4, "--accumulation", 2, *more]
-    minbert("pretrain", "--run", tmp_path / "whole", *options)
-    command = [sys.executable, "-m", "minbert.launch.main", "pretrain", "--run", tmp_path / "parts", *options]
-    with subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, start_new_session=True) as process:
+    assert minbert("pretrain", "--run", tmp_path / "whole", *options) == 0
+    parts = ["pretrain", "--run", tmp_path / "parts", *options]
+    with started(*parts, stdout=subprocess.DEVNULL, start_new_session=True) as process:
         deadline = time.monotonic() + 200
         while time.monotonic() < deadline and not (tmp_path / "parts" / SAVED).exists():
             time.sleep(0.02)
         os.killpg(process.pid, signal.SIGKILL)
-    assert "Resuming" in minbert("pretrain", "--run", tmp_path / "parts", *options)
+    capfd.readouterr()
+    assert minbert(*parts) == 0
+    assert "Resuming" in capfd.readouterr().out
     assert perplexities(tmp_path / "parts") == perplexities(tmp_path / "whole")
     expected, found = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
@@ -141,7 +138,7 @@ def test_beside_supervised_tasks_it_has_a_row_in_surgery_and_no_weight_in_the_sc
     (lines.parent / "aid.yaml").write_text(yaml.safe_dump(declared))
     arguments = ["--tasks", "sst", "sts", lines.parent / "aid.yaml", "--aggregator", "pcgrad", "--steps", 2]
     arguments += ["--smart-weight", 0.1, "--proximal-weight", 0.1]  # which have nothing to say of it
-    minbert("train", "--run", tmp_path / "run", *SMALL, *arguments)
+    assert minbert("train", "--run", tmp_path / "run", *SMALL, *arguments) == 0
     run = RunFolder(tmp_path / "run")
     *_, scores = (record for record in run.read_metrics() if "dev/overall" in record)
     assert scores["dev/overall"] == pytest.approx((scores["dev/sst"] + (scores["dev/sts"] + 1) / 2) / 2)

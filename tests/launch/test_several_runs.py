@@ -7,21 +7,18 @@ import numpy as np
 import pytest
 import torch
 from known_tasks import COSENT, TASKS
+from small_runs import CORPUS, minbert
 
 from minbert.data.batches.batch import Portion, make_batch
 from minbert.data.sources.loading import load_examples
-from minbert.launch.main import main
 from minbert.trainer.evaluation.averaging import mean_predictions
 from minbert.trainer.evaluation.scoring import score
 from minbert.trainer.run.data import load_split
 from minbert.trainer.run.folder import RunFolder
 from minbert.trainer.run.saved_model import load_model, read_model
 
-SIZE = ["--train-limit", "60", "--eval-limit", "30", "--batch-size", "8", "--steps", "4", "--trackers", "--lr", "3e-3"]
-
-
-def minbert(*arguments: object) -> int:
-    return main([str(argument) for argument in arguments])
+SIZE = ["--data", CORPUS, "--train-limit", "60", "--eval-limit", "30", "--batch-size", "8", "--steps", "4"]
+SIZE += ["--trackers", "--lr", "3e-3"]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +66,7 @@ def test_files_and_scores_are_those_of_the_mean_of_probabilities_and_similaritie
     assert minbert("evaluate", *paths, "--json") == 0
     scores = json.loads(capsys.readouterr().out)
     for name, predicted in (("sst", probabilities.argmax(-1).float()), ("sts", similarities)):
-        labels = load_examples("builtin", TASKS[name], "dev").labels
+        labels = load_examples(CORPUS, TASKS[name], "dev").labels
         assert scores[name] == pytest.approx(score(TASKS[name], predicted, labels), abs=1e-6)
 
 

@@ -4,11 +4,11 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from small_runs import CORPUS, started
 
 from minbert.launch.main import main
 from minbert.launch.watching import ManyRuns, WatchedRun, table
@@ -16,7 +16,8 @@ from minbert.slurm.status import inspect_runs
 from minbert.trainer.run import standing as standings
 from minbert.trainer.run.standing import read_standings
 
-SMALL = ["--train-limit", 60, "--eval-limit", 20, "--batch-size", 4, "--log-every", 1, "--trackers", "--eval-every", 30]
+SMALL = ["--data", CORPUS, "--train-limit", 60, "--eval-limit", 20, "--batch-size", 4, "--log-every", 1, "--trackers"]
+SMALL += ["--eval-every", 30]
 
 
 def eventually(condition, what: str, seconds: float = 150.0):
@@ -31,20 +32,8 @@ def eventually(condition, what: str, seconds: float = 150.0):
 def training(tmp_path):
     """A run of two processes that has begun."""
     run = tmp_path / "runs" / "run"
-    command = [
-        sys.executable,
-        "-m",
-        "minbert.launch.main",
-        "train",
-        "--run",
-        run,
-        *SMALL,
-        "--steps",
-        60,
-        "--processes",
-        2,
-    ]
-    process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    words = ["train", "--run", run, *SMALL, "--steps", 60, "--processes", 2]
+    process = started(*words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     yield run, process
     if process.poll() is None:
         for each in read_standings(run / "logs"):

@@ -20,6 +20,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_runs import CORPUS, logged
 
 from minbert.launch.main import main
 from minbert.slurm.endings import Ending
@@ -29,9 +30,10 @@ from minbert.trainer.run.folder import RunFolder
 
 pytestmark = pytest.mark.xdist_group("slurm")
 
-SMALL = ["--train-limit", 120, "--eval-limit", 40, "--batch-size", 8, "--log-every", 5]
-LONG = [*SMALL, "--steps", 120, "--eval-every", 40, "--save-every", 10]  # for two processes
-LONGER = [*SMALL, "--steps", 600, "--eval-every", 200, "--save-every", 20]  # for one, which is faster
+SMALL = ["--data", CORPUS, "--train-limit", 120, "--eval-limit", 40, "--batch-size", 8, "--log-every", 5]
+# Long enough to be caught on the way: for two processes, and for one, which is faster.
+LONG = [*SMALL, "--steps", 80, "--eval-every", 40, "--save-every", 10]
+LONGER = [*SMALL, "--steps", 240, "--eval-every", 80, "--save-every", 20]
 PATIENCE = 150.0
 
 
@@ -141,11 +143,6 @@ def job_id(run: Path) -> str:
 
 def attempts(run: Path) -> list[Attempt]:
     return Records(run).attempts()
-
-
-def logged(run: Path) -> list[dict]:
-    records = RunFolder(run).read_metrics()
-    return [{key: value for key, value in record.items() if key != "tokens_per_second"} for record in records]
 
 
 def assert_finished_like(run: Path, whole: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from known_tasks import TASKS
+from searches import TINY
 
 from minbert.data.errors import UserError
 from minbert.launch.main import main
@@ -14,8 +15,6 @@ from minbert.tuning.ablation import plan
 from minbert.tuning.comparison import paired
 from minbert.tuning.extensions import DEFAULT, EXTENSIONS, PAPER_BASELINE, extension
 from minbert.tuning.trial import Trial
-
-TINY = ["--train-limit", "60", "--eval-limit", "20", "--batch-size", "8", "--trackers"]
 
 
 def test_variants_that_groups_share_exist_once():

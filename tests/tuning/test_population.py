@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import TrialScheduler
 from safetensors.torch import load_file
+from searches import TINY, trials_of
+from small_runs import CORPUS
 
 from minbert.launch.main import main
 from minbert.trainer.checkpoint.format import MANIFEST, published, read_manifest
@@ -25,10 +27,10 @@ from minbert.tuning.population import Population
 from minbert.tuning.search import Search, describe_schedule
 from minbert.tuning.space import EXPLORED, Choice, check_space, explore, paper_space, parse_space
 from minbert.tuning.take_over import STAGING, stage, take_over
-from minbert.tuning.trial import METRIC, SCHEDULE_FILE, Trial, best, read_trials
+from minbert.tuning.trial import METRIC, SCHEDULE_FILE, Trial, best
 
-TINY = ["--train-limit", "60", "--eval-limit", "20", "--batch-size", "8", "--trackers"]
-OPTIONS = {"train_limit": 60, "eval_limit": 20, "batch_size": 8, "trackers": (), "steps": 12, "eval_every": 3}
+OPTIONS = {"data": CORPUS, "train_limit": 60, "eval_limit": 20, "batch_size": 8, "trackers": (), "steps": 12}
+OPTIONS |= {"eval_every": 3}
 
 
 @given(seed=st.integers(0, 2**31), times=st.integers(1, 20))
@@ -258,7 +260,7 @@ def test_a_population_that_is_killed_goes_on_and_ends_with_one_trial_at_a_time(t
     words += ["hidden_layers=1,2", "--cpus", str(len(os.sched_getaffinity(0)))]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 240
-    while not any(trial.taken_over for trial in _read(folder)):
+    while not any(trial.taken_over for trial in trials_of(folder)):
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline
         time.sleep(0.1)
@@ -266,7 +268,7 @@ def test_a_population_that_is_killed_goes_on_and_ends_with_one_trial_at_a_time(t
     process.communicate(timeout=60)
     done = subprocess.run(words, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
-    trials = _read(folder)
+    trials = trials_of(folder)
     assert [trial.status for trial in trials] == ["finished"] * 3
     took_over = [trial for trial in trials if trial.taken_over]
     assert took_over
@@ -290,13 +292,6 @@ def test_a_population_that_is_killed_goes_on_and_ends_with_one_trial_at_a_time(t
     winner, said = best(trials), (folder / "best.yaml").read_text()
     assert f"{winner.name}, dev/overall {winner.score:.4f}" in said
     assert ("by this schedule" in said) == bool(winner.taken_over)
-
-
-def _read(folder: Path) -> list[Trial]:
-    try:
-        return read_trials(folder / "trials")
-    except (json.JSONDecodeError, FileNotFoundError):
-        return []
 
 
 @pytest.mark.parametrize(

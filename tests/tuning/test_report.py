@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import ttest_rel
+from small_runs import CORPUS
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from minbert.data.errors import UserError
@@ -29,7 +30,6 @@ from minbert.tuning.space import check_space, draw, parse_space
 from minbert.tuning.trial import Trial
 
 HOSTILE = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
-browsers = pytest.mark.xdist_group("browser")  # one for all pages
 
 
 class Browser:
@@ -121,11 +121,11 @@ def run(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINBERT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
         words = ["--steps", "12", "--eval-every", "4", "--log-every", "1", "--train-limit", "60", "--batch-size", "8"]
+        words += ["--data", CORPUS]
         assert main(["train", "--run", str(folder), *words, "--aggregator", "pcgrad", "--trackers"]) == 0
     return folder
 
 
-@browsers
 def test_the_page_of_a_run(run, browser, capsys):
     assert main(["report", str(run), "--mistakes", "3"]) == 0
     assert str(run / "report.html") in capsys.readouterr().out
@@ -242,7 +242,6 @@ def test_seeds_are_one_column_and_paired_by_the_t_test(several):
         compare_runs([several["first"], several["first"].parent])
 
 
-@browsers
 def test_the_page_of_runs_compared(several, browser, tmp_path, capsys):
     out = tmp_path / "page.html"
     assert main(["compare", str(several["first"].parent / "seeds"), "--out", str(out)]) == 0
@@ -260,7 +259,6 @@ def test_the_page_of_runs_compared(several, browser, tmp_path, capsys):
     assert "nothing to compare" in capsys.readouterr().err
 
 
-@browsers
 def test_a_page_is_readable_on_a_phone_and_in_the_dark(run, browser, tmp_path):
     assert main(["report", str(run), "--out", str(tmp_path / "page.html")]) == 0
     assert (tmp_path / "page.csv").exists()
@@ -351,7 +349,6 @@ def assert_it_says_what_it_is_about_and_its_tables_sort_and_filter(search: Path,
     assert browser.ask("document.documentElement.scrollWidth <= window.innerWidth")
 
 
-@browsers
 def test_the_page_of_a_search(search, browser):
     assert main(["report", str(search)]) == 0
     browser.open(search / "report.html", width=1440)
@@ -409,7 +406,6 @@ def test_scores_are_compared_where_every_trial_has_been(tmp_path):
 # Ablations
 
 
-@browsers
 def test_the_page_of_an_ablation(tmp_path, browser):
     folder = tmp_path / "a"
     names = ["baseline", "siamese", "unfrozen", "siamese+two_hidden_layers", "siamese+two_hidden_layers+unfrozen"]

@@ -1,8 +1,7 @@
-"""Trials, searches that are killed and go on, and what they do with mistakes."""
+"""Searches on Ray that are killed and go on, on clusters of their own and of others, and what they do with mistakes."""
 
 import contextlib
 import json
-import math
 import os
 import shutil
 import signal
@@ -11,190 +10,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
 import yaml
-from filelock import FileLock, Timeout
-from ray.tune.schedulers import TrialScheduler
+from filelock import FileLock
+from searches import TINY, await_trials, command, finish, refused, small_search, trials_of
 
-from minbert.data.errors import UserError
 from minbert.launch.main import main
 from minbert.slurm.status import inspect_runs
 from minbert.trainer.checkpoint.format import published
-from minbert.trainer.config import ParallelConfig, RunConfig
-from minbert.trainer.processes.stop import StopRequest
-from minbert.trainer.run.folder import RunFolder, read_config_file
+from minbert.trainer.run.folder import read_config_file
 from minbert.tuning.background import line_on_disk
 from minbert.tuning.cluster import _base, _family
-from minbert.tuning.proposals import TpeProposals
-from minbert.tuning.room import limits_of
-from minbert.tuning.scheduler import REACHED, WORST, RememberingASHA
-from minbert.tuning.search import Resources, Search
-from minbert.tuning.space import (
-    check_space,
-    parse_space,
-)
-from minbert.tuning.trainable import TrialWorker
-from minbert.tuning.trial import METRIC, Trial, best, better, ranked, read_trials, score_of
+from minbert.tuning.search import Search
+from minbert.tuning.space import check_space, parse_space
+from minbert.tuning.trial import Trial, read_trials
 
-TINY = ["--train-limit", "60", "--eval-limit", "20", "--batch-size", "8", "--trackers"]
 TOKEN = "0123456789abcdef" * 4
 ray = pytest.mark.xdist_group("ray")  # two clusters of Ray at once would starve each other
-
-
-# Trials
-
-
-def test_a_trial_file_survives_writing_and_reading(tmp_path):
-    trial = Trial(tmp_path / "t", "t", 3, {"lr": 1e-4}, "stopped", score=0.5, step=10, steps=40, stopped_by="asha")
-    trial.write()
-    assert Trial.read(tmp_path / "t") == trial
-    assert read_trials(tmp_path) == [trial]
-
-
-def test_the_best_trial_has_a_score_and_did_not_fail(tmp_path):
-    scores = [None, 0.4, 0.6, 0.6, 0.9]
-    trials = [Trial(tmp_path, f"t{n}", n, {}, "finished", score=score) for n, score in enumerate(scores)]
-    trials[4].status = "failed"
-    assert best(trials).number == 2
-    assert best(trials[:1]) is None
-
-
-def scored(folder: Path, number: int, scores: list[float], status: str = "finished") -> Trial:
-    """A trial with these evaluations; NaN is what none of our own writes any more."""
-    trial = Trial(folder / f"t{number}", f"t{number}", number, {"lr": 10.0 ** -(number + 1)}, status)
-    trial.step = trial.steps = len(scores)
-    trial.score = max((score for score in scores if score == score), default=math.nan)
-    trial.write()
-    lines = [json.dumps({"step": step, "dev/overall": score}) for step, score in enumerate(scores, 1)]
-    (trial.folder / "metrics.jsonl").write_text("\n".join(lines))
-    return Trial.read(trial.folder)
-
-
-def test_a_score_that_is_no_number_ranks_last_everywhere(tmp_path):
-    pytest.importorskip("optuna")
-    trials = [scored(tmp_path, n, scores) for n, scores in enumerate([[math.nan], [0.2, math.nan], [0.1, 0.3]])]
-    assert [trial.name for trial in ranked(trials)] == ["t2", "t1"]
-    assert trials[0].score is None and "NaN" not in json.dumps([trial.score for trial in trials])
-    assert [len(trial.evaluations()) for trial in trials] == [0, 1, 2]
-    assert better(None, score_of({"dev/overall": math.nan})) is None
-
-    search = Search(samples=10, space=check_space(parse_space(["lr=loguniform(1e-5,1)"])), algorithm="tpe")
-    study = TpeProposals(search, trials, [], lambda trial: {}, partial(search.new_trial, tmp_path)).study
-    assert [trial.state.name for trial in study.trials] == ["PRUNED", "COMPLETE", "COMPLETE"]
-    assert study.best_value == 0.3
-
-
-def test_asha_judges_by_the_best_score_so_far_as_the_ranking_does(tmp_path):
-    earlier = [scored(tmp_path, n, [score] * 10) for n, score in enumerate([0.5, 0.6, 0.7])]
-    asha = RememberingASHA(0.1, 3.0, [*earlier, scored(tmp_path, 3, [math.nan] * 10)])
-    asked = SimpleNamespace(config={"name": "new"})
-
-    def decide(name: str, reached: float) -> str:
-        asked.config["name"] = name
-        asha.on_trial_add(None, asked)
-        return asha.on_trial_result(None, asked, {"progress": 0.1, METRIC: 0.0, REACHED: reached})
-
-    assert decide("fell back, and is among the best", 0.9) == TrialScheduler.CONTINUE
-    assert decide("never was", 0.1) == TrialScheduler.STOP
-    assert decide("has no number", WORST) == TrialScheduler.STOP
-
-
-def test_a_worker_tells_scores_that_are_no_number_and_a_full_disk_apart(tmp_path, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    trial = Trial(tmp_path / "trial", "trial", 0, {})
-    trial.write()
-
-    def train(config: RunConfig, stop: StopRequest, begin: Callable[[int], None]) -> tuple[int, str]:
-        begin(4)
-        run = RunFolder(config.run)
-        for step, score in ((1, math.nan), (2, None), (3, 0.5), (4, 0.25)):
-            run.append_metrics({"step": step, METRIC: score})
-        return 1, "Traceback ...\nOSError: [Errno 28] No space left on device"
-
-    class Worker(TrialWorker):
-        def setup(self, config: dict) -> None:
-            super().setup(config, train)
-
-    config = {"folder": str(trial.folder), "options": {}, "taken_over": [], "gpus": 0}
-    worker = Worker(config)
-    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""  # nobody set a GPU aside
-    results = []
-    while not results or "ending" not in results[-1]:
-        results.append(worker.step())
-    told = [(result["at"], result[METRIC], result["best"], result[REACHED]) for result in results if METRIC in result]
-    assert told == [(1, None, None, WORST), (2, None, None, WORST), (3, 0.5, 0.5, 0.5), (4, 0.25, 0.5, 0.5)]
-    assert results[-1]["ending"] == "no room"
-    worker.stop()
-
-
-# What a trial takes
-
-
-@pytest.mark.parametrize(
-    ("resources", "parallel", "nodes", "limits"),
-    [
-        ({}, {}, [{"CPU": 4}], {"cpu": 1}),
-        ({}, {"processes": 2}, [{"CPU": 4}, {"CPU": 4, "GPU": 2}], {"cpu": 2, "gpu": 2}),
-        ({}, {"device": "cpu"}, [{"CPU": 4, "GPU": 2}], {"cpu": 1}),
-        ({"gpus": 0}, {}, [{"CPU": 4, "GPU": 2}], {"cpu": 1}),
-        ({"gpus": 0.5, "cpus": 2}, {}, [{"CPU": 4, "GPU": 2}], {"cpu": 2, "gpu": 0.5}),
-        ({"gpus": 0.5}, {"processes": 2}, [{"CPU": 4, "GPU": 2}], "part of a GPU"),
-        ({"gpus": 0}, {"device": "cuda"}, [{"CPU": 4, "GPU": 2}], "--gpus 0"),
-        ({}, {"device": "cuda"}, [{"CPU": 4}], "nodes have none"),
-    ],
-)
-def test_a_gpu_is_used_where_there_is_one(resources, parallel, nodes, limits):
-    asked = (Resources(**resources), ParallelConfig(**parallel), nodes)
-    if isinstance(limits, str):
-        with pytest.raises(UserError, match=limits):
-            limits_of(*asked)
-    else:
-        assert limits_of(*asked) == limits
-
-
-# Searches
-
-
-def command(folder: Path, *words: str) -> list[str]:
-    return [sys.executable, "-m", "minbert.launch.main", "tune", "--search", str(folder), *words]
-
-
-def small_search(folder: Path, *words: str) -> list[str]:
-    space = ["--space", "lr=loguniform(1e-4,5e-3)", "hidden_layers=1,2"]
-    return command(folder, *TINY, *words, *space)
-
-
-def ended(words: list[str], code: int) -> subprocess.CompletedProcess:
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done
-
-
-def finish(words: list[str]) -> str:
-    return ended(words, 0).stdout
-
-
-def refused(words: list[str]) -> str:
-    said = ended(words, 2).stderr
-    assert "Traceback" not in said
-    return said
-
-
-def await_trials(folder: Path, process: subprocess.Popen, reached) -> list[Trial]:
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline:
-        assert process.poll() is None, process.stdout.read()
-        trials = _read(folder)
-        if reached(trials):
-            return trials
-        time.sleep(0.2)
-    raise AssertionError("the search got nowhere")
 
 
 def kill(process: subprocess.Popen, what: str) -> None:
@@ -328,10 +163,8 @@ def test_a_search_on_an_existing_cluster(tmp_path, existing, monkeypatch):
     await_trials(tmp_path / "long", process, lambda trials: any(trial.step for trial in trials))
     head = next(p for p in psutil.process_iter() if p.name() == "gcs_server" and existing_port(p) in existing)
     head.kill()
-    lost = time.monotonic()
     output, _ = process.communicate(timeout=120)
-    assert time.monotonic() - lost < 30  # Ray itself takes more than a minute
-    assert process.returncode == 75, output
+    assert process.returncode == 75, output  # Ray itself would end it, later and with another code
     assert f"--search {tmp_path / 'long'} --address {existing}" in output
     assert "Traceback" not in output
 
@@ -367,7 +200,7 @@ def test_a_full_disk_stops_a_search_and_fails_no_trial(disk):
     assert process.returncode == 2, said
     assert "No space left on device" in said and str(folder) in said and "Make room" in said
     assert "Traceback" not in said
-    assert not any(trial.over for trial in _read(folder))
+    assert not any(trial.over for trial in trials_of(folder))
     ballast.unlink()
     finish(words)
     assert [trial.status for trial in read_trials(folder / "trials")] == ["finished"] * 2
@@ -447,8 +280,8 @@ def test_a_refused_start_changes_nothing(tmp_path, capsys, monkeypatch):
         assert main(more) == 2
         assert "is being run by another process" in capsys.readouterr().err
         assert main([*more, "--slurm"]) == 2
-    for command in ("tune", "ablate"):
-        assert main([command, f"--{'search' if command == 'tune' else 'ablation'}", str(other)]) == 2
+    assert main(["tune", "--search", str(other)]) == 2
+    assert main(["ablate", "--ablation", str(other)]) == 2
     assert main(["ablate", "--ablation", str(tmp_path / "a"), "--seeds"]) == 2
     assert main(["ablate", "--ablation", str(tmp_path / "a"), "--data", "/nowhere"]) == 2
     assert main(["ablate", "--ablation", str(tmp_path / "a"), "--ray", "--address", "127.0.0.2:1", *TINY]) == 2
@@ -467,84 +300,3 @@ def test_another_search_in_the_same_folder_is_refused(tmp_path, capsys):
     )
     said = capsys.readouterr().err
     assert all(name in said for name in ("holds another search", "space:", "batch_size: 8", "seed: 0"))
-
-
-# Searches on SLURM
-
-
-@pytest.fixture
-def slurm(devcluster, monkeypatch):
-    """Everything here talks to the development cluster."""
-    for name, value in devcluster.environment.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    return devcluster
-
-
-def eventually(folder: Path, reached: Callable[[], bool], seconds: float) -> None:
-    """Wait, and show what the search's job has printed if it takes too long."""
-    deadline = time.monotonic() + seconds
-    while not reached():
-        assert time.monotonic() < deadline, _output(folder)
-        time.sleep(0.5)
-
-
-@pytest.mark.xdist_group("slurm")
-def test_a_search_on_two_nodes_is_requeued_and_goes_on(slurm, tmp_path, capsys):
-    folder = tmp_path / "s"
-    words = small_search(folder, "--samples", "4", "--epochs", "10", "--concurrent", "2")
-    words += ["--slurm", "--nodes", "2", "--cpus-per-task", "1", "--cpus", "1", "--time", "30"]
-    finish(words)
-    eventually(folder, lambda: any(trial.step and not trial.over for trial in _read(folder)), 240)
-    report = inspect_runs([folder])[0]
-    assert report.nodes == "n[1-2]"
-    slurm.run("scontrol", "requeue", report.job_id)
-    eventually(folder, lambda: inspect_runs([folder])[0].state == "pending", 240)
-    slurm.run("scontrol", "update", f"jobid={report.job_id}", "starttime=now")
-    eventually(folder, lambda: inspect_runs([folder])[0].finished, 240)
-    assert "Ray runs on n1, n2: 2 cores" in _output(folder)
-    capsys.readouterr()
-    assert main(["jobs", str(folder)]) == 0
-    shown = capsys.readouterr().out
-    assert f" {report.job_id}" in shown
-    assert shown.count("trial-000") == 4
-    assert main(["logs", str(folder)]) == 0
-    assert "4 of 4" in capsys.readouterr().out or "[4/4]" in _output(folder)
-    assert all(trial.status in ("finished", "stopped") for trial in _read(folder))
-    assert len(_read(folder)) == 4
-    assert (folder / "best.yaml").exists()
-
-
-@pytest.mark.xdist_group("slurm")
-def test_a_search_is_cancelled_and_goes_on_here(slurm, tmp_path, capsys):
-    folder = tmp_path / "s"
-    words = small_search(folder, "--samples", "2", "--epochs", "10", "--scheduler", "none")
-    finish([*words, "--slurm", "--cpus-per-task", "1", "--time", "30"])
-    eventually(folder, lambda: any(trial.step for trial in _read(folder)), 120)
-    assert main(["tune", "--search", str(folder), "--slurm"]) == 2
-    assert "has a job already" in capsys.readouterr().err
-    assert main(["cancel", str(folder)]) == 0
-    eventually(folder, lambda: inspect_runs([folder])[0].state == "cancelled", 120)  # after "ending"
-    assert main(["jobs", str(folder)]) and "cancelled" in capsys.readouterr().out
-    eventually(folder, lambda: not _is_locked(folder), 120)  # for SLURM the job is over before its processes are
-    assert "go on from their checkpoints" in finish(command(folder))
-    assert [trial.status for trial in _read(folder)] == ["finished"] * 2
-
-
-def _is_locked(folder: Path) -> bool:
-    try:
-        with FileLock(folder / ".lock", timeout=0):
-            return False
-    except Timeout:
-        return True
-
-
-def _read(folder: Path) -> list[Trial]:
-    try:
-        return read_trials(folder / "trials")
-    except (json.JSONDecodeError, FileNotFoundError):
-        return []
-
-
-def _output(folder: Path) -> str:
-    return "\n".join(path.read_text() for path in (folder / "slurm").glob("*_log.out")) + os.linesep

@@ -1,14 +1,8 @@
-"""Checkpoints on disk: what is written is what is read, by anybody; what is not whole is not taken; what is full fails
-the save and not the run.
-
-Where a disk has to be full or read-only, it is a small one in memory, mounted for the test.
-"""
+"""Checkpoints on disk: what is written is what is read, by anybody; what is not whole is not taken."""
 
 import json
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -19,12 +13,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from safetensors.torch import load_file
+from small_runs import CORPUS, minbert
 from torch.distributed import HashStore, TCPStore
 
 from minbert.data.errors import UserError
-from minbert.data.files import LineFile
-from minbert.launch.main import main
-from minbert.trainer import train as training
 from minbert.trainer.checkpoint.format import (
     MANIFEST,
     Damaged,
@@ -48,7 +40,7 @@ from minbert.trainer.processes.random_state import random_state, seed_everything
 from minbert.trainer.processes.world import World
 from minbert.trainer.run.folder import RunFolder
 
-SMALL = ["--train-limit", 120, "--eval-limit", 40, "--batch-size", 8]
+SMALL = ["--data", CORPUS, "--train-limit", 120, "--eval-limit", 40, "--batch-size", 8]
 ALONE = World(0, 1, torch.device("cpu"))
 
 
@@ -64,10 +56,6 @@ def write(folder: Path, step: int, content: bytes = b"weights") -> Path:
     unfinished.mkdir(parents=True)
     files = {name: write_hashed(unfinished / name, [content, name.encode()]) for name in ("a", "b")}
     return publish(unfinished, manifest(step, files=files))
-
-
-def minbert(*arguments: object) -> int:
-    return main([str(argument) for argument in arguments])
 
 
 # Tensors by name and range
@@ -315,117 +303,6 @@ def test_rank_0_decides_and_damage_that_another_rank_finds_counts(tmp_path, stor
     assert together(2, work, store) == ["step-00000001"] * 2
 
 
-# Disks that are full or read-only
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 28 MB, of which a run needs 21."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=28m", "tmpfs", disk], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"a file system cannot be mounted here: {mounted.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", "--lazy", disk], check=True)
-
-
-def fill(disk: Path) -> Path:
-    ballast = disk / "ballast"
-    with ballast.open("wb", buffering=0) as file:
-        try:
-            while file.write(b"\0" * 65536) == 65536:
-                pass
-        except OSError:
-            pass
-    return ballast
-
-
-def run_with(monkeypatch, happenings: dict, *arguments: object) -> int:
-    """`minbert train` in this process; before the save of a step in `happenings`, its function is called."""
-    original = training.Training._save
-
-    def save(self, wait: bool = False) -> bool:
-        if self.state.step in happenings:
-            happenings.pop(self.state.step)()
-        return original(self, wait)
-
-    monkeypatch.setattr(training.Training, "_save", save)
-    return minbert("train", *arguments)
-
-
-def test_a_full_disk_costs_checkpoints_and_not_the_run(small_disk, tmp_path, monkeypatch, capsys):
-    """Nothing is lost: neither lines of the log, nor the best model, nor the checkpoint from before."""
-    run, whole = small_disk / "run", tmp_path / "whole"
-    arguments = [*SMALL, "--steps", 12, "--eval-every", 4, "--log-every", 1, "--keep", 1, "--trackers"]
-    arguments += ["--seed", 1]  # whose score rises: there is a best model to write when the disk is full
-    assert minbert("train", "--run", whole, *arguments) == 0
-    assert "step      8/12" in (said := capsys.readouterr().out) and said.count("best so far") == 3
-    seen = []
-
-    def full() -> None:
-        fill(small_disk)
-        (run / "best.safetensors").unlink()  # as if it had not been written either
-
-    def space() -> None:
-        seen.extend(path.name for path in published(run / "checkpoints"))
-        (small_disk / "ballast").unlink()
-
-    assert run_with(monkeypatch, {8: full, 12: space}, "--run", run, *arguments) == 0
-    said = capsys.readouterr().err
-    assert "The checkpoint of step 8 could not be written: No space left on device" in said
-    assert "The newest checkpoint is step-00000004." in said
-    assert seen == ["step-00000004"]
-    assert [path.name for path in published(run / "checkpoints")] == ["step-00000012"]
-    assert {path.suffix for path in (run / "checkpoints").iterdir()} == {""}
-    logged, expected = RunFolder(run).read_metrics(), RunFolder(whole).read_metrics()
-    assert [record["step"] for record in logged] == [record["step"] for record in expected]
-    found, best = load_file(run / "best.safetensors"), load_file(whole / "best.safetensors")
-    assert all(torch.equal(found[name], tensor) for name, tensor in best.items())
-
-
-def test_a_read_only_folder_stops_the_run_when_it_stays_so(small_disk, monkeypatch, capsys):
-    run = small_disk / "run"
-
-    def read_only() -> None:
-        subprocess.run(["mount", "--bind", run, run], check=True)
-        subprocess.run(["mount", "-o", "remount,bind,ro", run], check=True)
-
-    try:
-        code = run_with(
-            monkeypatch,
-            {6: read_only},
-            *("--run", run, *SMALL, "--steps", 30, "--save-every", 2, "--eval-every", 100, "--failed-saves", 2),
-            *("--log-every", 1, "--keep", 1),
-        )
-    finally:
-        subprocess.run(["umount", "--lazy", run], check=True)
-    said = capsys.readouterr().err
-    assert code == ExitCode.USER_MISTAKE and "Traceback" not in said
-    assert "The checkpoint of step 8 could not be written: Read-only file system" in said
-    assert (
-        "failure 2 in a row to save, so the run stops (failed_saves=2). The newest checkpoint is step-00000004" in said
-    )
-    assert minbert("resume", run, "--steps", 6) == 0
-
-
-def test_lines_wait_for_room(small_disk):
-    lines = LineFile(small_disk / "log")
-    lines.append("one")
-    ballast = fill(small_disk)
-    for number in range(2000):
-        lines.append(f"line {number}")
-    ballast.unlink()
-    lines.append("last")
-    assert (small_disk / "log").read_text().splitlines() == ["one", *(f"line {n}" for n in range(2000)), "last"]
-
-
-def test_a_torn_line_does_not_swallow_the_next(tmp_path):
-    (tmp_path / "log").write_text('{"a": 1}\n{"a"')
-    LineFile(tmp_path / "log").append('{"a": 2}')
-    assert (tmp_path / "log").read_text().splitlines() == ['{"a": 1}', '{"a"', '{"a": 2}']
-
-
 # Commands
 
 
@@ -502,13 +379,8 @@ def test_a_model_of_another_shape_cannot_be_forced(run, capsys):
 
 def test_two_cannot_train_in_one_folder(run, capsys):
     with RunFolder(run).locked():
-        code = subprocess.run(
-            [sys.executable, "-m", "minbert.launch.main", "resume", str(run), "--steps", "4"],
-            capture_output=True,
-            text=True,
-            timeout=100,
-        )
-    assert code.returncode == ExitCode.USER_MISTAKE and "is being trained by another process" in code.stderr
+        assert minbert("resume", run, "--steps", 4) == ExitCode.USER_MISTAKE
+    assert "is being trained by another process" in capsys.readouterr().err
 
 
 def test_the_last_words_on_the_budget_count(run, capsys):

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_runs import CORPUS, logged, minbert, started, tensors_of
 
-from minbert.launch.main import main
 from minbert.launch.options import parse_run_config
 from minbert.launch.processes import launch
 from minbert.trainer import train as training
@@ -27,39 +27,13 @@ from minbert.trainer.run.preparation import prepare
 
 WORKER = Path(__file__).parents[2] / "support" / "deepspeed_worker.py"
 SHARED = ("layer 0", "layer 1")  # with the embeddings frozen
-SMALL = ["--train-limit", 120, "--eval-limit", 40, "--batch-size", 8, "--log-every", 1, "--trackers"]
-
-
-def minbert(*arguments: object, expected: int = 0) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "minbert.launch.main", *map(str, arguments)], capture_output=True, text=True, timeout=200
-    )
-    assert done.returncode == expected, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    """Weights and moments, whole, from the pieces in a folder's files."""
-    pieces: dict[str, list[tuple[int, torch.Tensor]]] = {}
-    for file in folder.glob("*.safetensors"):
-        for key, tensor in load_file(file).items():
-            name, _, place = key.partition("[")
-            if not name.startswith("random/"):
-                pieces.setdefault(name, []).append((int(place.partition(":")[0]), tensor))
-    return {
-        name: torch.cat([piece for _, piece in sorted(parts, key=lambda p: p[0])]) for name, parts in pieces.items()
-    }
-
-
-def logged(run: Path) -> list[dict]:
-    records = RunFolder(run).read_metrics()
-    return [{key: value for key, value in record.items() if key != "tokens_per_second"} for record in records]
+SMALL = ["--data", CORPUS, "--train-limit", 120, "--eval-limit", 40, "--batch-size", 8, "--log-every", 1, "--trackers"]
 
 
 # Elastic resume
 
 
-def test_one_two_four_processes_and_every_kind_of_engine_within_one_run(tmp_path):
+def test_one_two_four_processes_and_every_kind_of_engine_within_one_run(tmp_path, capfd):
     """1 process -> 2 at stage 0 -> 4 at stage 3 -> 2 at stage 2 -> 2 without DeepSpeed: no example is trained twice or
     left out, the learning rate does not shift, moments and PCGrad's order carry over. Float tolerance, as sums are made
     of other parts."""
@@ -67,12 +41,14 @@ def test_one_two_four_processes_and_every_kind_of_engine_within_one_run(tmp_path
     still = ["--encoder-dropout", 0, "--head-dropout", 0, "--freeze", "embeddings", "--aggregator", "pcgrad"]
     still += ["--average-decay", 0.8]  # the average carries over, too, and is what the scores are of
     arguments = [*SMALL, *still, "--steps", 15, "--eval-every", 9, "--save-every", 3]
-    assert main(["train", "--run", str(whole), *map(str, arguments)]) == 0
-    assert main(["train", "--run", str(moved), *map(str, arguments), "--keep", "9"]) == 0
+    assert minbert("train", "--run", whole, *arguments) == 0
+    assert minbert("train", "--run", moved, *arguments, "--keep", "9") == 0
     said = []
     for turn, (processes, stage) in enumerate([(2, 0), (4, 3), (2, 2), (2, None)]):
         stop_before(moved, 3 + 3 * turn)
-        said.append(minbert("resume", moved, "--processes", processes, "--zero-stage", stage))
+        capfd.readouterr()
+        assert minbert("resume", moved, "--processes", processes, "--zero-stage", stage) == 0
+        said.append("".join(capfd.readouterr()))
         assert f"from step {3 + 3 * turn} of 15" in said[-1]
         written = read_manifest(published(moved / "checkpoints")[-1])
         assert (written.processes, written.zero_stage) == (processes, stage)
@@ -86,15 +62,16 @@ def test_one_two_four_processes_and_every_kind_of_engine_within_one_run(tmp_path
         torch.testing.assert_close(found[name], tensor, rtol=1e-4, atol=2e-5, msg=name)
 
 
-def test_heads_go_on_with_their_own_numbers_of_updates(tmp_path):
+def test_heads_go_on_with_their_own_numbers_of_updates(tmp_path, capfd):
     """One task a step: AdamW's bias correction counts the steps of each head, elsewhere too."""
     whole, moved = tmp_path / "whole", tmp_path / "moved"
     still = ["--encoder-dropout", 0, "--head-dropout", 0, "--freeze", "embeddings", "--task-schedule", "round_robin"]
     arguments = [*SMALL, *still, "--steps", 8, "--eval-every", 8, "--save-every", 4]
-    assert main(["train", "--run", str(whole), *map(str, arguments)]) == 0
+    assert minbert("train", "--run", whole, *arguments) == 0
     shutil.copytree(whole, moved)
     stop_before(moved, 4)
-    assert "from step 4 of 8" in minbert("resume", moved, "--processes", 2, "--zero-stage", 3)
+    assert minbert("resume", moved, "--processes", 2, "--zero-stage", 3) == 0
+    assert "from step 4 of 8" in capfd.readouterr().out
     for run in (whole, moved):
         counts = [read_manifest(path).state.updates for path in published(run / "checkpoints")]
         assert counts == [
@@ -114,7 +91,7 @@ def stop_before(run: Path, step: int) -> None:
     remember(run / "checkpoints", step)
 
 
-def test_an_evaluation_elsewhere_leaves_a_checkpoint_what_it_was(tmp_path, monkeypatch):
+def test_an_evaluation_elsewhere_leaves_a_checkpoint_what_it_was(tmp_path, monkeypatch, capfd):
     """Stopped after a step and before its evaluation, which two other processes make up for: the tensors of the
     checkpoint, and the random numbers in it, are still those of one process."""
     run = tmp_path / "run"
@@ -127,14 +104,15 @@ def test_an_evaluation_elsewhere_leaves_a_checkpoint_what_it_was(tmp_path, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(training.Training, "_train_one_step", one_step)
-        arguments = [*map(str, SMALL), "--steps", "3", "--eval-every", "3"]
-        assert main(["train", "--run", str(run), *arguments]) == ExitCode.INTERRUPTED
+        assert minbert("train", "--run", run, *SMALL, "--steps", 3, "--eval-every", 3) == ExitCode.INTERRUPTED
     before = read_manifest(published(run / "checkpoints")[-1])
-    minbert("resume", run, "--processes", 2)
+    assert minbert("resume", run, "--processes", 2) == 0
     after = read_manifest(published(run / "checkpoints")[-1])
     assert (before.step, before.state.evaluated_at, before.processes) == (3, 0, 1)
     assert (after.step, after.state.evaluated_at, after.processes, after.files) == (3, 3, 1, before.files)
-    assert "from step 3 of 4" in minbert("resume", run, "--steps", 4)
+    capfd.readouterr()
+    assert minbert("resume", run, "--steps", 4) == 0
+    assert "from step 3 of 4" in capfd.readouterr().out
 
 
 # DeepSpeed's checkpoints
@@ -149,7 +127,6 @@ def deepspeed(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.xdist_group("deepspeed")
 @pytest.mark.parametrize("source", ["stage-0", "stage-1", "stage-2", "stage-3", "universal-2", "universal-3"])
 def test_what_deepspeed_saved_becomes_a_checkpoint(deepspeed, tmp_path, capsys, source):
     """Bit by bit, and training goes on from it."""
@@ -162,7 +139,7 @@ def test_what_deepspeed_saved_becomes_a_checkpoint(deepspeed, tmp_path, capsys, 
         subprocess.run([*convert, *workers, *folders], check=True, capture_output=True, timeout=100)
         folder = tmp_path / "universal"
     run = tmp_path / "run"
-    assert main(["checkpoint", "convert", str(folder), str(run), *map(str, SMALL), "--freeze", "1"]) == 0
+    assert minbert("checkpoint", "convert", folder, run, *SMALL, "--freeze", 1) == 0
     checkpoint = published(run / "checkpoints")[0]
     manifest = read_manifest(checkpoint)
     assert verify(checkpoint, manifest) == [] and (manifest.step, manifest.state.updates) == (
@@ -173,13 +150,13 @@ def test_what_deepspeed_saved_becomes_a_checkpoint(deepspeed, tmp_path, capsys, 
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     if source == "stage-3":
-        assert main(["resume", str(run), "--steps", "5"]) == 0
+        assert minbert("resume", run, "--steps", 5) == 0
         assert "from step 3 of 5" in capsys.readouterr().out
-        assert main(["checkpoint", "convert", str(run), str(tmp_path / "model.safetensors")]) == 0
+        assert minbert("checkpoint", "convert", run, tmp_path / "model.safetensors") == 0
         weights = load_file(tmp_path / "model.safetensors")
         last = tensors_of(published(run / "checkpoints")[-1])
         assert all(torch.equal(tensor.flatten(), last[f"weight/{name}"]) for name, tensor in weights.items())
-        assert main(["checkpoint", "convert", str(folder), str(run)]) == ExitCode.USER_MISTAKE  # it has some already
+        assert minbert("checkpoint", "convert", folder, run) == ExitCode.USER_MISTAKE  # it has some already
 
 
 class Evil:
@@ -187,22 +164,19 @@ class Evil:
         return os.system, ("echo run",)
 
 
-@pytest.mark.xdist_group("deepspeed")
 def test_a_pickle_that_could_run_code_is_not_read(deepspeed, tmp_path, capfd):
     source = tmp_path / "source"
     source.mkdir()
     states = deepspeed / "stage-1" / "deepspeed" / "global_step3" / "mp_rank_00_model_states.pt"
     torch.save(torch.load(states, weights_only=True) | {"extra": Evil()}, source / states.name)
-    arguments = ["checkpoint", "convert", str(source), str(tmp_path / "run"), *map(str, SMALL)]
-    assert main(arguments) == ExitCode.USER_MISTAKE
+    assert minbert("checkpoint", "convert", source, tmp_path / "run", *SMALL) == ExitCode.USER_MISTAKE
     said = capfd.readouterr()
     assert "posix.system that could run code when loaded; it is not read" in said.err and said.out.count("run\n") == 0
 
 
-@pytest.mark.xdist_group("deepspeed")
 def test_a_checkpoint_of_another_model_is_refused(deepspeed, tmp_path, capsys):
-    arguments = [str(tmp_path / "run"), *map(str, SMALL), "--features", "baseline"]
-    assert main(["checkpoint", "convert", str(deepspeed / "stage-2" / "deepspeed"), *arguments]) == 2
+    source = deepspeed / "stage-2" / "deepspeed"
+    assert minbert("checkpoint", "convert", source, tmp_path / "run", *SMALL, "--features", "baseline") == 2
     said = capsys.readouterr().err
     assert "is not a checkpoint of this run's model" in said and "values of weight in the checkpoint" in said
 
@@ -212,9 +186,8 @@ def test_a_checkpoint_of_another_model_is_refused(deepspeed, tmp_path, capsys):
 
 def launched(run: Path, *arguments: object, **options: object) -> subprocess.Popen:
     """`options`: of Popen, in place of the pipe that takes what the run says."""
-    command = [sys.executable, "-m", "minbert.launch.main", "train", "--run", run, *SMALL, *arguments]
     options = options or {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(list(map(str, command)), **options)
+    return started("train", "--run", run, *SMALL, *arguments, **options)
 
 
 def one_process_per_task(run: Path, size: int) -> list[subprocess.Popen]:
@@ -279,13 +252,12 @@ def test_under_nohup_the_end_of_the_terminal_is_nothing():
         signal.signal(signal.SIGHUP, handler)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_with_one_process_per_task_a_signal_to_any_stops_all(tmp_path, rank):
+def test_with_one_process_per_task_a_signal_to_one_stops_all(tmp_path):
     """The others learn of it at the next step, and all leave with the code that asks to be started again."""
     run = prepare(parse_run_config([*map(str, SMALL), "--steps", "5000", "--run", str(tmp_path / "run")]))
     workers = one_process_per_task(run.path, 2)
     wait_for_step(run.path, 2, workers[0])
-    workers[rank].send_signal(signal.SIGUSR2)
+    workers[1].send_signal(signal.SIGUSR2)
     assert [worker.wait(timeout=100) for worker in workers] == [ExitCode.INTERRUPTED] * 2
     assert read_manifest(published(run.checkpoints)[-1]).step == run.read_metrics()[-1]["step"]
 
@@ -305,8 +277,8 @@ def test_a_second_signal_leaves_at_once_and_what_was_saved_stays(tmp_path):
 
 def test_a_stop_in_an_evaluation_does_not_wait_for_its_end(tmp_path, monkeypatch):
     """What it had scored is scored again, and the run ends as it would have."""
-    arguments = [*map(str, SMALL), "--steps", "4", "--eval-every", "2"]
-    assert main(["train", "--run", str(tmp_path / "whole"), *arguments]) == 0
+    arguments = [*SMALL, "--steps", 4, "--eval-every", 2]
+    assert minbert("train", "--run", tmp_path / "whole", *arguments) == 0
     original = training.evaluate
 
     def evaluate(*given, stop):
@@ -318,7 +290,7 @@ def test_a_stop_in_an_evaluation_does_not_wait_for_its_end(tmp_path, monkeypatch
 
     monkeypatch.setattr(training, "evaluate", evaluate)
     run = tmp_path / "run"
-    assert main(["train", "--run", str(run), *arguments]) == ExitCode.INTERRUPTED
+    assert minbert("train", "--run", run, *arguments) == ExitCode.INTERRUPTED
     assert read_manifest(published(run / "checkpoints")[-1]).state.evaluated_at == 0
-    assert main(["resume", str(run)]) == 0
+    assert minbert("resume", run) == 0
     assert logged(run) == logged(tmp_path / "whole")

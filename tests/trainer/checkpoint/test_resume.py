@@ -5,34 +5,25 @@ A run is stopped by a signal to itself after a chosen step, so that every test s
 
 import os
 import signal
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_runs import CORPUS, logged, minbert, tensors_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from minbert.launch.main import main
 from minbert.trainer import assembly
 from minbert.trainer import train as training
 from minbert.trainer.checkpoint.format import published, read_manifest
 from minbert.trainer.processes.exit_codes import ExitCode
-from minbert.trainer.run.folder import RunFolder
 
-SMALL = ["--train-limit", 120, "--eval-limit", 40, "--batch-size", 8]
+SMALL = ["--data", CORPUS, "--train-limit", 120, "--eval-limit", 40, "--batch-size", 8]
 
 
 def train(run: Path, *arguments: object) -> int:
-    return main(["train", "--run", str(run), *map(str, arguments)])
-
-
-def logged(run: Path) -> list[dict]:
-    """What was logged, without the times."""
-    records = RunFolder(run).read_metrics()
-    return [{key: value for key, value in record.items() if key != "tokens_per_second"} for record in records]
+    return minbert("train", "--run", run, *arguments)
 
 
 def contents(run: Path) -> dict[str, bytes]:
@@ -42,18 +33,6 @@ def contents(run: Path) -> dict[str, bytes]:
         for path in run.rglob("*")
         if path.is_file() and path.name != ".lock"
     }
-
-
-def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Weights and moments, whole, of a checkpoint written by however many processes."""
-    pieces = {}
-    for file in checkpoint.glob("*.safetensors"):
-        pieces |= {key: tensor for key, tensor in load_file(file).items() if not key.startswith("random/")}
-    order = sorted(pieces, key=lambda key: (key.partition("[")[0], int(key.partition("[")[2].partition(":")[0])))
-    whole = {}
-    for key in order:
-        whole.setdefault(key.partition("[")[0], []).append(pieces[key])
-    return {key: torch.cat(tensors) for key, tensors in whole.items()}
 
 
 def final_weights(run: Path) -> dict[str, torch.Tensor]:
@@ -175,7 +154,7 @@ def test_a_killed_run_goes_on_with_its_average_to_the_bit(after, tmp_path, capsy
     names = {name for name in tensors if name.startswith("exp_avg/")}
     assert tensors.keys() - without.keys() == {name.replace("exp_avg/", "average/") for name in names}
     converted = tmp_path / "converted.safetensors"
-    assert main(["checkpoint", "convert", str(whole), str(converted)]) == 0
+    assert minbert("checkpoint", "convert", whole, converted) == 0
     for name, tensor in load_file(converted).items():
         average = tensors.get(f"average/{name}")
         assert torch.equal(tensor.flatten(), tensors[f"weight/{name}"] if average is None else average)
@@ -334,24 +313,12 @@ def test_a_frozen_part_keeps_its_first_weights(tmp_path, monkeypatch, freeze, fi
 # Several processes
 
 
-def minbert(*arguments: object, expected: int = 0, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "minbert.launch.main", *map(str, arguments)],
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == expected, done.stdout + done.stderr
-    return done.stdout
-
-
 def test_two_processes_train_one_task_a_step_as_one_does(tmp_path):
     """And are scored alike; `engine/test_exactness` compares the steps themselves, at all stages."""
     arguments = [*SMALL, "--steps", 6, "--task-schedule", "proportional", "--log-every", 1]
     still = ["--encoder-dropout", 0, "--head-dropout", 0]
     assert train(tmp_path / "one", *arguments, *still) == 0
-    minbert("train", "--run", tmp_path / "two", *arguments, *still, "--processes", 2)
+    assert train(tmp_path / "two", *arguments, *still, "--processes", 2) == 0
     one, two = logged(tmp_path / "one"), logged(tmp_path / "two")
     assert [record.keys() for record in one] == [record.keys() for record in two]
     for expected, found in zip(one, two):

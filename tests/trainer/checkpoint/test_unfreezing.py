@@ -3,27 +3,26 @@ another number of processes, changes nothing."""
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from small_runs import CORPUS, logged, minbert
+from small_runs import tensors_of as all_tensors_of
 
 from minbert.launch.main import main
 from minbert.trainer.checkpoint.format import published, read_manifest, remember
-from minbert.trainer.run.folder import RunFolder
 
 # Of twelve steps, three train the heads alone; then layer 1 joins, layer 0 at step 5, the embeddings at step 8.
 JOINS = {"heads.sst": 0, "heads.quora": 0, "heads.sts": 0, "layer 1": 3, "layer 0": 5, "embeddings": 8}
-SMALL = "--train-limit 120 --eval-limit 40 --batch-size 8 --steps 12 --eval-every 6 --save-every 1 --keep 20 --trackers"
+SMALL = f"--data {CORPUS} --train-limit 120 --eval-limit 40 --batch-size 8 --steps 12 --eval-every 6"
+SMALL += " --save-every 1 --keep 20 --trackers"
 GRADUAL = "--log-every 1 --head-warmup 0.25 --unfreeze gradual --unfreeze-share 0.67 --aggregator pcgrad"
 STILL = "--encoder-dropout 0 --head-dropout 0"
 
 
 def train(run: Path, *options: str) -> Path:
-    assert main(["train", "--run", str(run), *" ".join(options).split()]) == 0
+    assert minbert("train", "--run", run, *" ".join(options).split()) == 0
     return run
 
 
@@ -48,25 +47,12 @@ def part_of(name: str) -> str:
 
 
 def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Weights and moments, whole, of what is trained at all; kind/parameter -> flat tensor."""
-    pieces: dict[str, list[tuple[int, torch.Tensor]]] = {}
-    for file in checkpoint.glob("*.safetensors"):
-        for key, tensor in load_file(file).items():
-            name, _, place = key.partition("[")
-            if not name.startswith("random/") and "pooler" not in name:
-                pieces.setdefault(name, []).append((int(place.partition(":")[0]), tensor))
-    return {
-        name: torch.cat([piece for _, piece in sorted(parts, key=lambda p: p[0])]) for name, parts in pieces.items()
-    }
+    """Those of what is trained at all."""
+    return {name: tensor for name, tensor in all_tensors_of(checkpoint).items() if "pooler" not in name}
 
 
 def checkpoints(run: Path) -> dict[int, Path]:
     return {read_manifest(path).step: path for path in published(run / "checkpoints")}
-
-
-def logged(run: Path) -> list[dict]:
-    records = RunFolder(run).read_metrics()
-    return [{key: value for key, value in record.items() if key != "tokens_per_second"} for record in records]
 
 
 def killed_after(run: Path, copy: Path, step: int) -> Path:
@@ -119,13 +105,10 @@ def test_a_run_killed_in_between_ends_as_if_it_had_not_been(whole, tmp_path, cap
     assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-@pytest.mark.parametrize(("step", "processes", "stage"), [(2, 2, 3), (3, 2, 2), (6, 1, 1)])
-def test_it_goes_on_elsewhere(whole_without_dropout, tmp_path, step, processes, stage):
+@pytest.mark.parametrize(("step", "stage"), [(2, 3), (3, 2)])
+def test_it_goes_on_elsewhere(whole_without_dropout, tmp_path, step, stage):
     run = killed_after(whole_without_dropout, tmp_path / "run", step)
-    command = [sys.executable, "-m", "minbert.launch.main", "resume", str(run)]
-    options = ["--processes", str(processes), "--zero-stage", str(stage)]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert minbert("resume", run, "--processes", 2, "--zero-stage", stage) == 0
     for path in (run, whole_without_dropout):
         assert read_manifest(checkpoints(path)[12]).state.updates == {p: 12 - first for p, first in JOINS.items()}
     for expected, found in zip(logged(whole_without_dropout), logged(run), strict=True):

@@ -56,6 +56,7 @@ EVERYWHERE += [
     for stage in STAGES
     for aggregator, more in [("sum", {}), ("pcgrad", {}), ("pcgrad", {"accumulation": 2})]
 ]
+# Stages 1 and 2 have one engine; DeepSpeed keeps gradients otherwise between the parts of a batch.
 ODD = [
     case(stage, aggregator, **more)
     for stage in (None, 1, 2, 3)
@@ -72,6 +73,7 @@ ODD = [
         ("sum", {"broken_step": 1}),
         ("famo", {"objective": "proximal"}),  # asks for the losses again, without gradients
     ]
+    if stage != 1 or "accumulation" in more
 ]  # fmt: skip
 OBJECTIVE = [
     case(stage, "pcgrad", objective=objective)
@@ -81,7 +83,7 @@ OBJECTIVE = [
 # The perturbation of an example and what the teacher says of it are the same wherever it is.
 OBJECTIVE += [
     case(stage, "sum", objective=objective, accumulation=2)
-    for stage in (None, 1, 2, 3)
+    for stage in (None, 2, 3)
     for objective in ("adversarial", "proximal")
 ]
 OBJECTIVE += [case(2, "pcgrad", objective="dropping", accumulation=2), case(3, "sum", objective="dropping")]
@@ -119,7 +121,8 @@ def cases(processes: int) -> list[dict]:
     return {
         1: [case for case in ALL if case["zero_stage"] is None] + [case(stage, "pcgrad") for stage in STAGES[1:]],
         2: ALL,
-        4: [one for one in EVERYWHERE if "unfreezing" not in one]
+        4: [one for one in EVERYWHERE if "unfreezing" not in one and one["aggregator"] == "pcgrad"]
+        + [one for one in EVERYWHERE if "task_schedule" in one and one["zero_stage"] in (2, 3)]
         + [one for one in ODD if one["zero_stage"] in (2, 3)]
         + COUPLED,
     }[processes]
@@ -255,7 +258,6 @@ def dense_result(path: Path, text: str):
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
-@pytest.mark.xdist_group("exactness")
 def test_every_stage_equals_the_dense_process(prepared, processes):
     folder = results(prepared, processes)
     for wanted in cases(processes):
@@ -285,7 +287,6 @@ def test_every_stage_equals_the_dense_process(prepared, processes):
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.xdist_group("exactness")
 def test_methods_without_a_dense_twin_equal_one_process(prepared, processes):
     alone, together = results(prepared, 1), results(prepared, processes)
     for wanted in cases(processes):
@@ -297,7 +298,6 @@ def test_methods_without_a_dense_twin_equal_one_process(prepared, processes):
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-@pytest.mark.xdist_group("exactness")
 def test_weights_are_identical_on_all_ranks(prepared, processes):
     folder = results(prepared, processes)
     for wanted in cases(processes):
@@ -308,7 +308,6 @@ def test_weights_are_identical_on_all_ranks(prepared, processes):
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-@pytest.mark.xdist_group("exactness")
 def test_each_process_holds_its_share_of_the_gradient(prepared, stage):
     """No full gradient: the shards of all ranks are a partition of the encoder."""
     held = {

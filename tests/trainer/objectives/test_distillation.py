@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from known_tasks import COSENT, QUORA, SST, STS
 from small_model import build, build_batch
+from small_runs import CORPUS
 
 from minbert.data.batches.batch import Portion, make_batch
 from minbert.data.errors import UserError
@@ -69,7 +70,7 @@ def teachers(tmp_path_factory) -> list[RunFolder]:
     """One of two tasks that sees pairs jointly, and one of sentiment alone."""
     folder, size = (
         tmp_path_factory.mktemp("teachers"),
-        "--train-limit 40 --eval-limit 10 --batch-size 8 --steps 3 --trackers",
+        f"--data {CORPUS} --train-limit 40 --eval-limit 10 --batch-size 8 --steps 3 --trackers",
     )
     options = {"joint": "--tasks sts sst --pair-encoding joint", "alone": "--tasks sst --seed 1"}
     for name, more in options.items():
@@ -77,8 +78,10 @@ def teachers(tmp_path_factory) -> list[RunFolder]:
     return [RunFolder(folder / name) for name in options]
 
 
-SIZE = "--train-limit 30 --eval-limit 10 --batch-size 8 --steps 4 --eval-every 4 --log-every 1 --trackers"
-STUDENT = SIZE.split()
+STUDENT = (
+    f"--data {CORPUS} --train-limit 30 --eval-limit 10 --batch-size 8 --steps 4 --eval-every 4 --log-every 1".split()
+)
+STUDENT += ["--log-every", "1", "--trackers"]
 
 
 def student(folder, teachers, *more: str) -> list[str]:

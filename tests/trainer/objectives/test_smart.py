@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from known_tasks import QUORA, SST, STS, TASKS
 from safetensors.torch import load_file
 from small_model import build, build_batch
+from small_runs import CORPUS
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, kl_divergence
 
@@ -304,9 +305,10 @@ def test_options_choose_the_objective():
 
 def test_a_killed_run_with_teacher_and_average_goes_on_to_the_bit(tmp_path, monkeypatch):
     """With dropout, accumulation and surgery; the perturbations need no state of their own."""
-    data = "--train-limit 60 --eval-limit 20 --batch-size 4 --accumulation 2 --aggregator pcgrad --steps 6"
+    data = f"--data {CORPUS} --train-limit 60 --eval-limit 20 --batch-size 4 --accumulation 2"
     smart = "--smart-weight 1 0 0.5 --proximal-weight 1 --teacher-decays 0.5 0.9 --teacher-change 0.5"
-    arguments = f"{data} {smart} --average-decay 0.8 --eval-every 2 --log-every 1".split()
+    rest = "--aggregator pcgrad --steps 6 --average-decay 0.8 --eval-every 2 --log-every 1"
+    arguments = f"{data} {smart} {rest}".split()
     whole, run = tmp_path / "whole", tmp_path / "run"
     assert main(["train", "--run", str(whole), *arguments]) == 0
     original = training.Training._train_one_step

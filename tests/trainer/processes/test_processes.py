@@ -94,7 +94,7 @@ class Run:
 
     def wait(self) -> tuple[int, str]:
         try:
-            output, _ = self.process.communicate(timeout=60)
+            output, _ = self.process.communicate(timeout=200)
         finally:
             self.process.kill()
         return self.process.returncode, output
@@ -109,7 +109,7 @@ class Run:
         return [int(pid) for name in names for pid in self.notes(name)]
 
 
-def _eventually(condition, seconds: float = 30.0) -> None:
+def _eventually(condition, seconds: float = 150.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited too long"
@@ -181,11 +181,16 @@ def test_the_cause_is_blamed_before_its_consequences(tmp_path, capfd):
 
 
 def test_workers_that_hear_no_signal_are_killed_after_a_failure(tmp_path, capfd):
-    body = "    if RANK == 1: sys.exit(3)\n    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n    wait()"
-    run, start = Run(tmp_path, body, grace=GRACE), time.monotonic()
+    body = """
+    if RANK == 1: sys.exit(3)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    wait()
+    note("ended by itself")
+"""
+    run = Run(tmp_path, body, grace=GRACE)
     code, output = run.here(capfd)
     assert code == 3 and "then rank 0: stopped" in output
-    assert time.monotonic() - start < 30
+    assert not (tmp_path / "ended by itself-0").exists()
     _gone(run.pids("pid"))
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small_runs import CORPUS
 from torch.utils.flop_counter import FlopCounterMode
 
 from minbert.launch.main import main
@@ -154,6 +155,6 @@ def test_no_step_for_long_is_a_hang():
 def test_the_peak_is_of_the_precision_in_which_the_run_computes(precision, dtype, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(reporting, "matmul_peak", lambda device, dtype: asked.append(dtype) or 1e9)
-    small = "--train-limit 20 --eval-limit 8 --batch-size 4 --steps 1 --trackers --tasks sst"
+    small = f"--data {CORPUS} --train-limit 20 --eval-limit 8 --batch-size 4 --steps 1 --trackers --tasks sst"
     assert main(["train", "--run", str(tmp_path / "run"), *small.split(), "--precision", precision]) == 0
     assert asked == [dtype]

@@ -1,0 +1,77 @@
+"""Jobs without SLURM: in the background of this machine, and in this process."""
+
+import json
+import time
+from pathlib import Path
+
+from small_runs import CORPUS
+
+from minbert.launch.main import main
+from minbert.slurm.records import Records
+from minbert.slurm.status import inspect_runs
+from minbert.trainer.run.folder import RunFolder
+
+SMALL = ["--data", CORPUS, "--train-limit", "120", "--eval-limit", "40", "--batch-size", "8", "--steps", "4"]
+SMALL += ["--log-every", "1"]
+
+
+def submit(*arguments: object) -> int:
+    return main(["submit", *map(str, arguments)])
+
+
+def waits(run: Path, seconds: float = 200.0) -> None:
+    end = time.monotonic() + seconds
+    while inspect_runs([run])[0].active:
+        assert time.monotonic() < end, (inspect_runs([run]), list((run / "slurm").glob("*.out")))
+        time.sleep(0.2)
+
+
+def test_the_local_executor(tmp_path, capsys):
+    """Two processes in the background; the table, the log, and a second submission of what is finished."""
+    run = tmp_path / "run"
+    assert submit("--run", run, *SMALL, "--executor", "local", "--processes", 2) == 0
+    assert submit("--run", run) == 2
+    assert "has a job already: running" in capsys.readouterr().err
+    waits(run)
+    assert main(["logs", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert "Finished: 4 of 4 steps" in said and "Best model, dev" in said
+    assert main(["jobs", str(tmp_path), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert row["state"] == "finished" and row["step"] == row["total"] == 4 and row["requeues"] == 0
+    assert main(["jobs", str(run)]) == 0
+    assert RunFolder(run).read_config().parallel.processes == 2
+    assert (run / "logs" / "rank-1.log").exists() and main(["logs", str(run), "--rank", "1"]) == 0
+
+
+def test_a_cancelled_local_job_has_saved_and_goes_on_when_submitted_again(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert submit("--run", run, *SMALL, "--steps", 4000, "--eval-every", 4000, "--executor", "local") == 0
+    end = time.monotonic() + 120
+    while not RunFolder(run).read_metrics():
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    assert main(["cancel", str(run)]) == 0
+    waits(run)
+    report = inspect_runs([run])[0]
+    assert report.state == "cancelled" and report.exit_code == 86
+    step = Records(run).newest_step()
+    assert step > 0
+    assert submit("--run", run, "--steps", step + 2, "--executor", "debug") == 0
+    assert f"Resuming {run} from step {step} of {step + 2}" in capsys.readouterr().out
+    assert inspect_runs([run])[0].state == "finished"
+    assert main(["cancel", str(run)]) == 2
+
+
+def test_the_debug_executor_tells_a_mistake(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert submit("--run", run, *SMALL, "--executor", "debug", "--lr", 1e30, "--max-skipped", 1) == 2
+    assert "were skipped" in capsys.readouterr().err
+    report = inspect_runs([run])[0]
+    assert report.state == "failed" and report.exit_code == 2
+
+
+def test_without_slurm_submit_says_what_else_there_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert submit("--run", tmp_path / "run", *SMALL) == 2
+    assert "there is no SLURM here; try --executor local" in capsys.readouterr().err

@@ -1,0 +1,57 @@
+"""Small searches as tests start them, and what their folders tell."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from small_runs import CORPUS
+
+from minbert.tuning.trial import Trial, read_trials
+
+TINY = ["--data", CORPUS, "--train-limit", "60", "--eval-limit", "20", "--batch-size", "8", "--trackers"]
+
+
+def command(folder: Path, *words: str) -> list[str]:
+    return [sys.executable, "-m", "minbert.launch.main", "tune", "--search", str(folder), *words]
+
+
+def small_search(folder: Path, *words: str) -> list[str]:
+    space = ["--space", "lr=loguniform(1e-4,5e-3)", "hidden_layers=1,2"]
+    return command(folder, *TINY, *words, *space)
+
+
+def ended(words: list[str], code: int) -> subprocess.CompletedProcess:
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+def finish(words: list[str]) -> str:
+    return ended(words, 0).stdout
+
+
+def refused(words: list[str]) -> str:
+    said = ended(words, 2).stderr
+    assert "Traceback" not in said
+    return said
+
+
+def await_trials(folder: Path, process: subprocess.Popen, reached) -> list[Trial]:
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.stdout.read()
+        trials = trials_of(folder)
+        if reached(trials):
+            return trials
+        time.sleep(0.2)
+    raise AssertionError("the search got nowhere")
+
+
+def trials_of(folder: Path) -> list[Trial]:
+    """Those that there are so far."""
+    try:
+        return read_trials(folder / "trials")
+    except (json.JSONDecodeError, FileNotFoundError):
+        return []

@@ -1,0 +1,52 @@
+"""Commands as tests give them, the data of small runs, and what can be compared of what runs leave.
+
+`CORPUS` has the course's files with a few of the built-in corpus' rows, of which a run is prepared and predicted in a
+moment: 200 to train on, 60 dev and 20 test rows of each task.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from minbert.launch.main import main
+from minbert.trainer.run.folder import RunFolder
+
+CORPUS = str(Path(__file__).parent / "corpus")
+COMMAND = [sys.executable, "-m", "minbert.launch.main"]
+
+
+def minbert(*words: object) -> int:
+    """The exit code of a command, given in this process; it may start others."""
+    return main([str(word) for word in words])
+
+
+def started(*words: object, **options) -> subprocess.Popen:
+    """A command in a process of its own, for what only that can show. `options`: of Popen."""
+    return subprocess.Popen([*COMMAND, *map(str, words)], **options)
+
+
+def outside(*words: object, code: int = 0, **options) -> subprocess.CompletedProcess:
+    """The same, ended with this exit code, and what it said. `options`: of `subprocess.run`."""
+    done = subprocess.run([*COMMAND, *map(str, words)], capture_output=True, text=True, timeout=300, **options)
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+def logged(run: Path) -> list[dict]:
+    """What a run has logged, without the times."""
+    records = RunFolder(run).read_metrics()
+    return [{key: value for key, value in record.items() if key != "tokens_per_second"} for record in records]
+
+
+def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Weights and moments, whole and flat, from the pieces in a folder's files, however many processes wrote them."""
+    pieces: dict[str, dict[int, torch.Tensor]] = {}
+    for file in checkpoint.glob("*.safetensors"):
+        for key, tensor in load_file(file).items():
+            name, _, place = key.partition("[")
+            if not name.startswith("random/"):
+                pieces.setdefault(name, {})[int(place.partition(":")[0])] = tensor
+    return {name: torch.cat([parts[start] for start in sorted(parts)]) for name, parts in pieces.items()}
