@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minbert.data.batches.layout import Layout, Sentences
+from minbert.data.batches.layout import Sentences
 from minbert.data.batches.packing import Packed
 from minbert.data.sequences.draw import Draw
 from minbert.data.sequences.ragged import Ragged
@@ -83,23 +83,23 @@ class Batch:
         layout = self.sentences.layout.padded_for(device)
         return replace(self, sentences=replace(self.sentences, layout=layout))
 
-    def only(self, names: Collection[str]) -> "tuple[Batch, Tensor]":
-        """The batch of some of its tasks, and where (N',) the tokens of that lie in the matrix of this one."""
-        layout, tasks, first = self.sentences.layout, dict[str, TaskBatch](), 0
-        chosen = torch.zeros(len(layout), dtype=torch.bool, device=layout.sequence.device)
-        for name in self.tasks:
-            if name in names:
-                part = self.tasks[name]
-                chosen[part.first : part.first + part.sequences] = True
-                tasks[name], first = replace(part, first=first), first + part.sequences
-        kept = chosen[layout.sequence]
-        ids, types = self.sentences.input_ids[kept], self.sentences.token_type_ids[kept]
-        own = Layout.of(layout.lengths[chosen].cpu().numpy(), [part.sequences for part in tasks.values()])
-        places = kept.cumsum(0) - 1  # of the tokens in the smaller matrix, whose order is the same
-        for name, part in tasks.items():
-            if part.rows is not None:
-                tasks[name] = replace(part, rows=places[part.rows])
-        return Batch(Sentences(ids, types, own.to(ids.device)), tasks), kept.nonzero()[:, 0]
+    def only(self, names: Collection[str]) -> "Batch":
+        """The batch of some of its tasks, whose tokens are those of this one in the same order. Of a batch on a device
+        it is made there, without a look at it."""
+        layout, tasks, first, dropped = self.sentences.layout, dict[str, TaskBatch](), 0, 0
+        chosen = [number for number, name in enumerate(self.tasks) if name in names]
+        for number, (name, part) in enumerate(self.tasks.items()):
+            if number not in chosen:
+                dropped += layout.tokens[number]
+                continue
+            rows = None if part.rows is None else part.rows - dropped
+            tasks[name], first = replace(part, first=first, rows=rows), first + part.sequences
+        ids, types = (
+            torch.cat([of.split(layout.tokens)[number] for number in chosen])
+            for of in (self.sentences.input_ids, self.sentences.token_type_ids)
+        )
+        own = layout.only(chosen, [part.sequences for part in self.tasks.values()])
+        return Batch(Sentences(ids, types, own), tasks)
 
 
 def make_batch(

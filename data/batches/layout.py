@@ -64,6 +64,37 @@ class Layout:
             torch.from_numpy(np.cumsum(tokens).astype(np.int32)),
         )
 
+    def only(self, tasks: Sequence[int], counts: Sequence[int]) -> "Layout":
+        """That of the sequences of the `tasks` with these numbers, in order, where the tasks have `counts` sequences.
+        It is where this is, and made of what the host knows."""
+        last, ends = np.cumsum(counts), np.cumsum([count for count, _ in self.groups])
+        groups = [group for group, task in zip(self.groups, np.searchsorted(last, ends).tolist()) if task in tasks]
+        tokens = tuple(self.tokens[task] for task in tasks)
+        # How far a task's rows and numbers move up.
+        rows, numbers = (
+            {task: sum(of[:task]) - sum(of[other] for other in tasks if other < task) for task in tasks}
+            for of in (self.tokens, list(counts))
+        )
+
+        def pieces(tensor: Tensor, sizes: Sequence[int], shifts: dict[int, int] | None = None) -> Tensor:
+            parts = tensor.split(list(sizes))
+            return torch.cat([parts[task] - shifts[task] if shifts else parts[task] for task in tasks])
+
+        own = Layout(
+            groups,
+            pieces(self.starts, counts, rows),
+            pieces(self.lengths, counts),
+            pieces(self.sequence, self.tokens, numbers),
+            pieces(self.position, self.tokens),
+            tokens,
+            pieces(self.ends, [1] * len(counts), rows),
+        )
+        if self.mask is None:
+            return own
+        longest = max(length for _, length in groups)
+        mask = pieces(self.mask, counts)[..., :longest]
+        return replace(own, cells=own.sequence * longest + own.position, mask=mask)
+
     def __len__(self) -> int:
         return sum(count for count, _ in self.groups)
 

@@ -72,6 +72,8 @@ def step_of(tmp_path, monkeypatch):
     [
         ("--accumulation 2 --task-schedule round_robin", 2),
         ("--average-decay 0.9 --proximal-weight 1 --smart-weight 1 --pair-encoding joint", 1),
+        ("--smart-weight 0 2 1 --rdrop-weight 1 0 1", 1),
+        ("--aggregator pcgrad --smart-weight 0 2 1", 1),
     ],
 )
 def test_a_step_is_one_copy_for_each_batch_and_no_look_back(step_of, options, copies):

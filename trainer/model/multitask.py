@@ -159,8 +159,9 @@ class Forward:
         """The same pass over some of the batch's tasks alone: with the same embeddings, which it shares."""
         if not self.batch.tasks.keys() - set(names):
             return self
-        batch, rows = self.batch.only(names)
-        return Forward(self.model, batch, self.step, self.embeddings[rows], targets=self.targets)
+        parts = self.embeddings.split(self.sentences.layout.tokens)
+        embeddings = torch.cat([part for name, part in zip(self.batch.tasks, parts) if name in names])
+        return Forward(self.model, self.batch.only(names), self.step, embeddings, targets=self.targets)
 
     @cached_property
     def embeddings(self) -> Tensor:

@@ -86,8 +86,14 @@ def test_each_task_finds_its_examples(one, two, seed):
     )
     order = list(zip(whose.tolist(), layout.lengths[layout.sequence].tolist()))
     assert order == sorted(order) and len(layout.groups) == len(set(order))
-    smaller, kept = batch.only(["single"])
-    assert smaller.sentences.layout.tokens == layout.tokens[1:] and whose[kept].all()
+    for device in ("cpu", "meta"):  # for whose attention sequences are padded
+        padded = batch.padded_for(torch.device(device))
+        for name in batch.tasks:
+            alone = make_batch({name: splits[name]}, {name: Portion(rows[name], rows[name], 50)})
+            found, wanted = padded.only([name]), alone.padded_for(torch.device(device))
+            assert all(map(torch.equal, _by_width(found), _by_width(wanted)))
+            assert found.sentences.layout.groups == wanted.sentences.layout.groups
+            assert found.sentences.layout.tokens == wanted.sentences.layout.tokens
     assert batch.tokens == sum(int(splits[name].lengths[own].sum()) for name, own in rows.items())
 
 

@@ -103,7 +103,10 @@ def test_noise_is_normal_and_all_its_keys_count():
 @pytest.mark.parametrize("names", [["sst"], ["quora"]])
 def test_a_task_has_its_noise_and_outputs_whoever_is_beside_it(names):
     model, batch = build(), build_batch()
-    own, rows = batch.only(names)
+    own, layout = batch.only(names), batch.sentences.layout
+    rows = torch.cat(
+        [rows for name, rows in zip(batch.tasks, torch.arange(batch.tokens).split(layout.tokens)) if name in names]
+    )
     assert torch.equal(token_noise(own, 16, 0, 3), token_noise(batch, 16, 0, 3)[rows])
     assert torch.equal(own.sentences.input_ids, batch.sentences.input_ids[rows])
     whole, alone = Forward(model, batch), Forward(model, own)
