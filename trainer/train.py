@@ -117,6 +117,7 @@ class Training:
                 # tenths of a second each time. What comes later is looked at as ever.
                 gc.collect()
                 gc.freeze()
+                self.reporter.measure_peak()
 
     def _interrupted(self) -> Outcome:
         """Save before leaving. Raises UserError if that fails."""

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
 from accelerate import Accelerator
 
 from minbert.trainer.checkpoint.format import TrainingState
@@ -14,7 +13,7 @@ from minbert.trainer.model.weights import read_config
 from minbert.trainer.run.display import View
 from minbert.trainer.run.folder import RunFolder
 from minbert.trainer.run.progress import Progress, say
-from minbert.trainer.run.speed import flops_per_token, matmul_peak
+from minbert.trainer.run.speed import arithmetic, flops_per_token, matmul_peak
 from minbert.trainer.run.standing import EVERY, Heartbeat, here, read_standings
 from minbert.trainer.run.trackers import Trackers
 
@@ -44,10 +43,7 @@ class Reporter:
             for record in self.folder.read_metrics():
                 view.take(record)
             self.trackers.start(flatten(config), state.step, state.trackers)
-        # Accelerate is told of no precision: the model lowers its own.
-        dtype = torch.bfloat16 if config.parallel.precision == "bf16" else torch.float32
-        peak = matmul_peak(self.accelerator.device, dtype)
-        process = here(self.accelerator.process_index, self.accelerator.num_processes, state.step, total_steps, peak)
+        process = here(self.accelerator.process_index, self.accelerator.num_processes, state.step, total_steps)
         with Heartbeat(self.folder.logs, process) as self.heartbeat:
             look = _looking_at(view, self.folder, self.heartbeat)
             self.progress = Progress(view, self.is_main, config.progress, self.heartbeat.moved, look)
@@ -57,6 +53,11 @@ class Reporter:
             except BaseException:
                 self.trackers.end(patience=5.0)
                 raise
+
+    def measure_peak(self) -> None:
+        """Learn what this process's part of the machine can do, of which a run is told its share."""
+        dtype = arithmetic(self.config.parallel)
+        self.heartbeat.standing.peak = matmul_peak(self.accelerator.device, dtype)
 
     def log(self, step: int, record: dict[str, float]) -> None:
         if self.is_main:

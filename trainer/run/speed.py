@@ -10,12 +10,12 @@ import time
 
 import torch
 
-from minbert.trainer.config import RunConfig
+from minbert.trainer.config import ParallelConfig, RunConfig
 from minbert.trainer.model.bert import BertConfig
 from minbert.trainer.model.linear import linear
 
 SIZE = {"cpu": 512, "cuda": 4096}  # of the matrices
-LONGEST = 0.1  # seconds
+LONGEST = 0.02  # seconds
 
 
 def flops_per_token(config: RunConfig, shape: BertConfig) -> float:
@@ -26,23 +26,39 @@ def flops_per_token(config: RunConfig, shape: BertConfig) -> float:
     return each * (shape.num_hidden_layers + 2 * max(0, shape.num_hidden_layers - frozen))
 
 
-@torch.no_grad()
-def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP a second of the fastest of a few matrix products, as this process does them; takes up to a tenth of a
-    second."""
-    size = SIZE.get(device.type, 512)
-    a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
-    best, end = 0.0, time.perf_counter() + LONGEST
-    linear(a, b, None)
-    while time.perf_counter() < end:
-        _wait(device)
+def arithmetic(parallel: ParallelConfig) -> torch.dtype:
+    """In which a run multiplies. Accelerate is told of no precision: the model lowers its own."""
+    return torch.bfloat16 if parallel.precision == "bf16" else torch.float32
+
+
+class Product:
+    """A matrix product that is as fast as the machine can, as this process does them: `flops` of it in a call."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self.device, size = device, SIZE.get(device.type, 512)
+        self.a, self.b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
+        self.flops = 2.0 * size**3
+
+    @torch.no_grad()
+    def __call__(self, times: int = 1) -> float:
+        """Seconds that so many of them take."""
+        self._wait()
         started = time.perf_counter()
-        linear(a, b, None)
-        _wait(device)
-        best = max(best, 2 * size**3 / (time.perf_counter() - started))
-    return best
+        for _ in range(times):
+            linear(self.a, self.b, None)
+        self._wait()
+        return time.perf_counter() - started
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP a second of the fastest of a few matrix products; takes a few hundredths of a second."""
+    product = Product(device, dtype)
+    product()  # kernels and memory are there after it
+    fastest, end = product(), time.perf_counter() + LONGEST
+    while time.perf_counter() < end:
+        fastest = min(fastest, product())
+    return product.flops / fastest

@@ -154,12 +154,10 @@ def memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def here(rank: int, processes: int, step: int, total_steps: int, peak: float = 0.0) -> Standing:
+def here(rank: int, processes: int, step: int, total_steps: int) -> Standing:
     """Of this process, which begins now."""
     now = time.time()
-    return Standing(
-        rank, processes, socket.gethostname(), os.getpid(), now, step, total_steps, step=step, moved=now, peak=peak
-    )
+    return Standing(rank, processes, socket.gethostname(), os.getpid(), now, step, total_steps, step=step, moved=now)
 
 
 _ADAPTER = TypeAdapter(Standing)

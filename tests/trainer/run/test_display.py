@@ -4,6 +4,7 @@ import json
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ records = st.lists(
 def test_a_panel_keeps_its_shape_and_its_width(found, width, ascii_only):
     view = View("run", ["sst", "quora", "sts"], 5000)
     empty = panel(view, width, ascii_only).plain.split("\n")
-    view.processes = [here(0, 1, 0, 5000, peak=1e11)]
+    view.processes = [replace(here(0, 1, 0, 5000), peak=1e11)]
     for record in found:
         view.take(record)
         shown = panel(view, width, ascii_only).plain.split("\n")
@@ -107,7 +108,7 @@ def test_a_heartbeat_tells_where_a_process_stands(tmp_path, monkeypatch):
     logs = tmp_path / "logs"
     logs.mkdir()
     (logs / "rank-7.json").write_text("{}")  # of an earlier start with more processes
-    with Heartbeat(logs, here(0, 2, 10, 20, peak=5.0)) as heartbeat:
+    with Heartbeat(logs, here(0, 2, 10, 20)) as heartbeat:
         heartbeat.moved(11)
         time.sleep(0.2)
         (found,) = read_standings(logs)
@@ -155,6 +156,6 @@ def test_no_step_for_long_is_a_hang():
 def test_the_peak_is_of_the_precision_in_which_the_run_computes(precision, dtype, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(reporting, "matmul_peak", lambda device, dtype: asked.append(dtype) or 1e9)
-    small = f"--data {CORPUS} --train-limit 20 --eval-limit 8 --batch-size 4 --steps 1 --trackers --tasks sst"
+    small = f"--data {CORPUS} --train-limit 20 --eval-limit 8 --batch-size 4 --steps 3 --trackers --tasks sst"
     assert main(["train", "--run", str(tmp_path / "run"), *small.split(), "--precision", precision]) == 0
     assert asked == [dtype]
