@@ -320,8 +320,9 @@ class ParallelConfig(Section):
     """Processes on this machine, one per accelerator or per share of the cores."""
     zero_stage: Literal[0, 1, 2, 3] | None = None
     """DeepSpeed ZeRO stage; without it, plain PyTorch (data parallel when there are several processes)."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the forward and backward pass; weights, sums and optimizer are always fp32."""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    """Arithmetic of the forward and backward pass; weights, sums and optimizer are always fp32. `tf32` is fp32 on a GPU
+    that rounds the factors of matrix products to ten bits."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute."""
     deterministic: bool = False

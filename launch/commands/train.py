@@ -11,7 +11,7 @@ from minbert.launch.processes import launch
 from minbert.trainer.config import RunConfig
 from minbert.trainer.model.memory import require_memory
 from minbert.trainer.processes.exit_codes import ExitCode
-from minbert.trainer.processes.world import require_devices
+from minbert.trainer.processes.world import require_devices, require_precision
 from minbert.trainer.run.data import reading_once
 from minbert.trainer.run.preparation import in_folder, known_shape, prepare
 from minbert.trainer.run.progress import say
@@ -30,6 +30,7 @@ def start(config: RunConfig, force: bool, apart: bool = False) -> int:
     """Train the run that `config` describes, in a new folder or from where its folder stands. `apart`: in a process of
     its own, too, if it is to be one."""
     require_devices(config.parallel, config.parallel.processes)
+    require_precision(config.parallel)
     if shape := known_shape(config):
         require_memory(config, shape, config.parallel.processes)
     with lock_runs([config.run]), reading_once() as data:

@@ -43,10 +43,12 @@ class World:
 def start(parallel: ParallelConfig) -> World:
     """Join the process group that RANK, WORLD_SIZE and LOCAL_RANK describe; without them, be alone.
 
-    Raises UserError if the device is missing or the others do not come.
+    Raises UserError if the device is missing or lacks the precision, or the others do not come.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(parallel)
+    require_precision(parallel)
+    torch.backends.cuda.matmul.allow_tf32 = parallel.precision == "tf32"
     if parallel.deterministic:
         _make_deterministic()
     if device.type == "cpu":
@@ -103,6 +105,19 @@ def pick_device(parallel: ParallelConfig) -> torch.device:
         return torch.device("cpu")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def require_precision(parallel: ParallelConfig) -> None:
+    """Raises UserError if what a run is trained on here cannot do its arithmetic."""
+    if parallel.precision != "tf32":
+        return
+    on_gpu = parallel.device != "cpu" and torch.cuda.is_available()
+    if not on_gpu or torch.cuda.get_device_capability() < (8, 0):
+        lacking = torch.cuda.get_device_name() if on_gpu else "the CPU"
+        raise UserError(
+            f"precision=tf32 is for GPUs of compute capability 8.0 (A100) or newer, and this would run on {lacking}.\n"
+            "precision=fp32 runs everywhere, and bf16 is faster than both."
+        )
 
 
 def require_devices(parallel: ParallelConfig, processes: int) -> None:

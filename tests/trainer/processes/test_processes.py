@@ -15,7 +15,7 @@ from minbert.launch.processes import GRACE, _environment, launch
 from minbert.slurm.verdict import Error
 from minbert.trainer.config import ParallelConfig
 from minbert.trainer.processes.exit_codes import ExitCode
-from minbert.trainer.processes.world import pick_device
+from minbert.trainer.processes.world import pick_device, require_precision
 
 LAUNCHER = """
 import sys
@@ -386,6 +386,20 @@ def test_gpus_that_pytorch_does_not_see_are_not_forgone_in_silence(monkeypatch, 
         with pytest.raises(UserError, match=f"(?s)CUDA_VISIBLE_DEVICES={given}.*device=cpu does without"):
             pick_device(ParallelConfig())
     assert pick_device(ParallelConfig(device="cpu")).type == "cpu"
+
+
+@pytest.mark.parametrize(("capability", "name"), [(None, "the CPU"), ((7, 5), "Tesla T4"), ((9, 0), None)])
+def test_tf32_needs_a_gpu_that_has_it(monkeypatch, capability, name):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    require_precision(ParallelConfig(precision="fp32"))
+    if name is None:
+        require_precision(ParallelConfig(precision="tf32"))
+    for device in ["cpu", "auto"] if name else ["cpu"]:
+        found = name if device == "auto" else "the CPU"
+        with pytest.raises(UserError, match=f"(?s)capability 8.0.*would run on {found}.*fp32 runs everywhere"):
+            require_precision(ParallelConfig(precision="tf32", device=device))
 
 
 def test_deterministic_kernels_are_asked_for():
