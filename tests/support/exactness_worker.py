@@ -5,6 +5,7 @@ Started by the launcher: `python exactness_worker.py RUN CASES OUT`, where CASES
 
 import gc
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -81,6 +82,9 @@ def run_case(run: RunFolder, case: dict, world: World, out: Path) -> None:
     optimizer = OPTIMIZERS[case["optimizer"]](groups)
     engine = build_engine(build_accelerator(config, world), model, optimizer)
     engine.train()
+    if engine.is_sharded:  # what DeepSpeed reduces in is as large as the model, not 2 GB
+        trained = sum(math.prod(shape) for name, shape in engine.shapes.items() if name in engine.parameters)
+        assert engine.zero.reduce_bucket_size == trained
 
     def rates(number: int) -> dict[str, float]:
         if "unfreezing" in case:

@@ -26,6 +26,9 @@ from minbert.trainer.model.multitask import MultitaskModel
 from minbert.trainer.processes.world import World, world_size
 
 
+LARGEST_BUCKET = 1 << 27  # elements that DeepSpeed reduces together
+
+
 def build_accelerator(config: RunConfig, world: World, **kwargs: Any) -> Accelerator:
     """Accelerate's view of this run. `kwargs` go to Accelerator (trackers)."""
     _leave_out_dtensors()
@@ -93,6 +96,10 @@ def build_engine(accelerator: Accelerator, model: MultitaskModel, optimizer: tor
     assert accelerator.num_processes == world_size(), "Accelerate does not see all processes"
     plugin = accelerator.state.deepspeed_plugin
     stage = plugin.zero_stage if plugin else None
+    if plugin:
+        # DeepSpeed reduces in a buffer of so many elements, whatever the model needs: by default 2 GB.
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        plugin.deepspeed_config["zero_optimization"]["reduce_bucket_size"] = min(trained, LARGEST_BUCKET)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         prepared = accelerator.prepare(model, optimizer)
