@@ -25,7 +25,6 @@ from minbert.trainer.engine.parts import Block, Gradient, Part, Shard
 from minbert.trainer.model.multitask import MultitaskModel
 from minbert.trainer.processes.world import World, world_size
 
-
 LARGEST_BUCKET = 1 << 27  # elements that DeepSpeed reduces together
 
 
