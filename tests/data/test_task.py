@@ -244,6 +244,6 @@ def test_a_fourth_task_from_its_files_to_predictions_and_a_search(tmp_path, capf
     search = tmp_path / "search"
     declare(tmp_path)
     words = ["--samples", 2, "--space", "lr=0.001,0.003", "--tasks", "sst", declaration, *options, "--steps", 6]
-    outside("tune", "--search", search, *words, "--evaluations", 2)
+    outside("tune", "--search", search, *words, "--evaluations", 2, "--scheduler", "none")
     trial = json.loads((search / "trials" / "trial-0001" / "trial.json").read_text())
     assert trial["status"] == "finished" and trial["score"] > 0

@@ -151,7 +151,7 @@ def stopped_after(steps: int, run: Path, arguments: list) -> subprocess.Popen:
 def test_a_stopped_run_goes_on_as_if_nothing_had_happened(tmp_path, capfd):
     """At ZeRO 3, with a method that has a state; ZeRO 2 is killed in `test_pretrain`, data parallel runs in
     `test_chaos`."""
-    budget = [*SMALL, "--steps", 40, "--eval-every", 10, "--processes", 2, "--zero-stage", 3, "--aggregator", "famo"]
+    budget = [*SMALL, "--steps", 24, "--eval-every", 8, "--processes", 2, "--zero-stage", 3, "--aggregator", "famo"]
     assert minbert("train", "--run", tmp_path / "whole", *budget) == 0
     process = stopped_after(4, tmp_path / "parts", budget)
     assert process.returncode == 75, process.stdout_text + process.stderr_text
