@@ -117,7 +117,8 @@ def _conclude(folder: Path, search: Search, trials: list[Trial], winner: Trial |
     for heading in ("trial", "score", "step", *names):
         table.add_column(heading)
     for trial in ranked(trials)[:SHOWN]:
-        values = [str(trial.parameters[name]) for name in names]
+        all_values = search.values(trial.parameters)  # it may be of an earlier space
+        values = [str(all_values[name]) for name in names]
         table.add_row(trial.name, f"{trial.score:.3f}", f"{trial.step}/{trial.steps}", *values)
     Console(width=max(Console().width, 60 + 14 * len(names))).print(table)
     for line in describe_schedule(winner, search.space):

@@ -1,7 +1,7 @@
 """`minbert tune`: search hyperparameters with Ray Tune, here, on a Ray cluster, or inside a SLURM allocation."""
 
 import shlex
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from minbert.tuning.search import (
     refuse_other_search,
 )
 from minbert.tuning.space import Space, check_space, paper_space, parse_space, read_space
-from minbert.tuning.trial import LOCK, METRIC, best
+from minbert.tuning.trial import LOCK, METRIC, Trial, best
 
 DESCRIPTION = (
     "Search hyperparameters, or go on with the search in --search. Options of a run hold for every trial. "
@@ -52,7 +52,7 @@ OPTIONS = {
         Annotated[tuple[str, ...], Field(min_length=1)],
         (),
         "What to search: a YAML file, or words such as lr=loguniform(1e-5,1e-4) batch_size=16,32. The default is what "
-        "the paper wanted to search.",
+        "the paper wanted to search. A search that exists goes on in it.",
         "FILE|OPTION=VALUES ...",
     ),
     "samples": Option(Annotated[int, Field(ge=1)], SAMPLES, "Trials; a grid has as many as it has combinations."),
@@ -121,19 +121,39 @@ def _resolve(folder: Path, line: CommandLine) -> Search:
     if "seed" in run or "config" in run:
         fields["seed"] = config.seed
     before = saved.model_dump() if saved else {"samples": SAMPLES}
-    given = (base.keys() | run.keys()) - {"seed"}
+    given = ((base.keys() - (saved.base.keys() if saved else set())) | run.keys()) - {"seed"}
     space = _space(options, saved, config, given)
+    trials = saved.trials(folder) if saved else []
+    begun = max((trial.number for trial in trials), default=-1) + 1
+    moves = saved is not None and space != saved.space
+    if moves:
+        fields["earlier"] = saved.going_on_in(space, begun)
     try:
         search = Search(**(before | fields | {"space": space, "base": base, "resources": resources}))
     except ValidationError as error:
         raise UserError(explain(error, str(folder))) from None
-    asked, search = search.samples, search.limited()
+    asked, search = search.samples, search.limited(trials)
     if search.samples < asked and search.algorithm == "random":
-        print(f"The space has only {search.samples} combinations: so many trials.")
+        print(f"The space has only {search.samples - begun} combinations more: so many trials.")
     if saved is not None:
         refuse_other_search(folder, saved, search)
+    if moves:
+        _tell_move(search, trials, begun)
     search.check()
     return search
+
+
+def _tell_move(search: Search, trials: Sequence[Trial], begun: int) -> None:
+    """Raises UserError if nothing is left to be drawn from the new space."""
+    if search.samples <= begun and search.algorithm == "grid":
+        raise UserError("every combination of this space has a trial already; give it a value more")
+    if search.samples <= begun:
+        raise UserError(
+            f"all {begun} trials are drawn already, from the space before: --samples {2 * begun} makes {begun} more, "
+            "from the new one"
+        )
+    inside = sum(search.point(trial.number, trial.parameters) is not None for trial in trials)
+    print(f"Another space, from trial-{begun:04d} on. {inside} of the {begun} trials before lie in it, and count.")
 
 
 def _space(options: Mapping[str, Any], saved: Search | None, config: RunConfig, given: Collection[str]) -> Space:

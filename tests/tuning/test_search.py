@@ -1,6 +1,7 @@
 """Trials, searches that are killed and go on, and what they do with mistakes."""
 
 import contextlib
+import csv
 import json
 import math
 import os
@@ -461,12 +462,39 @@ def test_a_refused_start_changes_nothing(tmp_path, capsys, monkeypatch):
 
 def test_another_search_in_the_same_folder_is_refused(tmp_path, capsys):
     space = check_space(parse_space(["lr=loguniform(1e-4,1e-3)"]), {})
-    Search(samples=4, space=space, base={"batch_size": 8}).write(tmp_path)
-    assert (
-        main(["tune", "--search", str(tmp_path), "--space", "lr=1e-3,1e-4", "--batch-size", "16", "--seed", "1"]) == 2
+    search = Search(samples=1, space=space, base={"batch_size": 8, "evaluations": 10})
+    search.write(tmp_path)
+    search.new_trial(tmp_path, 0, {"lr": 2e-4}).write()
+    before = (tmp_path / "search.yaml").read_bytes()
+
+    def said(*words: str) -> str:
+        assert main(["tune", "--search", str(tmp_path), *words]) == 2
+        return capsys.readouterr().err
+
+    assert all(
+        text in said("--batch-size", "16", "--seed", "1") for text in ("another search", "batch_size: 8", "seed: 0")
     )
-    said = capsys.readouterr().err
-    assert all(name in said for name in ("holds another search", "space:", "batch_size: 8", "seed: 0"))
+    assert "all 1 trials are drawn already" in said("--space", "lr=loguniform(1e-4,1e-2)")
+    assert "batch_size is searched, and given" in said("--space", "batch_size=8,16", "--batch-size", "8")
+    assert (tmp_path / "search.yaml").read_bytes() == before
+
+
+@ray
+def test_a_search_goes_on_in_another_space(tmp_path, capsys):
+    folder = tmp_path / "s"
+    small = [*TINY, "--steps", "4", "--eval-every", "2", "--concurrent", "1", "--hidden-layers", "1"]
+    finish(command(folder, *small, "--samples", "2", "--scheduler", "none", "--space", "lr=1e-3,1e-4"))
+    said = finish(command(folder, "--samples", "3", "--space", "lr=1e-4,1e-5", "hidden_layers=1,2"))
+    assert "Another space, from trial-0002 on. 1 of the 2 trials before lie in it" in said
+    trials = read_trials(folder / "trials")
+    assert [sorted(trial.parameters) for trial in trials] == [["lr"], ["lr"], ["hidden_layers", "lr"]]
+    assert trials[2].parameters["lr"] in (1e-4, 1e-5) and all(trial.status == "finished" for trial in trials)
+    assert "3 of 3 trials are over" in finish(command(folder))
+    assert main(["report", str(folder)]) == 0
+    with (folder / "report.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert sorted(row["space"] for row in rows) == ["1", "1, outside", "2"]
+    assert [row["hidden_layers"] for row in rows][:2] == ["1", "1"]
 
 
 # Searches on SLURM

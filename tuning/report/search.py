@@ -1,6 +1,7 @@
 """The page of a search: which trials were best, and what their hyperparameters had to do with it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,56 @@ from minbert.tuning.report.page import (
     setting,
 )
 from minbert.tuning.search import Search
-from minbert.tuning.space import Choice, Distribution, LogUniform, Uniform
+from minbert.tuning.space import Choice, Distribution, LogUniform, Parameters, Uniform
 from minbert.tuning.trial import METRIC, Trial, best, interrupted, ranked
 
 SHOWN = 10  # trials in the table of the best
 HIGHLIGHTED = 5  # learning curves in colour
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the page shows. Where the search has gone on in another space, charts about options have the trials that lie
+    in the newest one."""
+
+    search: Search
+    trials: Sequence[Trial]
+    scored: Sequence[Trial]  # the best first
+    values: Mapping[str, Parameters]  # of a trial, by name: of all options that were ever searched
+    inside: Mapping[str, Parameters]  # those of the trials that lie in the newest space
+
+    @classmethod
+    def of(cls, search: Search, trials: Sequence[Trial]) -> "Found":
+        scored = [trial for trial in ranked(trials) if trial.steps and trial.earned()]
+        values = {t.name: search.values(t.parameters) if search.earlier else t.parameters for t in trials}
+        points = {trial.name: search.point(trial.number, trial.parameters) for trial in trials}
+        inside = {name: point for name, point in points.items() if point is not None}
+        return cls(search, trials, scored, values, inside)
+
+    @property
+    def options(self) -> list[str]:
+        """All that were ever searched, those of the newest space first."""
+        return list(dict.fromkeys(name for space in reversed(self.search.spaces) for name in space))
+
+    @property
+    def points(self) -> list[Trial]:
+        """Those of `scored` that lie in the newest space."""
+        return [trial for trial in self.scored if trial.name in self.inside]
+
+    def space(self, trial: Trial) -> str:
+        """From which a trial was drawn, in words for a table."""
+        place = self.search.space_of(trial.number) + 1
+        return str(place) if trial.name in self.inside else f"{place}, outside"
+
+    def row(self, trial: Trial) -> list[str]:
+        """The last cells of a trial in a table: its space, if there are several, and its options."""
+        return [self.space(trial)] * bool(self.search.earlier) + [
+            setting(self.values[trial.name][name]) for name in self.options
+        ]
+
+    @property
+    def header(self) -> list[str]:
+        return ["space"] * bool(self.search.earlier) + self.options
 
 
 def search_report(folder: Path) -> Report:
@@ -39,24 +85,24 @@ def search_report(folder: Path) -> Report:
     search = Search.read(folder)
     trials = search.trials(folder)
     interrupted(trials, folder)
-    scored = [trial for trial in ranked(trials) if trial.steps and trial.earned()]
-    if not scored:
+    found = Found.of(search, trials)
+    if not found.scored:
         raise UserError(f"no trial of {folder} has a score yet")
     sections = [
-        Section("The search", [_summary(search, trials), _settings(search)]),
-        Section("Best configurations", _best(search, scored, folder)),
-        Section("Best so far", [_history(scored)]),
-        Section("Score against each hyperparameter", _against(search, scored)),
-        Section("Importance", _importance(search, scored)),
-        Section("Parallel coordinates", [_parallel(search, scored)]),
-        Section("Learning curves", [_curves(scored)]),
-        Section("All trials", [_all(search, trials)]),
+        Section("The search", [_summary(found), _settings(search)]),
+        Section("Best configurations", _best(found, folder)),
+        Section("Best so far", [_history(found.scored)]),
+        Section("Score against each hyperparameter", _against(found)),
+        Section("Importance", _importance(found)),
+        Section("Parallel coordinates", [_parallel(found)]),
+        Section("Learning curves", [_curves(found.scored)]),
+        Section("All trials", [_all(found)]),
     ]
     began = min((trial.started for trial in trials if trial.started), default=None)
     ended = max((trial.ended for trial in trials if trial.ended), default=None)
     about = facts(folder, parse_config(search.base, "search.yaml"), began, ended)
     page = Page(f"Search {folder.name}", _subtitle(trials), sections, _warnings(search, trials), about)
-    return Report(page, _rows(search, trials))
+    return Report(page, _rows(found))
 
 
 def _subtitle(trials: Sequence[Trial]) -> str:
@@ -78,7 +124,8 @@ def _warnings(search: Search, trials: Sequence[Trial]) -> list[str]:
     return warnings
 
 
-def _summary(search: Search, trials: Sequence[Trial]) -> str:
+def _summary(found: Found) -> str:
+    search, trials = found.search, found.trials
     count = {status: sum(trial.status == status for trial in trials) for status in ("finished", "stopped", "failed")}
     done = [f"{count['finished']} were trained to the end"]
     done += [f"{count['stopped']} were stopped early"] if count["stopped"] else []
@@ -88,13 +135,36 @@ def _summary(search: Search, trials: Sequence[Trial]) -> str:
     saved = f" Stopping early left out {1 - trained / whole:.0%} of the steps." if count["stopped"] and whole else ""
     return (
         f"Of {search.samples} trials {', '.join(done)}.{saved} A trial's score is its best {METRIC}, on the dev splits."
+        + _moves(found)
+    )
+
+
+def _moves(found: Found) -> str:
+    if not found.search.earlier:
+        return ""
+    before = [trial for trial in found.trials if trial.number < found.search.first]
+    inside = sum(trial.name in found.inside for trial in before)
+    return (
+        f" The search went on in another space from trial-{found.search.first:04d} on. Of the {len(before)} trials "
+        f"before, {inside} lie in it, with the values that they had of all its options: the search learns from them, "
+        "and they are in all charts. The others are in the tables, the history and the curves."
     )
 
 
 def _settings(search: Search) -> Table:
     rows = [("algorithm", search.algorithm), ("scheduler", search.scheduler), ("seed", str(search.seed))]
-    rows += [(name, _describe(kind)) for name, kind in search.space.items()]
-    return Table(("option", "value"), rows, text_columns=2)
+    if not search.earlier:
+        rows += [(name, _describe(kind)) for name, kind in search.space.items()]
+        return Table(("option", "value"), rows, text_columns=2)
+    starts = [0, *(earlier.trials for earlier in search.earlier)]
+    header = [f"{place}, from trial-{start:04d}" for place, start in enumerate(starts, 1)]
+    names = dict.fromkeys(name for space in search.spaces for name in space)
+    rest = search.values({})
+    rows = [(name, *[value] * len(starts)) for name, value in rows]
+    for name in names:
+        cells = [_describe(s[name]) if name in s else f"{setting(rest[name])} (not searched)" for s in search.spaces]
+        rows.append((name, *cells))
+    return Table(("option, in space", *header), rows, text_columns=len(header) + 1)
 
 
 def _describe(kind: Distribution) -> str:
@@ -104,15 +174,15 @@ def _describe(kind: Distribution) -> str:
     return f"{setting(kind.low)} to {setting(kind.high)}{scale}"
 
 
-def _best(search: Search, scored: Sequence[Trial], folder: Path) -> list[Any]:
-    tasks = parse_config(search.base, "search.yaml").corpus.names
+def _best(found: Found, folder: Path) -> list[Any]:
+    tasks = parse_config(found.search.base, "search.yaml").corpus.names
     rows = []
-    for trial in scored[:SHOWN]:
+    for trial in found.scored[:SHOWN]:
         record = _best_record(trial)
         scores = [number(record.get(f"dev/{name}")) for name in tasks]
-        values = [setting(trial.parameters[name]) for name in search.space]
-        rows.append([trial.name, trial.status, number(trial.score), *scores, f"{trial.step}/{trial.steps}", *values])
-    header = ["trial", "status", "overall", *tasks, "steps", *search.space]
+        place = f"{trial.step}/{trial.steps}"
+        rows.append([trial.name, trial.status, number(trial.score), *scores, place, *found.row(trial)])
+    header = ["trial", "status", "overall", *tasks, "steps", *found.header]
     return [
         "The task scores are those of the evaluation with the best overall score. minbert tune --best "
         f"{folder.name} starts the full run from the first, whose configuration is in best.yaml.",
@@ -154,13 +224,13 @@ def _best_record(trial: Trial) -> dict[str, Any]:
     return max(trial.earned(), key=lambda record: record[METRIC])
 
 
-def _hover(search: Search, trial: Trial) -> str:
+def _hover(found: Found, trial: Trial) -> str:
     lines = [f"{trial.name}: {trial.score:.3f} at {trial.step}/{trial.steps}"]
-    lines += [f"{name} {setting(trial.parameters[name])}" for name in search.space]
+    lines += [f"{name} {setting(value)}" for name, value in found.inside[trial.name].items()]
     return "<br>".join(escaped(line) for line in lines)
 
 
-def _against(search: Search, scored: Sequence[Trial]) -> list[Any]:
+def _against(found: Found) -> list[Any]:
     """A small chart for each option: every trial's score over its value."""
     import plotly.graph_objects as go
 
@@ -170,19 +240,19 @@ def _against(search: Search, scored: Sequence[Trial]) -> list[Any]:
         "Each point is a trial. Trials that were stopped early stand where they were stopped: lower also because they "
         "were trained for less."
     ]
-    for name, kind in search.space.items():
+    for name, kind in found.search.space.items():
         traces = []
         for label, status, colour, symbol in groups:
-            members = [trial for trial in scored if trial.status == status]
+            members = [trial for trial in found.points if trial.status == status]
             if members:
                 traces.append(
                     go.Scatter(
-                        x=[_place(kind, trial.parameters[name], trial) for trial in members],
+                        x=[_place(kind, found.inside[trial.name][name], trial) for trial in members],
                         y=[trial.score for trial in members],
                         mode="markers",
                         marker={"color": colour, "symbol": symbol, "size": 8, "opacity": 0.85},
                         name=label,
-                        text=[_hover(search, trial) for trial in members],
+                        text=[_hover(found, trial) for trial in members],
                         hovertemplate="%{text}<extra></extra>",
                     )
                 )
@@ -215,14 +285,15 @@ def _place(kind: Distribution, value: Any, trial: Trial) -> float:
     return kind.values.index(value) + 0.5 * ((trial.number * 0.618) % 1 - 0.5)
 
 
-def _importance(search: Search, scored: Sequence[Trial]) -> list[Any]:
+def _importance(found: Found) -> list[Any]:
     import plotly.graph_objects as go
 
-    share, scores = scores_at_equal_share(scored)
-    found = importances(search.space, [trial.parameters for trial in scored], scores)
-    if found is None:
+    points = found.points
+    share, scores = scores_at_equal_share(points)
+    forest = importances(found.search.space, [found.inside[trial.name] for trial in points], scores)
+    if forest is None:
         return ["There are too few trials with different scores to tell which hyperparameters mattered."]
-    options = found.options[::-1]
+    options = forest.options[::-1]
     bars = go.Bar(
         x=[option.mean for option in options],
         y=[option.option for option in options],
@@ -233,30 +304,33 @@ def _importance(search: Search, scored: Sequence[Trial]) -> list[Any]:
     )
     trust = (
         "that is too little to trust the order below"
-        if found.explained < 0.2
+        if forest.explained < 0.2
         else "so the order below says something, the small values nothing"
     )
     text = (
         f"A random forest learnt the score from the hyperparameters. Of trials that it had not seen, it predicts "
-        f"{max(found.explained, 0):.0%} of the variance: {trust}. All scores are taken at {share:.0%} of the budget, "
-        f"which every trial reached ({len(scored)} trials)."
+        f"{max(forest.explained, 0):.0%} of the variance: {trust}. All scores are taken at {share:.0%} of the budget, "
+        f"which every trial reached ({len(points)} trials)."
     )
     note = "Rise of the error when one option's values are shuffled, as a share of the variance; with the deviation."
     drawn = figure(bars, xaxis={"title": {"text": "share of the variance"}}, showlegend=False)
     return [text, Chart("Permutation importance", drawn, note, height=90 + 28 * len(options))]
 
 
-def _parallel(search: Search, scored: Sequence[Trial]) -> Chart:
+def _parallel(found: Found) -> Chart | str:
     """Lines of SVG, not plotly's own parallel coordinates, which need WebGL and scripts made at run time."""
     import plotly.graph_objects as go
 
-    names = [*search.space, "score"]
+    space, scored = found.search.space, found.points
+    if not scored:
+        return "No trial that lies in the newest space has a score yet."
+    names = [*space, "score"]
     scores = np.array([trial.score for trial in scored])
     low, high = float(scores.min()), float(scores.max())
     traces = []
     for trial in reversed(scored):  # the best on top
         rank = (trial.score - low) / (high - low) if high > low else 1.0
-        heights = [_height(search.space[name], trial.parameters[name]) for name in search.space]
+        heights = [_height(kind, found.inside[trial.name][name]) for name, kind in space.items()]
         traces.append(
             go.Scatter(
                 x=list(range(len(names))),
@@ -264,14 +338,14 @@ def _parallel(search: Search, scored: Sequence[Trial]) -> Chart:
                 mode="lines",
                 line={"color": COLOURS[0] if rank > 0.75 else GREY, "width": 1 + 2 * rank},
                 opacity=0.5 + 0.5 * rank,
-                text=[_hover(search, trial)] * len(names),
+                text=[_hover(found, trial)] * len(names),
                 hovertemplate="%{text}<extra></extra>",
                 showlegend=False,
             )
         )
     notes = []
     for place, name in enumerate(names):
-        marks = _marks(search.space[name]) if name != "score" else [(0.0, f"{low:.3f}"), (1.0, f"{high:.3f}")]
+        marks = _marks(space[name]) if name != "score" else [(0.0, f"{low:.3f}"), (1.0, f"{high:.3f}")]
         for height, text in marks:
             notes.append(
                 {"x": place, "y": height, "text": escaped(text), "showarrow": False, "xanchor": "left", "xshift": 4}
@@ -341,23 +415,23 @@ def _curves(scored: Sequence[Trial]) -> Chart:
     return Chart("Dev score while training", drawn, note, wide=True, height=420)
 
 
-def _all(search: Search, trials: Sequence[Trial]) -> Table:
+def _all(found: Found) -> Table:
     rows = []
-    for trial in trials:
+    for trial in found.trials:
         seconds = trial.ended - trial.started if trial.started and trial.ended else None
         place = f"{trial.step}/{trial.steps}" if trial.steps else "–"
-        values = [setting(trial.parameters[name]) for name in search.space]
-        rows.append([trial.name, trial.status, number(trial.score), place, duration(seconds), *values])
-    return Table(["trial", "status", "overall", "steps", "time", *search.space], rows, text_columns=2)
+        rows.append([trial.name, trial.status, number(trial.score), place, duration(seconds), *found.row(trial)])
+    return Table(["trial", "status", "overall", "steps", "time", *found.header], rows, text_columns=2)
 
 
-def _rows(search: Search, trials: Sequence[Trial]) -> list[list[Any]]:
-    tasks = parse_config(search.base, "search.yaml").corpus.names
+def _rows(found: Found) -> list[list[Any]]:
+    tasks = parse_config(found.search.base, "search.yaml").corpus.names
     fields = ("trial", "number", "status", "score", "step", "steps", "started", "ended", "stopped_by", "error")
-    rows: list[list[Any]] = [[*fields, *(f"dev/{name}" for name in tasks), *search.space]]
-    for trial in trials:
+    rows: list[list[Any]] = [[*fields, *(f"dev/{name}" for name in tasks), *found.header]]
+    for trial in found.trials:
         record = _best_record(trial) if trial.earned() else {}
         own = [trial.name, *(getattr(trial, name) for name in fields[1:])]
         scores = [record.get(f"dev/{name}") for name in tasks]
-        rows.append([*own, *scores, *(trial.parameters[name] for name in search.space)])
+        space = [found.space(trial)] * bool(found.search.earlier)
+        rows.append([*own, *scores, *space, *(found.values[trial.name][name] for name in found.options)])
     return rows
