@@ -20,7 +20,7 @@ from minbert.data.differences import differences, refuse
 from minbert.data.errors import UserError
 from minbert.data.files import replacing
 from minbert.data.reading import read_yaml
-from minbert.trainer.config import MAY_CHANGE, RunConfig, flatten, parse_config
+from minbert.trainer.config import MAY_CHANGE, RunConfig, Seed, flatten, parse_config
 from minbert.trainer.run.folder import RunFolder
 from minbert.trainer.run.preparation import resolve
 from minbert.tuning.space import (
@@ -34,7 +34,7 @@ from minbert.tuning.space import (
     grid_size,
     refuse_ranges,
 )
-from minbert.tuning.trial import METRIC, Trial, best, read_trials
+from minbert.tuning.trial import Trial, read_trials
 
 SEARCH_FILE = "search.yaml"
 Kind = TypeVar("Kind", bound=BaseModel)
@@ -83,6 +83,9 @@ class Search(BaseModel):
     earlier: tuple[Earlier, ...] = ()
     """Spaces before `space`, the oldest first."""
     base: dict[str, Any] = {}
+    again: Annotated[int, Field(ge=0)] = 0
+    """How many of the best trials are trained once more with other seeds."""
+    seeds: tuple[Seed, ...] = ()
     resources: Resources = Resources()
 
     def write(self, folder: Path) -> None:
@@ -167,6 +170,11 @@ class Search(BaseModel):
             return self.model_copy(update={"samples": samples})
         return self
 
+    @property
+    def runs(self) -> int:
+        """How many runs it has at its end."""
+        return self.samples + self.again * len(self.seeds)
+
     def options(self, parameters: Mapping[str, Any]) -> Parameters:
         """All options of a trial but its folder."""
         return {"seed": self.seed} | self.base | dict(parameters)
@@ -179,6 +187,11 @@ class Search(BaseModel):
         """Raises UserError if a trial would have a configuration that is refused, or the algorithm is not installed."""
         if self.scheduler == "pbt":
             self._check_population()
+        if self.seed in self.seeds:
+            raise UserError(
+                f"--seeds: {self.seed} is the search's own seed, by which these trials were chosen: a mean with it "
+                "flatters them. Give others."
+            )
         if self.algorithm == "tpe" and find_spec("optuna") is None:
             raise UserError("algorithm=tpe needs Optuna: pip install -e '.[optuna]', or optuna")
         numbers = range(self.first, self.first + min(self.samples - self.first, 1000))
@@ -194,6 +207,11 @@ class Search(BaseModel):
             raise UserError("scheduler=pbt makes its own proposals; algorithm=tpe does not go with it")
         if self.resources.concurrent is not None:
             raise UserError("with scheduler=pbt all trials take turns; --cpus or --gpus say how many fit at once")
+        if self.again:
+            raise UserError(
+                "--again: a population's scores come of schedules of options, which one configuration does not repeat; "
+                "minbert tune --best SEARCH --seed N trains the last options of its best trial"
+            )
 
     def new_trial(self, folder: Path, number: int, parameters: Parameters) -> Trial:
         name = f"trial-{number:04d}"
@@ -260,7 +278,7 @@ def refuse_other_search(folder: Path, saved: Search, wanted: Search) -> None:
     """Raises UserError naming what makes `wanted` another search than the one in `folder`."""
     may_change = MAY_CHANGE - {"epochs", "steps", "eval_limit", "extend_to"}
     before, now = (
-        search.model_dump(mode="json", exclude={"samples", "resources", "base", "space", "earlier"})
+        search.model_dump(mode="json", exclude={"samples", "resources", "base", "space", "earlier", "again", "seeds"})
         | {name: value for name, value in search.base.items() if name not in may_change}
         for search in (saved, wanted)
     )
@@ -271,23 +289,16 @@ def refuse_other_search(folder: Path, saved: Search, wanted: Search) -> None:
         refuse(f"{folder} holds another search", different, way)
 
 
-def write_best(folder: Path, trials: Sequence[Trial]) -> Trial | None:
-    """Write best.yaml, a configuration file for the full run from the best trial; None if no trial has a score.
+def write_best(folder: Path, winner: Trial, known: str) -> None:
+    """Write best.yaml, a configuration file for the full run from `winner`; `known` says what makes it the best.
 
     A trial that has taken over from another owes its score to a history of options, which is written above the last."""
-    winner = best(trials)
-    if winner is None:
-        return None
     config = RunFolder(winner.folder).read_config()
     content = config.model_dump(mode="json", exclude={"run": True, "corpus": set(SUBSAMPLING) | {"cache"}})
-    lines = [
-        f"The best of {len(trials)} trials: {winner.name}, {METRIC} {winner.score:.4f} within {winner.step} steps."
-    ]
-    lines.append(f"The limits of the search on the data ({', '.join(SUBSAMPLING)}) are left out.")
+    lines = [known, f"The limits of the search on the data ({', '.join(SUBSAMPLING)}) are left out."]
     lines += describe_schedule(winner, Search.read(folder).space)
     with replacing(folder / "best.yaml") as temporary:
         temporary.write_text("".join(f"# {line}\n" for line in lines) + yaml.safe_dump(content, sort_keys=False))
-    return winner
 
 
 def describe_schedule(trial: Trial, space: Space) -> list[str]:

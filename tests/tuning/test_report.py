@@ -312,6 +312,7 @@ def search(tmp_path) -> Path:
         trial = wanted.new_trial(folder, number, draw(wanted.space, 0, number))
         score = 0.7 - 0.1 * abs(np.log10(trial.parameters["lr"]) + 4)
         trial.status, trial.started, trial.ended = "finished", 100.0, 175.0
+        trial.turns, trial.takes = [[100.0 + number, 136.0 + number]], {"cpu": 2}
         if number == 5:
             trial.status, trial.error = "failed", HOSTILE
             trial.write()
@@ -329,7 +330,7 @@ def assert_it_says_what_it_is_about_and_its_tables_sort_and_filter(search: Path,
         ".map(d => [d.children[0].textContent, d.children[1].textContent]))"
     )
     assert about["Model"] == "tiny" and about["Data"] == "builtin: sst, quora, sts"
-    assert about["Not the default"] == "batch_size 8" and about["Duration"] == "1 min 15 s"
+    assert about["Not the default"] == "batch_size 8" and about["Duration"] == "1m15s"
 
     def column(number: int) -> list[str]:
         rows = "[...document.querySelectorAll('#all-trials tbody tr')].filter(r => !r.hidden)"
@@ -349,6 +350,59 @@ def assert_it_says_what_it_is_about_and_its_tables_sort_and_filter(search: Path,
     assert labels[0].startswith("The best score over the search.") and f"to {best} at 23" in labels[0]
     assert all(len(label) > 60 for label in labels)
     assert browser.ask("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def assert_a_brush_selects_everywhere(search: Path, browser: Browser) -> None:
+    """A box that is drawn in one chart, another in a second one, a point that is clicked, and the way back."""
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    trials = Search.read(search).trials(search)
+
+    def drag(section: str, number: int, *corners: tuple[float, float]) -> None:
+        """From one corner to the other, in shares of the plot's width and height."""
+        plot = f"document.querySelectorAll('#{section} .drawing')[{number}].querySelector('.nsewdrag')"
+        browser.driver.execute_script(f"{plot}.scrollIntoView({{block: 'center', behavior: 'instant'}})")
+        left, top, width, height = browser.ask(
+            f"(r => [r.left, r.top, r.width, r.height])({plot}.getBoundingClientRect())"
+        )
+        mouse = ActionChains(browser.driver, duration=50).w3c_actions.pointer_action
+        (x, y), (to_x, to_y) = corners
+        mouse.move_to_location(int(left + x * width), int(top + y * height))
+        mouse.pointer_down()
+        mouse.move_to_location(int(left + (x + to_x) / 2 * width), int(top + (y + to_y) / 2 * height))
+        mouse.move_to_location(int(left + to_x * width), int(top + to_y * height))
+        mouse.pointer_up()
+        actions = ActionChains(browser.driver)
+        actions.w3c_actions.devices = [mouse.source]
+        actions.perform()
+
+    def rows() -> set[str]:
+        return set(
+            browser.ask("[...document.querySelectorAll('#all-trials tbody tr')].filter(r => !r.hidden).map(r => r.id)")
+        )
+
+    script = "const f = document.querySelector('#all-trials .filter input'); f.value = ''; "
+    browser.driver.execute_script(script + "f.dispatchEvent(new Event('input'))")
+    assert len(rows()) == 24
+    drag("score-against-each-hyperparameter", 3, (0.5, 0.01), (0.99, 0.99))  # aggregator: sum | pcgrad
+    surgery = {t.name for t in trials if t.score is not None and t.parameters["aggregator"] == "pcgrad"}
+    assert rows() == surgery
+    faint = (
+        "document.querySelector('#learning-curves .drawing').data.filter(t => t.opacity < 0.1).map(t => t.meta.trial)"
+    )
+    assert set(browser.ask(faint)) == {t.name for t in trials if t.score is not None} - surgery
+    drag("parallel-coordinates", 0, (0.2, 0.01), (0.35, 0.2))  # the second axis: hidden layers, the top is 3
+    both = {name for name in surgery for t in trials if t.name == name and t.parameters["hidden_layers"] == 3}
+    assert rows() == both and browser.ask("document.querySelector('.selected').textContent").startswith(
+        f"{len(both)} of 24"
+    )
+    browser.driver.execute_script("document.querySelector('.selected button').click()")
+    assert len(rows()) == 24 and browser.ask("document.querySelector('.selected').hidden")
+    clicked = "emit('plotly_click', {points: [{curveNumber: 0, pointNumber: 2}]})"
+    browser.driver.execute_script(f"document.querySelector('#best-so-far .drawing').{clicked}")
+    (name,) = rows()
+    assert browser.ask("document.querySelector('.selected a').getAttribute('href')") == f"#{name}"
+    browser.driver.execute_script("document.querySelector('.selected button').click()")
 
 
 @browsers
@@ -374,6 +428,10 @@ def test_the_page_of_a_search(search, browser):
     assert small == ["lr", "hidden_layers", "head_dropout", "aggregator"]
     curves = browser.ask("document.querySelector('#learning-curves .drawing').data.length")
     assert curves == 23
+    costs = {row[0]: row[1:] for row in browser.table("timeline-and-cost")}
+    assert costs["in all"] == ["24", "0.48", "100%", "0.02"] and costs["stopped early"][:3] == ["8", "0.16", "33%"]
+    assert "33% of the cost went to trials that were stopped early" in browser.ask("document.body.textContent")
+    assert_a_brush_selects_everywhere(search, browser)
 
     rows = read_csv(search / "report.csv")
     assert len(rows) == 24

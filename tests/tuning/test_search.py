@@ -484,8 +484,14 @@ def test_a_search_goes_on_in_another_space(tmp_path, capsys):
     folder = tmp_path / "s"
     small = [*TINY, "--steps", "4", "--eval-every", "2", "--concurrent", "1", "--hidden-layers", "1"]
     finish(command(folder, *small, "--samples", "2", "--scheduler", "none", "--space", "lr=1e-3,1e-4"))
-    said = finish(command(folder, "--samples", "3", "--space", "lr=1e-4,1e-5", "hidden_layers=1,2"))
+    again = ["--again", "2", "--seeds", "1", "2"]  # and the best two with other seeds
+    said = finish(command(folder, "--samples", "3", "--space", "lr=1e-4,1e-5", "hidden_layers=1,2", *again))
     assert "Another space, from trial-0002 on. 1 of the 2 trials before lie in it" in said
+    runs = read_trials(folder / "again", "*/*")
+    assert [run.seed for run in runs] == [1, 1, 2, 2] and all(run.status == "finished" for run in runs)
+    assert all(RunFolder(run.folder).read_config().seed == run.seed and run.seconds > 0 for run in runs)
+    assert "[4/4] trial-" in said and "the best of the search with" in said
+    assert "2 of them trained again with other seeds" in (folder / "best.yaml").read_text()
     trials = read_trials(folder / "trials")
     assert [sorted(trial.parameters) for trial in trials] == [["lr"], ["lr"], ["hidden_layers", "lr"]]
     assert trials[2].parameters["lr"] in (1e-4, 1e-5) and all(trial.status == "finished" for trial in trials)
@@ -493,7 +499,8 @@ def test_a_search_goes_on_in_another_space(tmp_path, capsys):
     assert main(["report", str(folder)]) == 0
     with (folder / "report.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert sorted(row["space"] for row in rows) == ["1", "1, outside", "2"]
+    assert sorted(row["space"] for row in rows[:3]) == ["1", "1, outside", "2"]
+    assert [row["seed"] for row in rows] == ["0", "0", "0", "1", "1", "2", "2"]
     assert [row["hidden_layers"] for row in rows][:2] == ["1", "1"]
 
 
