@@ -80,19 +80,6 @@ def test_one_that_failed_with_a_seed_is_not_the_best(search, tmp_path):
     assert winner(search, trials, runs)[0].name == "trial-0004"
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--seeds", "1", "2"], "--again 3 says how many"),
-        (["--again", "2", "--seeds", "0", "1"], "0 is the search's own seed"),
-        (["--again", "2", "--scheduler", "pbt"], "a population's scores come of schedules"),
-    ],
-)
-def test_what_goes_with_it(tmp_path, capsys, words, message):
-    assert main(["tune", "--search", str(tmp_path / "s"), *words]) == 2
-    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
-
-
 def test_the_seeds_are_others_than_the_searchs(search):
     with pytest.raises(UserError, match="flatters them"):
         search.model_copy(update={"seed": 2}).check()

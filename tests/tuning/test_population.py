@@ -297,16 +297,3 @@ def _read(folder: Path) -> list[Trial]:
         return read_trials(folder / "trials")
     except (json.JSONDecodeError, FileNotFoundError):
         return []
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--space", "hidden_layers=1,2"], "the space has none of them"),
-        (["--algorithm", "tpe"], "does not go with it"),
-        (["--concurrent", "2"], "all trials take turns"),
-    ],
-)
-def test_mistakes_are_explained(words, message, tmp_path, capsys):
-    assert main(["tune", "--search", str(tmp_path / "s"), "--scheduler", "pbt", *words]) == 2
-    assert message in capsys.readouterr().err

@@ -16,7 +16,6 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from minbert.data.errors import UserError
 from minbert.launch.main import main
-from minbert.trainer.config import RunConfig
 from minbert.trainer.run.folder import RunFolder
 from minbert.tuning.ablation import Ablation
 from minbert.tuning.extensions import PAPER_BASELINE
@@ -498,7 +497,7 @@ def test_the_page_of_an_ablation(tmp_path, browser):
     assert len(read_csv(folder / "report.csv")) == 15
 
 
-# Numbers and mistakes
+# Numbers
 
 
 @given(st.integers(2, 5), st.integers(1, 200), st.integers(0, 2**31 - 1))
@@ -513,19 +512,3 @@ def test_calibration_is_torchmetrics(classes, examples, seed):
     assert found.counts.sum() == examples
     filled = found.counts > 0
     assert (found.counts[filled] * found.accuracy[filled]).sum() == pytest.approx(correct.sum())
-
-
-def test_mistakes_are_explained(tmp_path, capsys):
-    def said(*words: str) -> str:
-        assert main(["report", *words]) == 2
-        return capsys.readouterr().err
-
-    assert "is no run, search or ablation" in said(str(tmp_path))
-    Search(samples=2, space=parse_space(["lr=1e-3,1e-4"])).write(tmp_path / "s")
-    assert "no trial" in said(str(tmp_path / "s"))
-    Ablation(baseline={}, extensions={}, variants={"baseline": {}}, groups={}, seeds=[0]).write(tmp_path / "a")
-    assert "is finished yet" in said(str(tmp_path / "a"))
-    RunFolder(tmp_path / "r").write_config(RunConfig())
-    assert "has logged nothing yet" in said(str(tmp_path / "r"))
-    assert "is a .html file" in said(str(tmp_path / "s"), "--out", "page.pdf")
-    assert "there is no option --split-of" in said(str(tmp_path / "s"), "--split-of", "x")

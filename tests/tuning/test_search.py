@@ -400,37 +400,6 @@ def test_a_search_that_is_asked_to_stop_saves_and_goes_on_with_tpe_and_several_p
     assert yaml.safe_load((trials[0].folder / "config.yaml").read_text())["parallel"]["processes"] == 2
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--samples", "0"], "--samples must be"),
-        (["--run", "x"], "--search names the folder"),
-        (["--sampels", "3"], "did you mean --samples"),
-        (["--nodes", "2"], "add --slurm"),
-        (["--slurm", "--address", "auto"], "choose one"),
-        (["--space", "nowhere.yaml"], "nowhere.yaml"),
-        (["--algorithm", "grid"], "has a range"),
-        (["--best", "nowhere"], "is not a search"),
-        (["--algorithm", "pbt"], "--algorithm must be"),
-        (["--space"], "--space needs a value"),
-        (["--seed", str(2**70)], "seed"),
-        (["--cpus", "inf"], "cpus"),
-        (["--data", "/nowhere"], "/nowhere"),
-        (["--model", "/nowhere"], "/nowhere"),
-        (["--trackers", "clearly_not"], "clearly_not"),
-        (["--search", "FILE"], "is a file"),
-        (["--search", "FILE/below"], "cannot be used"),
-    ],
-)
-def test_mistakes_are_explained_once_and_leave_no_folder(words, message, tmp_path, capsys):
-    (tmp_path / "file").touch()
-    words = [word.replace("FILE", str(tmp_path / "file")) for word in words]
-    search = [] if "--best" in words or "--search" in words else ["--search", str(tmp_path / "new" / "s")]
-    assert main(["tune", *search, *words]) == 2
-    assert capsys.readouterr().err.count(message) == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
 def test_a_refused_start_changes_nothing(tmp_path, capsys, monkeypatch):
     """Neither a search, nor an ablation, nor what else a folder holds; the lock comes before anything is written."""
     monkeypatch.setenv("RAY_ADDRESS", "")
