@@ -78,9 +78,8 @@ def _predict_course_files(runs: Sequence[RunFolder], options: PredictOptions) ->
     whole = folder.resolve()
     own = len(runs) == 1 and whole.parent == run.path.resolve()
     if whole.name == "predictions" and not own and (whole.parent / "config.yaml").exists():
-        raise UserError(
-            f"--out {folder}: the folder belongs to {'another' if len(runs) == 1 else 'one'} run; name another"
-        )
+        whose = "another" if len(runs) == 1 else "one"
+        raise UserError(f"--out {folder}: the folder belongs to {whose} run; name another")
     if others and whole == run.predictions.resolve():
         raise UserError(
             f"{run.predictions} holds the predictions of the run's own data, {config.corpus.data}; "

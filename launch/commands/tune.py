@@ -24,6 +24,7 @@ from minbert.launch.many_runs import (
 )
 from minbert.launch.options import CommandLine, build_run_config
 from minbert.launch.searching import run_search
+from minbert.trainer.config import OPTIONS as OF_A_RUN
 from minbert.trainer.config import RunConfig, Seed, parse_config
 from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.processes.stop import StopRequest
@@ -184,7 +185,7 @@ def _space(options: Mapping[str, Any], saved: Search | None, config: RunConfig, 
         return check_space(saved.space, given, str(options["search"]))
     if not words:
         return check_space({name: kind for name, kind in paper_space(config).items() if name not in given})
-    if len(words) == 1 and "=" not in words[0]:
+    if len(words) == 1 and "=" not in words[0] and words[0] not in OF_A_RUN:
         return check_space(read_space(read_yaml(Path(words[0])), words[0]), given, words[0])
     return check_space(parse_space(words), given, "--space")
 

@@ -127,7 +127,7 @@ MISTAKES = [
     Mistake("train --data {tmp}/nothing", "does not exist", "data folder {tmp}/nothing", "A source is 'builtin'"),
     Mistake("train --data builtinn", "does not exist", "data folder {tmp}/builtinn", "A source is 'builtin'"),
     Mistake("train --data {tmp}", "does not exist", "{tmp}/ids-sst-train.csv", "the files of sst are"),
-    Mistake("train --data {tmp}/course --tasks sst", "outside 0..4", "ids-sst-train.csv:2: label 7", "bad_rows=skip"),
+    Mistake("train --data {tmp}/course --tasks sst", "outside 0..4", "ids-sst-train.csv:2: label 7", "--bad-rows skip"),
     Mistake("train --augmented {tmp}/no.csv", "does not exist", "{tmp}/no.csv", "`minbert augment` writes such files"),
     Mistake("train --model {tmp}/nothing", "does not exist", "model folder {tmp}/nothing", "give `tiny`, `minilm`"),
     Mistake("train --model {tmp}", "has no config.json", "{tmp}", "give `tiny`, `minilm`"),
@@ -241,12 +241,13 @@ MISTAKES = [
     Mistake("augment sts sts --output {tmp}/out", "named twice", "a task", "twice"),
     Mistake("augment sts --max-copy 2 --output {tmp}/out", "not '2'", "--max-copy", "must be less than or equal to 1"),
     Mistake("augment sts --time 8h --output {tmp}/out", "is about a job", "--time", "add --slurm"),
+    Mistake("submit somewhere", "what is", "'somewhere'", "Options start with --"),
     Mistake("submit --partion x", "no option", "--partion", "did you mean --partition?"),
     Mistake("submit --executor slrum", "not 'slrum'", "--executor", "must be 'slurm', 'local' or 'debug'"),
     Mistake("submit --sweep sed=1,2", "no option", "--sed", "did you mean --seed?"),
     Mistake("submit --sweep lr=1,x", "not 'x'", "--lr", "must be"),
     Mistake("submit --sweep seed", "takes", "--sweep", "OPTION=VALUE,VALUE"),
-    Mistake("submit --executor local --nodes 2", "has this machine only", "executor=local", "nodes"),
+    Mistake("submit --executor local --nodes 2", "has this machine only", "nodes=2", "leave it out"),
 ]  # fmt: skip
 
 
@@ -255,6 +256,8 @@ def state(*folders: Path) -> dict[str, tuple[int, int]]:
     found = {}
     for folder in folders:
         for path in folder.rglob("*"):
+            if path.name == ".lock":  # which says nothing when nobody holds it
+                continue
             status = path.lstat()
             found[str(path)] = (0, 0) if path.is_dir() else (status.st_size, status.st_mtime_ns)
     return found
