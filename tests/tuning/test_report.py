@@ -352,28 +352,17 @@ def assert_it_says_what_it_is_about_and_its_tables_sort_and_filter(search: Path,
 
 
 def assert_a_brush_selects_everywhere(search: Path, browser: Browser) -> None:
-    """A box that is drawn in one chart, another in a second one, a point that is clicked, and the way back."""
-    from selenium.webdriver.common.action_chains import ActionChains
-
+    """What plotly tells of a box in one chart, of another in a second one, of a click, and the way back."""
     trials = Search.read(search).trials(search)
 
-    def drag(section: str, number: int, *corners: tuple[float, float]) -> None:
-        """From one corner to the other, in shares of the plot's width and height."""
-        plot = f"document.querySelectorAll('#{section} .drawing')[{number}].querySelector('.nsewdrag')"
-        browser.driver.execute_script(f"{plot}.scrollIntoView({{block: 'center', behavior: 'instant'}})")
-        left, top, width, height = browser.ask(
-            f"(r => [r.left, r.top, r.width, r.height])({plot}.getBoundingClientRect())"
+    def brush(section: str, number: int, inside: str) -> None:
+        """Select the points of a chart at (x, y) for which `inside` holds."""
+        browser.driver.execute_script(
+            f"const d = document.querySelectorAll('#{section} .drawing')[{number}];"
+            "const points = d.data.flatMap((trace, curveNumber) => [...trace.x].flatMap((x, pointNumber) => {"
+            f"const y = trace.y[pointNumber]; return {inside} ? [{{ curveNumber, pointNumber, x, y }}] : []; }}));"
+            "d.emit('plotly_selected', { points });"
         )
-        mouse = ActionChains(browser.driver, duration=50).w3c_actions.pointer_action
-        (x, y), (to_x, to_y) = corners
-        mouse.move_to_location(int(left + x * width), int(top + y * height))
-        mouse.pointer_down()
-        mouse.move_to_location(int(left + (x + to_x) / 2 * width), int(top + (y + to_y) / 2 * height))
-        mouse.move_to_location(int(left + to_x * width), int(top + to_y * height))
-        mouse.pointer_up()
-        actions = ActionChains(browser.driver)
-        actions.w3c_actions.devices = [mouse.source]
-        actions.perform()
 
     def rows() -> set[str]:
         return set(
@@ -383,14 +372,14 @@ def assert_a_brush_selects_everywhere(search: Path, browser: Browser) -> None:
     script = "const f = document.querySelector('#all-trials .filter input'); f.value = ''; "
     browser.driver.execute_script(script + "f.dispatchEvent(new Event('input'))")
     assert len(rows()) == 24
-    drag("score-against-each-hyperparameter", 3, (0.5, 0.01), (0.99, 0.99))  # aggregator: sum | pcgrad
+    brush("score-against-each-hyperparameter", 3, "x > 0.5")  # aggregator: sum | pcgrad
     surgery = {t.name for t in trials if t.score is not None and t.parameters["aggregator"] == "pcgrad"}
     assert rows() == surgery
     faint = (
         "document.querySelector('#learning-curves .drawing').data.filter(t => t.opacity < 0.1).map(t => t.meta.trial)"
     )
     assert set(browser.ask(faint)) == {t.name for t in trials if t.score is not None} - surgery
-    drag("parallel-coordinates", 0, (0.2, 0.01), (0.35, 0.2))  # the second axis: hidden layers, the top is 3
+    brush("parallel-coordinates", 0, "x == 1 && y > 0.9")  # the second axis: hidden layers, the top is 3
     both = {name for name in surgery for t in trials if t.name == name and t.parameters["hidden_layers"] == 3}
     assert rows() == both and browser.ask("document.querySelector('.selected').textContent").startswith(
         f"{len(both)} of 24"
