@@ -117,7 +117,8 @@ const select = (source, names) => {
   const drawings = [...document.querySelectorAll(".chart")].map((chart) => {
     const { data, layout } = JSON.parse(chart.querySelector("script").textContent);
     const title = chart.querySelector("h3").textContent;
-    return { element: chart.querySelector(".drawing"), data, layout, title, named: isNamed({ data }) };
+    const opacities = data.map((trace) => trace.opacity ?? 1);  // plotly writes into data what is faded
+    return { element: chart.querySelector(".drawing"), data, layout, title, opacities, named: isNamed({ data }) };
   });
   const draw = async (drawing) => {
     const { element, named, ...figure } = drawing, { data, layout } = coloured(figure);
@@ -127,11 +128,11 @@ const select = (source, names) => {
   };
 
   // Selected trials stand out: the others' points and lines fade.
-  const mark = ({ element, data }, names) => {
+  const mark = ({ element, data, opacities }, names) => {
     const inside = (trace) => trace.customdata.flatMap((name, n) => (names.has(name) ? [n] : []));
     const points = data.map((trace) => (names && !trace.meta?.trial && trace.customdata ? inside(trace) : null));
     const faint = (trace) => names && trace.meta?.trial && !names.has(trace.meta.trial);
-    const opacity = data.map((trace) => (faint(trace) ? 0.06 : trace.opacity ?? 1));
+    const opacity = data.map((trace, n) => (faint(trace) ? 0.06 : opacities[n]));
     return Plotly.restyle(element, { selectedpoints: points, opacity });
   };
   const listen = (drawing) => {
