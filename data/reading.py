@@ -35,7 +35,7 @@ def read_small(path: Path, limit: int | None = LARGEST) -> bytes:
     try:
         kind = os.fstat(descriptor).st_mode
         if stat.S_ISDIR(kind):
-            raise IsADirectoryError(errno.EISDIR, "it is a folder", str(path))
+            raise IsADirectoryError(errno.EISDIR, "it is a folder; name a file", str(path))
         if not stat.S_ISREG(kind) and not from_shell:
             raise OSError(errno.EINVAL, "it is no regular file", str(path))
         with os.fdopen(descriptor, "rb", closefd=False) as file:

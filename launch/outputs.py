@@ -21,7 +21,7 @@ def require_place(path: Path) -> None:
     if path.is_dir():
         raise UserError(f"cannot write {path}: it is a folder; name a file")
     if not folder.is_dir():
-        raise UserError(f"cannot write {path}: there is no folder {folder}")
+        raise UserError(f"cannot write {path}: there is no folder {folder}; make it first")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"cannot write {path}: the folder {folder} may not be written to")
 
@@ -55,5 +55,5 @@ def whole_or_gone(folder: Path) -> Iterator[None]:
             if parent.is_dir() and not any(parent.iterdir()):
                 parent.rmdir()
         if isinstance(error, OSError) and error.filename in (str(path) for path in (folder, *folder.parents)):
-            raise UserError(f"cannot write to {folder}: {error.strerror}") from None
+            raise UserError(f"cannot write to {folder}: {error.strerror}; name another folder") from None
         raise

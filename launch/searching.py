@@ -4,6 +4,7 @@ import shlex
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -15,6 +16,7 @@ from minbert.launch.watching import watching
 from minbert.trainer.config import parse_config
 from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.processes.stop import StopRequest
+from minbert.tuning.again import candidates, runs_again, verdict, winner
 from minbert.tuning.search import SEARCH_FILE, Search, describe_schedule, write_best
 from minbert.tuning.trial import Trial, ranked
 
@@ -28,35 +30,43 @@ def run_search(
     start: Callable[[], AbstractContextManager[object]],
     retry: bool = False,
 ) -> int:
-    """Run what is left of a search on the Ray that `start()` provides; returns the exit code. search.yaml is written
-    when nothing can refuse the search any more. `retry`: the trials, too, that have failed."""
+    """Run what is left of a search on the Ray that `start()` provides, and its best trials with other seeds where it
+    wants that; returns the exit code. search.yaml is written when nothing can refuse the search any more. `retry`: the
+    trials, too, that have failed."""
     trials = search.trials(folder)
-    left = [trial for trial in trials if not trial.over or (retry and trial.status == "failed")]
+    runs = runs_again(search, folder, trials)
+    left = [trial for trial in (*trials, *runs) if not trial.over or (retry and trial.status == "failed")]
     if trials:
         begun = sum(1 for trial in left if trial.step)
-        print(f"{len(trials) - len(left)} of {search.samples} trials are over; {begun} go on from their checkpoints.")
-        sys.stdout.flush()
+        over = sum(trial.over for trial in trials)
+        print(f"{over} of {search.samples} trials are over; {begun} go on from their checkpoints.", flush=True)
     if left or len(trials) < search.samples:
         with start():
-            _run_trials(folder, search, trials, stop, retry)
+            _run_trials(folder, search, trials, runs, stop, retry)
     trials = search.trials(folder)
-    winner = write_best(folder, trials)
-    if any(not trial.over for trial in trials) or len(trials) < search.samples:
+    runs = runs_again(search, folder, trials)
+    found = winner(search, trials, runs)
+    if found:
+        write_best(folder, *found)
+    if len(trials) < search.samples or any(not trial.over for trial in (*trials, *runs)):
         return ExitCode.INTERRUPTED
-    for trial in trials:
+    for trial in (*trials, *runs):
         if trial.done:
             trial.forget_checkpoints()
-    return _conclude(folder, search, trials, winner)
+    return _conclude(folder, search, trials, runs, found[0] if found else None)
 
 
-def _run_trials(folder: Path, search: Search, trials: list[Trial], stop: StopRequest, retry: bool) -> None:
+def _run_trials(
+    folder: Path, search: Search, trials: list[Trial], runs: list[Trial], stop: StopRequest, retry: bool
+) -> None:
+    """The trials that are left, and then the runs with other seeds."""
     from minbert.launch.trial import train_trial
     from minbert.tuning.driver import TrialRunner
-    from minbert.tuning.strategy import SearchStrategy
+    from minbert.tuning.strategy import SearchStrategy, Strategy
 
     runner = TrialRunner(
         folder,
-        options=lambda trial: search.options(trial.parameters),
+        options=lambda trial: search.options(trial.parameters) | ({} if trial.seed is None else {"seed": trial.seed}),
         train=train_trial,
         resources=search.resources,
         parallel=parse_config(search.base, SEARCH_FILE).parallel,
@@ -64,12 +74,20 @@ def _run_trials(folder: Path, search: Search, trials: list[Trial], stop: StopReq
     search.write(folder)
     note_environment(folder)
     if retry:
-        retry_failed(trials)
-    strategy, tell = SearchStrategy(folder, search, trials), Announcer(folder, search, trials)
+        retry_failed([*trials, *runs])
+    strategy, tell, problem = SearchStrategy(folder, search, trials), Announcer(folder, search, trials), None
     with watching(folder):
-        problem = runner.run(trials, stop=stop, tell=tell, strategy=strategy)
+        if strategy.further or any(not trial.over for trial in trials):
+            problem = runner.run(trials, stop=stop, tell=tell, strategy=strategy)
+        runs = runs_again(search, folder, search.trials(folder))
+        if problem is None and stop.signal is None and any(not run.over for run in runs):
+            problem = runner.run(runs, stop=stop, tell=partial(_tell_again, runs), strategy=Strategy())
     if problem:
         print(f"minbert: {problem}", file=sys.stderr, flush=True)
+
+
+def _tell_again(runs: list[Trial], run: Trial) -> None:
+    print(_line(run, sum(other.over for other in runs), len(runs)), flush=True)
 
 
 class Announcer:
@@ -82,8 +100,8 @@ class Announcer:
 
     def __call__(self, trial: Trial) -> None:
         self.trials[trial.number] = trial
-        if trial.over:
-            write_best(self.folder, list(self.trials.values()))
+        if trial.over and (found := winner(self.search, list(self.trials.values()), ())):
+            write_best(self.folder, *found)
         took_turns = self.search.scheduler == "pbt" and trial.status == "running" and trial.step > 0 and not trial.error
         if took_turns and self.taken_over.get(trial.name) == len(trial.taken_over):
             return  # it had made room for another
@@ -105,11 +123,11 @@ def _line(trial: Trial, over: int, samples: int) -> str:
     return f"[{over}/{samples}] {trial.name} {trial.status}{score}{place}{error}"
 
 
-def _conclude(folder: Path, search: Search, trials: list[Trial], winner: Trial | None) -> int:
-    failed = [trial for trial in trials if trial.status == "failed"]
+def _conclude(folder: Path, search: Search, trials: list[Trial], runs: list[Trial], chosen: Trial | None) -> int:
+    failed = [trial for trial in (*trials, *runs) if trial.status == "failed"]
     for trial in failed:
         print(f"{trial.name} failed: {trial.error}")
-    if winner is None:
+    if chosen is None:
         why = f"the first failed with: {failed[0].error}" if failed else "no evaluation gave a number"
         raise UserError(f"no trial of {folder} has a score; {why}")
     table = Table(title=f"The best of {len(trials)} trials", title_justify="left", box=None, header_style="dim")
@@ -117,10 +135,16 @@ def _conclude(folder: Path, search: Search, trials: list[Trial], winner: Trial |
     for heading in ("trial", "score", "step", *names):
         table.add_column(heading)
     for trial in ranked(trials)[:SHOWN]:
-        values = [str(trial.parameters[name]) for name in names]
+        all_values = search.values(trial.parameters)  # it may be of an earlier space
+        values = [str(all_values[name]) for name in names]
         table.add_row(trial.name, f"{trial.score:.3f}", f"{trial.step}/{trial.steps}", *values)
     Console(width=max(Console().width, 60 + 14 * len(names))).print(table)
-    for line in describe_schedule(winner, search.space):
+    for line in describe_schedule(chosen, search.space):
         print(line)
+    if again := candidates(trials, runs):
+        print("\nThe best of them again, with other seeds")
+        for each in again:
+            print(f"{each.trial.name}  {each.spread} over {len(each.scores)}; {each.trial.score:.3f} in the search")
+        print(verdict(again))
     print(f"Configuration: {folder / 'best.yaml'}   The full run: minbert tune --best {shlex.quote(str(folder))}")
     return ExitCode.FINISHED

@@ -12,11 +12,12 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.text import Text
 
+from minbert.data.clock import clock
 from minbert.data.errors import UserError
 from minbert.data.files import is_locked, to_json
 from minbert.slurm.endings import Ending, State
 from minbert.slurm.status import Report, find_runs, inspect_runs
-from minbert.trainer.run.display import View, as_json, clock, is_ascii, may_live
+from minbert.trainer.run.display import View, as_json, is_ascii, may_live
 from minbert.trainer.run.folder import RunFolder
 from minbert.trainer.run.progress import QUIET
 from minbert.trainer.run.standing import read_standings
@@ -100,7 +101,7 @@ class ManyRuns:
             runs = [run for run in find_runs([self.folder]) if (run / "config.yaml").exists()]
             self.reports, self.asked = inspect_runs(runs), now
             if self.samples is None and (self.folder / SEARCH_FILE).exists():
-                self.samples = Search.read(self.folder).samples
+                self.samples = Search.read(self.folder).runs
         for report in self.reports:
             watched = self.watched.setdefault(report.run, WatchedRun(report.run))
             if is_under_way(report) or watched.seen != report.state:

@@ -97,7 +97,7 @@ def _refusal(option: str, words: list[str], problems: list) -> str:
 def _unknown(option: str, types: Mapping[str, Any], command: str) -> str:
     known = [f"--{name.replace('_', '-')}" for name in types]
     wanted = "--" + option.lstrip("-").rpartition(".")[2].replace("_", "-")
-    near = difflib.get_close_matches(wanted, known, n=1)
+    near = difflib.get_close_matches(wanted, known, n=1, cutoff=0.75)
     hint = f"did you mean {near[0]}?" if near else f"`minbert {command} --help` lists all."
     return f"there is no option {option}; {hint}"
 

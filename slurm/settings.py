@@ -109,7 +109,9 @@ class JobSettings(BaseModel):
                 "each process needs a GPU of its own"
             )
         if self.executor != "slurm" and self.nodes > 1:
-            raise ValueError(f"nodes={self.nodes}, but the {self.executor} executor has this machine only")
+            raise ValueError(
+                f"nodes={self.nodes}, but the {self.executor} executor has this machine only; leave it out"
+            )
         if self.executor == "debug" and self.tasks > 1:
             raise ValueError(f"{self.tasks} processes, but the debug executor runs in this one; use executor=local")
         if self.minutes is not None and self.minutes * 60 <= self.signal_before:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
+from minbert.data.clock import clock
 from minbert.slurm import controller
 from minbert.slurm.controller import Life
 from minbert.slurm.records import Attempt, Records
 from minbert.slurm.supervisor import read_errors
 from minbert.slurm.verdict import Error
-from minbert.trainer.run.display import clock
 from minbert.trainer.run.standing import SILENT, Standing, read_standing
 
 TAIL = 12  # lines of a log

@@ -377,7 +377,8 @@ class RunConfig(Section):
             raise ValueError("eval_every and evaluations both say when to evaluate; give one of them")
         if self.batch.accumulation > self.batch.batch_size:
             raise ValueError(
-                f"accumulation={self.batch.accumulation} parts of a batch_size={self.batch.batch_size} would be empty"
+                f"accumulation={self.batch.accumulation} parts of a batch_size={self.batch.batch_size} would be empty; "
+                f"give at most {self.batch.batch_size}"
             )
         if self.encoder.freeze == "encoder" and self.unfreezes:
             raise ValueError("freeze=encoder trains the heads alone to the end: leave out head_warmup and unfreeze")
@@ -407,7 +408,10 @@ class RunConfig(Section):
                 "batches by it: leave out one of them"
             )
         if self.batch.surgery_scope == "layer" and source != "gramian":
-            raise ValueError(f"surgery_scope=layer needs gradient surgery, which {self.batch.aggregator} is not")
+            raise ValueError(
+                f"surgery_scope=layer needs gradient surgery, which {self.batch.aggregator} is not; "
+                "add aggregator=pcgrad, say"
+            )
         if self.batch.task_weights is not None and len(self.batch.task_weights) != len(self.corpus.tasks):
             raise ValueError(f"task_weights needs one number for each of {', '.join(self.corpus.names)}")
         for option, needed in BY_TASK.items():
@@ -423,7 +427,7 @@ class RunConfig(Section):
         if not any(task.weight for task in self.corpus.tasks):
             raise ValueError("tasks: at least one needs a weight, or nothing tells which model is the best")
         if len(set(self.corpus.names)) < len(self.corpus.tasks):
-            raise ValueError(f"tasks names a task twice: {', '.join(self.corpus.names)}")
+            raise ValueError(f"tasks names a task twice: {', '.join(self.corpus.names)}; name each once")
         return self
 
     def _require_whole_batch(self, task: Task) -> None:

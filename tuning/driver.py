@@ -80,7 +80,7 @@ class TrialRunner:
         """
         waiting = [trial for trial in trials if not trial.over]
         _make_pending(waiting)
-        recorder = Recorder(trials, stop, tell, self._configuration, strategy.name)
+        recorder = Recorder(trials, stop, tell, self._configuration, strategy.name, self.room.limits)
         recorder.proposals = strategy.proposals(list(waiting), recorder.describe)
         storage = self.folder / "ray"
         shutil.rmtree(storage, ignore_errors=True)

@@ -91,10 +91,11 @@ class TpeProposals(Proposals):
     def learn(self, trial: Trial) -> None:
         import optuna
 
-        if trial.status == "failed":
+        point = self.search.point(trial.number, trial.parameters)
+        if trial.status == "failed" or point is None:
             return
         parameters = {
-            name: kind.values.index(trial.parameters[name]) if isinstance(kind, Choice) else trial.parameters[name]
+            name: kind.values.index(point[name]) if isinstance(kind, Choice) else point[name]
             for name, kind in self.search.space.items()
         }
         # One whose evaluations had no score is worse than any other.

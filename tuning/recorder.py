@@ -26,7 +26,8 @@ COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # that Ray puts around names
 class Recorder(Callback):
     """Writes what Ray tells of a trial to its file. `tell` hears of every trial that starts or is over.
 
-    `configuration` is what a trial's worker has to know. `no_room`: what a disk that is full or read-only has refused.
+    `configuration` is what a trial's worker has to know, `takes` what Ray sets aside for it. `no_room`: what a disk
+    that is full or read-only has refused.
     """
 
     proposals: Proposals  # which are made with `describe`
@@ -39,13 +40,16 @@ class Recorder(Callback):
         tell: Callable[[Trial], None],
         configuration: Callable[[Trial], dict[str, Any]],
         scheduler: str,
+        takes: dict[str, float],
     ):
+        self.takes = takes
         self.trials = {trial.name: trial for trial in trials}
         self.stop, self.tell, self.configuration, self.scheduler = stop, tell, configuration, scheduler
 
     def describe(self, trial: Trial) -> dict[str, Any]:
         """What the trial's worker has to know; from now on the trial is one of ours."""
         self.trials[trial.name] = trial
+        trial.takes = self.takes
         trial.write()  # the worker reads from where it goes on
         return self.configuration(trial)
 
@@ -55,7 +59,9 @@ class Recorder(Callback):
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         ours = self.trials[trial.config["name"]]
         ours.status, ours.error = "running", None
-        ours.started = ours.started or time.time()
+        now = time.time()
+        ours.started = ours.started or now
+        ours.turns.append([now, now])
         self._write(ours)
 
     def hear(self, name: str, result: dict[str, Any]) -> None:
@@ -77,6 +83,8 @@ class Recorder(Callback):
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
         ours = self.trials[trial.config["name"]]
         self.hear(ours.name, result)
+        if ours.turns:
+            ours.turns[-1][1] = time.time()
         if result.get("ending") == "no room":
             self._interrupt(ours, result["error"])
         elif "ending" in result:
@@ -112,6 +120,8 @@ class Recorder(Callback):
 
     def _end(self, ours: Trial, status: str, error: str | None = None) -> None:
         ours.status, ours.ended, ours.error = status, time.time(), last_line(error)
+        if ours.turns:
+            ours.turns[-1][1] = ours.ended
         if error and status == "failed":
             with self._room():
                 (ours.folder / "error.txt").write_text(error.rstrip() + "\n")

@@ -3,6 +3,9 @@
 search.yaml   space, algorithm, scheduler, seed, and the options that all trials share
 trials/NAME/  a trial's run folder, with its trial.json
 best.yaml     the best trial's configuration, for `minbert train --config`
+
+A search may go on in another space. What it learns from then on comes from trials that the new space could have drawn,
+whichever they were drawn from: those are its points.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -17,7 +20,7 @@ from minbert.data.differences import differences, refuse
 from minbert.data.errors import UserError
 from minbert.data.files import replacing
 from minbert.data.reading import read_yaml
-from minbert.trainer.config import MAY_CHANGE, RunConfig, flatten, parse_config
+from minbert.trainer.config import MAY_CHANGE, RunConfig, Seed, flatten, parse_config
 from minbert.trainer.run.folder import RunFolder
 from minbert.trainer.run.preparation import resolve
 from minbert.tuning.space import (
@@ -31,7 +34,7 @@ from minbert.tuning.space import (
     grid_size,
     refuse_ranges,
 )
-from minbert.tuning.trial import METRIC, Trial, best, read_trials
+from minbert.tuning.trial import Trial, read_trials
 
 SEARCH_FILE = "search.yaml"
 Kind = TypeVar("Kind", bound=BaseModel)
@@ -55,6 +58,16 @@ class Resources(BaseModel):
     """How often a trial that fails or is lost goes on from its checkpoint."""
 
 
+class Earlier(BaseModel):
+    """A space that the search has left."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    trials: int
+    """The number of the first trial that is of a later space."""
+    space: Space
+
+
 class Search(BaseModel):
     """What `search.yaml` holds."""
 
@@ -67,7 +80,12 @@ class Search(BaseModel):
     grace: Annotated[float, Field(gt=0, lt=1)] = 0.1
     samples: int
     space: Space
+    earlier: tuple[Earlier, ...] = ()
+    """Spaces before `space`, the oldest first."""
     base: dict[str, Any] = {}
+    again: Annotated[int, Field(ge=0)] = 0
+    """How many of the best trials are trained once more with other seeds."""
+    seeds: tuple[Seed, ...] = ()
     resources: Resources = Resources()
 
     def write(self, folder: Path) -> None:
@@ -82,23 +100,80 @@ class Search(BaseModel):
             raise UserError(f"{folder} is not a search: it has no {SEARCH_FILE}")
         return read_as(cls, folder / SEARCH_FILE)
 
-    def parameters(self, number: int, known: Collection[str] = ()) -> Parameters:
-        """Of a trial of a random or grid search; a random draw is none of those in `known`, by their fingerprint, as
-        long as there is another."""
-        if self.algorithm == "grid":
-            return combination(self.space, number)
-        return draw_another(self.space, self.seed, number, known)
+    @property
+    def spaces(self) -> list[Space]:
+        """All that trials were drawn from, the newest last."""
+        return [*(earlier.space for earlier in self.earlier), self.space]
 
-    def limited(self) -> "Search":
-        """With no more samples than there are combinations, in whose place a grid has all. A population may begin
-        with equal trials."""
+    @property
+    def first(self) -> int:
+        """The number of the first trial that is drawn from `space`."""
+        return self.earlier[-1].trials if self.earlier else 0
+
+    def space_of(self, number: int) -> int:
+        """The place in `spaces` of the one that a trial was drawn from."""
+        return sum(number >= earlier.trials for earlier in self.earlier)
+
+    def going_on_in(self, space: Space, begun: int) -> tuple[Earlier, ...]:
+        """`earlier`, if the search goes on in another `space` after the trials that were `begun`. Raises UserError
+        where it cannot."""
+        if self.scheduler == "pbt":
+            raise UserError(
+                "--space: a population does not go on in another space, as its trials take over each other's options. "
+                "Give another --search, for another population."
+            )
+        if begun == self.first:  # nothing was drawn from the space that it leaves
+            return self.earlier[:-1] if self.earlier and self.earlier[-1].space == space else self.earlier
+        if any(space == earlier.space for earlier in self.earlier):
+            raise UserError(
+                f"--space: the search has left this space for another, which {SEARCH_FILE} has. Leave --space out to "
+                "go on in that."
+            )
+        return (*self.earlier, Earlier(trials=begun, space=self.space))
+
+    def values(self, parameters: Mapping[str, Any]) -> Parameters:
+        """The values of all options in the configuration of a trial with these parameters."""
+        return _plain(resolve(parse_config(self.options(parameters), SEARCH_FILE))) | dict(parameters)
+
+    def point(self, number: int, parameters: Parameters) -> Parameters | None:
+        """A trial as the space could have drawn it: its values of the options that are searched now. None if it lies
+        outside, for one of them or for another option that it has and the space leaves as it is."""
+        if number >= self.first:
+            return parameters
+        values, rest = self.values(parameters), self.values({})
+        inside = all(kind.holds(values[name]) for name, kind in self.space.items())
+        same = all(values[name] == rest[name] for name in parameters.keys() - self.space.keys())
+        return {name: values[name] for name in self.space} if inside and same else None
+
+    def parameters(self, number: int, known: Collection[str] = ()) -> Parameters:
+        """Of the next trial of a random or grid search, which is none of those in `known`, by their fingerprint, as
+        long as there is another."""
+        if self.algorithm == "random":
+            return draw_another(self.space, self.seed, number, known)
+        left = (combination(self.space, place) for place in range(number - self.first, grid_size(self.space)))
+        return next(parameters for parameters in left if fingerprint(parameters) not in known)
+
+    def known(self, trials: Iterable[Trial]) -> set[str]:
+        """Fingerprints of the points that `trials` began with."""
+        points = (self.point(trial.number, trial.first_parameters) for trial in trials)
+        return {fingerprint(point) for point in points if point is not None}
+
+    def limited(self, trials: Sequence[Trial] = ()) -> "Search":
+        """With no more samples than there are combinations left beside `trials`; a grid has all of them. A population
+        may begin with equal trials."""
         if self.algorithm == "grid":
             refuse_ranges(self.space)
         size = grid_size(self.space)
         if self.algorithm == "grid" or (self.algorithm == "random" and self.scheduler != "pbt" and size):
-            samples = size if self.algorithm == "grid" else min(self.samples, size)
+            all_of_them = len(trials) + size - len(self.known(trials))
+            samples = all_of_them if self.algorithm == "grid" else min(self.samples, all_of_them)
             return self.model_copy(update={"samples": samples})
         return self
+
+    @property
+    def runs(self) -> int:
+        """How many runs it has at its end."""
+        return self.samples + self.again * len(self.seeds)
 
     def options(self, parameters: Mapping[str, Any]) -> Parameters:
         """All options of a trial but its folder."""
@@ -112,9 +187,14 @@ class Search(BaseModel):
         """Raises UserError if a trial would have a configuration that is refused, or the algorithm is not installed."""
         if self.scheduler == "pbt":
             self._check_population()
+        if self.seed in self.seeds:
+            raise UserError(
+                f"--seeds: {self.seed} is the search's own seed, by which these trials were chosen: a mean with it "
+                "flatters them. Give others."
+            )
         if self.algorithm == "tpe" and find_spec("optuna") is None:
             raise UserError("algorithm=tpe needs Optuna: pip install -e '.[optuna]', or optuna")
-        numbers = range(min(self.samples, 1000))
+        numbers = range(self.first, self.first + min(self.samples - self.first, 1000))
         for number in numbers:
             drawn = self.parameters(number) if self.algorithm == "grid" else draw(self.space, self.seed, number)
             shown = ", ".join(f"{name}={value}" for name, value in drawn.items())
@@ -127,6 +207,11 @@ class Search(BaseModel):
             raise UserError("scheduler=pbt makes its own proposals; algorithm=tpe does not go with it")
         if self.resources.concurrent is not None:
             raise UserError("with scheduler=pbt all trials take turns; --cpus or --gpus say how many fit at once")
+        if self.again:
+            raise UserError(
+                "--again: a population's scores come of schedules of options, which one configuration does not repeat; "
+                "minbert tune --best SEARCH --seed N trains the last options of its best trial"
+            )
 
     def new_trial(self, folder: Path, number: int, parameters: Parameters) -> Trial:
         name = f"trial-{number:04d}"
@@ -140,17 +225,18 @@ class Search(BaseModel):
 class NextTrial:
     """Makes the trials of a random or grid search that are not among `trials` yet, one by one."""
 
-    def __init__(self, search: Search, folder: Path, trials: Iterable[Trial]):
+    def __init__(self, search: Search, folder: Path, trials: Sequence[Trial]):
         self.search, self.folder, self.number = search, folder, 0
-        self.there = {trial.number: fingerprint(trial.first_parameters) for trial in trials}
+        self.there, self.known = {trial.number for trial in trials}, search.known(trials)
 
     def __call__(self) -> Trial | None:
         while self.number in self.there:
             self.number += 1
         if self.number >= self.search.samples:
             return None
-        parameters = self.search.parameters(self.number, set(self.there.values()))
-        self.there[self.number] = fingerprint(parameters)
+        parameters = self.search.parameters(self.number, self.known)
+        self.there.add(self.number)
+        self.known.add(fingerprint(parameters))
         return self.search.new_trial(self.folder, self.number, parameters)
 
 
@@ -192,7 +278,7 @@ def refuse_other_search(folder: Path, saved: Search, wanted: Search) -> None:
     """Raises UserError naming what makes `wanted` another search than the one in `folder`."""
     may_change = MAY_CHANGE - {"epochs", "steps", "eval_limit", "extend_to"}
     before, now = (
-        search.model_dump(mode="json", exclude={"samples", "resources", "base"})
+        search.model_dump(mode="json", exclude={"samples", "resources", "base", "space", "earlier", "again", "seeds"})
         | {name: value for name, value in search.base.items() if name not in may_change}
         for search in (saved, wanted)
     )
@@ -203,23 +289,16 @@ def refuse_other_search(folder: Path, saved: Search, wanted: Search) -> None:
         refuse(f"{folder} holds another search", different, way)
 
 
-def write_best(folder: Path, trials: Sequence[Trial]) -> Trial | None:
-    """Write best.yaml, a configuration file for the full run from the best trial; None if no trial has a score.
+def write_best(folder: Path, winner: Trial, known: str) -> None:
+    """Write best.yaml, a configuration file for the full run from `winner`; `known` says what makes it the best.
 
     A trial that has taken over from another owes its score to a history of options, which is written above the last."""
-    winner = best(trials)
-    if winner is None:
-        return None
     config = RunFolder(winner.folder).read_config()
     content = config.model_dump(mode="json", exclude={"run": True, "corpus": set(SUBSAMPLING) | {"cache"}})
-    lines = [
-        f"The best of {len(trials)} trials: {winner.name}, {METRIC} {winner.score:.4f} within {winner.step} steps."
-    ]
-    lines.append(f"The limits of the search on the data ({', '.join(SUBSAMPLING)}) are left out.")
+    lines = [known, f"The limits of the search on the data ({', '.join(SUBSAMPLING)}) are left out."]
     lines += describe_schedule(winner, Search.read(folder).space)
     with replacing(folder / "best.yaml") as temporary:
         temporary.write_text("".join(f"# {line}\n" for line in lines) + yaml.safe_dump(content, sort_keys=False))
-    return winner
 
 
 def describe_schedule(trial: Trial, space: Space) -> list[str]:

@@ -49,6 +49,9 @@ class Choice(_Distribution):
     def extremes(self) -> tuple[Any, ...]:
         return self.values
 
+    def holds(self, value: Any) -> bool:
+        return value in self.values
+
 
 class _Range(_Distribution):
     @model_validator(mode="after")
@@ -61,6 +64,10 @@ class _Range(_Distribution):
 
     def extremes(self) -> tuple[Any, ...]:
         return (self.low, self.high)
+
+    def holds(self, value: Any) -> bool:
+        number = isinstance(value, int) if self.kind == "int" else isinstance(value, int | float)
+        return number and self.low <= value <= self.high
 
 
 class Uniform(_Range):

@@ -51,5 +51,6 @@ class SearchStrategy(Strategy):
 
     def scheduler(self, recorder: "Recorder") -> TrialScheduler | None:
         if self.search.scheduler == "asha":
-            return RememberingASHA(self.search.grace, self.search.reduction, self.trials)
+            points = [trial for trial in self.trials if self.search.point(trial.number, trial.parameters) is not None]
+            return RememberingASHA(self.search.grace, self.search.reduction, points)
         return Population(self.search, recorder, self.trials) if self.takes_turns else None

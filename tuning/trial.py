@@ -37,6 +37,9 @@ class Trial:
     ended: float | None = None
     error: str | None = None  # its last line
     stopped_by: str | None = None
+    # When it was trained: [from, to] of every turn, in seconds since the epoch, and what it took of the machine.
+    turns: list[list[float]] = field(default_factory=list)
+    takes: dict[str, float] = field(default_factory=dict)  # "cpu": cores, "gpu": GPUs
     # In population-based training: from whom, and when; what the trial had reached itself, which it left.
     taken_over: list[dict[str, Any]] = field(default_factory=list)
     variant: str | None = None  # of an ablation
@@ -50,6 +53,11 @@ class Trial:
     def first_parameters(self) -> dict[str, Any]:
         """Before it took over from others."""
         return self.taken_over[0]["left"]["parameters"] if self.taken_over else self.parameters
+
+    @property
+    def seconds(self) -> float:
+        """In which it was trained, over all its turns."""
+        return sum(end - begin for begin, end in self.turns)
 
     @property
     def done(self) -> bool:

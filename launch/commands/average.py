@@ -36,7 +36,7 @@ def main(arguments: list[str]) -> int:
     configs = [run.read_config() for run in runs]
     with whole_or_gone(options.out):
         if any(options.out.iterdir()):
-            raise UserError(f"{options.out} exists and is not an empty folder")
+            raise UserError(f"{options.out} exists and is not an empty folder; name a new one")
         from minbert.trainer.run.soup import write_soup
 
         write_soup(runs, options.out)

@@ -42,7 +42,8 @@ def main(arguments: list[str]) -> int:
     runs = [run for run in find_runs(options.runs) if (run / "config.yaml").exists()]
     runs = list(dict.fromkeys(runs))
     if len(runs) < 2:
-        raise UserError(f"there is nothing to compare: {len(runs)} run in {', '.join(map(str, options.runs))}")
+        where = ", ".join(map(str, options.runs))
+        raise UserError(f"there is nothing to compare: {len(runs)} run in {where}; name two, or folders that hold some")
     found = compare_runs(runs)
     console = Console()
     for table in tables(found):

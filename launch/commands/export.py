@@ -48,7 +48,7 @@ def export(run: RunFolder, folder: Path, seeds: Sequence[Path] = ()) -> Path:
     UserError."""
     with whole_or_gone(folder):
         if any(folder.iterdir()):
-            raise UserError(f"{folder} exists and is not an empty folder")
+            raise UserError(f"{folder} exists and is not an empty folder; name a new one")
         from minbert.trainer.export.folder import export_model
 
         export_model(run, folder, _scores_by_seed(run, seeds) if seeds else {})

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from minbert.data.clock import clock
 from minbert.data.errors import UserError
 from minbert.data.files import to_json
 from minbert.launch.options import parse
@@ -83,7 +84,7 @@ def table(reports: Sequence[Report]) -> Table:
             report.nodes,
             steps,
             "" if report.score is None else f"{report.score:.3f}",
-            "" if report.seconds_left is None else duration(report.seconds_left),
+            "" if report.seconds_left is None else clock(report.seconds_left),
             str(report.requeues or ""),
             report.job_id,
         )
@@ -94,12 +95,6 @@ def shortened(run: Path) -> str:
     """The path as seen from here, if it lies below."""
     run, here = run.absolute(), Path.cwd()
     return str(run.relative_to(here)) if run.is_relative_to(here) and run != here else str(run)
-
-
-def duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
 
 
 def resubmit(reports: Sequence[Report]) -> None:

@@ -78,7 +78,8 @@ def _predict_course_files(runs: Sequence[RunFolder], options: PredictOptions) ->
     whole = folder.resolve()
     own = len(runs) == 1 and whole.parent == run.path.resolve()
     if whole.name == "predictions" and not own and (whole.parent / "config.yaml").exists():
-        raise UserError(f"--out {folder}: the folder belongs to {'another' if len(runs) == 1 else 'one'} run")
+        whose = "another" if len(runs) == 1 else "one"
+        raise UserError(f"--out {folder}: the folder belongs to {whose} run; name another")
     if others and whole == run.predictions.resolve():
         raise UserError(
             f"{run.predictions} holds the predictions of the run's own data, {config.corpus.data}; "
@@ -204,15 +205,15 @@ def _read_csv(path: Path, task: Task) -> tuple[list[str], list[list[str]], str]:
                 records.append((line, record))
             line = reader.line_num + 1
     except csv.Error as error:
-        raise UserError(f"{path}:{line}: {error}") from None
+        raise UserError(f'{path}:{line}: {error}; a field with quotes in it is written as "...", each twice') from None
     header = [name.strip() for name in records[0][1]] if records else []
     if missing := [column for column in task.sentences if column not in header]:
         raise UserError(
             f"{path} has no column {', '.join(missing)} for task {task.name}; "
-            f"its first line names {', '.join(map(repr, header)) or 'none'}"
+            f"its first line names {', '.join(map(repr, header)) or 'none'}; rename the columns"
         )
     if twice := [column for column in task.sentences if header.count(column) > 1]:
-        raise UserError(f"{path}:1: two columns are called {twice[0]}; which is meant?")
+        raise UserError(f"{path}:1: two columns are called {twice[0]}; which is meant? Rename the other")
     if COLUMN in header:
         raise UserError(f"{path} has a column {COLUMN!r} already; rename it")
     for line, record in records[1:]:
@@ -220,5 +221,5 @@ def _read_csv(path: Path, task: Task) -> tuple[list[str], list[list[str]], str]:
             advice = ' A field that contains the separator is written as "...".' if len(record) > len(header) else ""
             raise UserError(f"{path}:{line}: {len(record)} fields where the header has {len(header)}.{advice}")
     if len(records) == 1:
-        raise UserError(f"{path} has no rows")
+        raise UserError(f"{path} has no rows, only a header; add some")
     return header, [record for _, record in records[1:]], delimiter

@@ -3,8 +3,9 @@
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from minbert.data.errors import UserError
 from minbert.data.sequences.tokens import default_cache_dir
@@ -31,6 +32,7 @@ OPTIONS = {
         "The code that is here, or that RUN was trained with: the snapshot of its job, or its commit and changes.",
     ),
     "submit": Option(bool, False, "As a job, with the settings of RUN's own job where it had one."),
+    "dry_run": Option(bool, False, "With --submit: print the batch script and the configuration, and do nothing."),
 }
 
 
@@ -44,21 +46,23 @@ def main(arguments: list[str]) -> int:
     source = RunFolder.existing(Path(arguments[0]))
     job = {name: value for name, value in given.items() if name in job_option_types()}
     options = {name: value for name, value in given.items() if name not in own and name not in job}
-    wanted = given.get("submit", False)
-    if job and not wanted:
-        raise UserError(f"--{next(iter(job)).replace('_', '-')} is about a job; add --submit")
+    wanted, dry = given.get("submit", False), given.get("dry_run", False)
+    if (job or dry) and not wanted:
+        raise UserError(f"--{next(iter(job), 'dry_run').replace('_', '-')} is about a job; add --submit")
     run = options.get("run") or new_run_path(source.read_config())
     if "config" in options:
         raise UserError("--config would replace what the run says; give single options")
     if Path(run).absolute() == source.path.absolute() or (Path(run) / "config.yaml").exists():
         raise UserError(f"{run} holds a run already; give a new folder by --run, or go on with it by minbert resume")
+    submission = Records(source.path).submission() if wanted else None
+    settings = dict(submission.settings) if submission else {}
     if given.get("code") == "same":
-        return _with_old_code(source, Path(run), arguments[1:], wanted)
+        before = as_words({name: value for name, value in settings.items() if name not in job})
+        return _with_old_code(source, Path(run), [*before, *arguments[1:]], wanted)
     use_source(source.own_code)
     options |= {"config": source.config_file, "run": Path(run)}
     if wanted:
-        submission = Records(source.path).submission()
-        return submit(CommandLine({}, (dict(submission.settings) if submission else {}) | job, options))
+        return submit(CommandLine({"dry_run": dry}, settings | job, options))
     return start(build_run_config(options), force=False)
 
 
@@ -71,6 +75,16 @@ def _with_old_code(source: RunFolder, run: Path, words: list[str], wanted: bool)
     path += filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
     print(f"Code: {code}", flush=True)
     return subprocess.run(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(path)}).returncode
+
+
+def as_words(settings: Mapping[str, Any]) -> list[str]:
+    """A job's settings as they are given on a command line."""
+    words = []
+    for name, value in settings.items():
+        values = [f"{key}={item}" for key, item in value.items()] if isinstance(value, Mapping) else value
+        for each in values if isinstance(values, list | tuple) else [values]:
+            words += [] if each is None else [f"--{name.replace('_', '-')}={each}"]
+    return words
 
 
 def _overrides(words: list[str]) -> list[str]:

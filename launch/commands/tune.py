@@ -1,7 +1,7 @@
 """`minbert tune`: search hyperparameters with Ray Tune, here, on a Ray cluster, or inside a SLURM allocation."""
 
 import shlex
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -24,9 +24,11 @@ from minbert.launch.many_runs import (
 )
 from minbert.launch.options import CommandLine, build_run_config
 from minbert.launch.searching import run_search
-from minbert.trainer.config import RunConfig, parse_config
+from minbert.trainer.config import OPTIONS as OF_A_RUN
+from minbert.trainer.config import RunConfig, Seed, parse_config
 from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.processes.stop import StopRequest
+from minbert.tuning.again import runs_again, winner
 from minbert.tuning.search import (
     SEARCH_FILE,
     Search,
@@ -35,7 +37,7 @@ from minbert.tuning.search import (
     refuse_other_search,
 )
 from minbert.tuning.space import Space, check_space, paper_space, parse_space, read_space
-from minbert.tuning.trial import LOCK, METRIC, best
+from minbert.tuning.trial import LOCK, Trial
 
 DESCRIPTION = (
     "Search hyperparameters, or go on with the search in --search. Options of a run hold for every trial. "
@@ -52,7 +54,7 @@ OPTIONS = {
         Annotated[tuple[str, ...], Field(min_length=1)],
         (),
         "What to search: a YAML file, or words such as lr=loguniform(1e-5,1e-4) batch_size=16,32. The default is what "
-        "the paper wanted to search.",
+        "the paper wanted to search. A search that exists goes on in it.",
         "FILE|OPTION=VALUES ...",
     ),
     "samples": Option(Annotated[int, Field(ge=1)], SAMPLES, "Trials; a grid has as many as it has combinations."),
@@ -65,6 +67,18 @@ OPTIONS = {
     ),
     "reduction": Option(Annotated[float, Field(gt=1)], 3.0, "ASHA lets one in this many go on."),
     "grace": Option(Annotated[float, Field(gt=0, lt=1)], 0.1, "Share of its budget at which a trial is judged first."),
+    "again": Option(
+        Annotated[int, Field(ge=0)],
+        0,
+        "When its trials are over, train this many of the best once more with each of --seeds: the best of many is "
+        "also the luckiest.",
+    ),
+    "seeds": Option(
+        Annotated[tuple[Seed, ...], Field(min_length=1)],
+        None,
+        "For --again; the default is the three after the search's own.",
+        "SEED ...",
+    ),
     "retry_failed": Option(bool, False, "Try the trials again that failed for good."),
     "address": Option(str, None, "An existing Ray cluster to use, as host:port or `auto`.", "ADDRESS"),
     "slurm": Option(bool, False, "Run inside an allocation of SLURM, with Ray on all its nodes."),
@@ -87,7 +101,8 @@ def main(arguments: list[str]) -> int:
         search = _resolve(folder, line)
         refuse_queued(folder)
         trials = search.trials(folder)
-        if retry or len(trials) < search.samples or any(not trial.over for trial in trials):
+        runs = runs_again(search, folder, trials)
+        if retry or len(trials) < search.samples or any(not trial.over for trial in (*trials, *runs)):
             check_data_and_model(parse_config(search.base | search.sources(), SEARCH_FILE))
         if slurm:
             return _submit(folder, search, line.job, bool(retry))
@@ -121,19 +136,46 @@ def _resolve(folder: Path, line: CommandLine) -> Search:
     if "seed" in run or "config" in run:
         fields["seed"] = config.seed
     before = saved.model_dump() if saved else {"samples": SAMPLES}
-    given = (base.keys() | run.keys()) - {"seed"}
+    if "seeds" in fields and not fields.get("again", before.get("again")):
+        raise UserError("--seeds are for the best trials once more; --again 3 says how many of them")
+    if fields.get("again") and not fields.get("seeds", before.get("seeds")):
+        seed = fields.get("seed", before.get("seed", 0))
+        fields["seeds"] = (seed + 1, seed + 2, seed + 3)
+    elif "seeds" in fields:
+        fields["seeds"] = tuple(dict.fromkeys(fields["seeds"]))
+    given = ((base.keys() - (saved.base.keys() if saved else set())) | run.keys()) - {"seed"}
     space = _space(options, saved, config, given)
+    trials = saved.trials(folder) if saved else []
+    begun = max((trial.number for trial in trials), default=-1) + 1
+    moves = saved is not None and space != saved.space
+    if moves:
+        fields["earlier"] = saved.going_on_in(space, begun)
     try:
         search = Search(**(before | fields | {"space": space, "base": base, "resources": resources}))
     except ValidationError as error:
         raise UserError(explain(error, str(folder))) from None
-    asked, search = search.samples, search.limited()
+    asked, search = search.samples, search.limited(trials)
     if search.samples < asked and search.algorithm == "random":
-        print(f"The space has only {search.samples} combinations: so many trials.")
+        print(f"The space has only {search.samples - begun} combinations more: so many trials.")
     if saved is not None:
         refuse_other_search(folder, saved, search)
+    if moves:
+        _tell_move(search, trials, begun)
     search.check()
     return search
+
+
+def _tell_move(search: Search, trials: Sequence[Trial], begun: int) -> None:
+    """Raises UserError if nothing is left to be drawn from the new space."""
+    if search.samples <= begun and search.algorithm == "grid":
+        raise UserError("every combination of this space has a trial already; give it a value more")
+    if search.samples <= begun:
+        raise UserError(
+            f"all {begun} trials are drawn already, from the space before: --samples {2 * begun} makes {begun} more, "
+            "from the new one"
+        )
+    inside = sum(search.point(trial.number, trial.parameters) is not None for trial in trials)
+    print(f"Another space, from trial-{begun:04d} on. {inside} of the {begun} trials before lie in it, and count.")
 
 
 def _space(options: Mapping[str, Any], saved: Search | None, config: RunConfig, given: Collection[str]) -> Space:
@@ -143,7 +185,7 @@ def _space(options: Mapping[str, Any], saved: Search | None, config: RunConfig, 
         return check_space(saved.space, given, str(options["search"]))
     if not words:
         return check_space({name: kind for name, kind in paper_space(config).items() if name not in given})
-    if len(words) == 1 and "=" not in words[0]:
+    if len(words) == 1 and "=" not in words[0] and words[0] not in OF_A_RUN:
         return check_space(read_space(read_yaml(Path(words[0])), words[0]), given, words[0])
     return check_space(parse_space(words), given, "--space")
 
@@ -157,13 +199,14 @@ def _start_best(line: CommandLine) -> int:
         raise UserError(f"--best starts a run, to which --{others[0].replace('_', '-')} means nothing")
     folder = line.command["best"]
     search = Search.read(folder)
-    winner = best(search.trials(folder))
-    if winner is None or not (folder / "best.yaml").exists():
+    trials = search.trials(folder)
+    found = winner(search, trials, runs_again(search, folder, trials))
+    if found is None or not (folder / "best.yaml").exists():
         raise UserError(f"no trial of {folder} has a score yet: minbert tune --search {folder}")
     if "config" in line.run:
         raise UserError("--best takes the configuration of the best trial; give single options to change it")
     config = in_folder(build_run_config(line.run | {"config": folder / "best.yaml"}))
-    print(f"From {winner.name} of {folder}, {METRIC} {winner.score:.3f} in the search.")
+    print(f"From {folder}. {found[1]}")
     return start(config, force=line.run.get("force", False))
 
 

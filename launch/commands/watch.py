@@ -36,7 +36,7 @@ class WatchOptions:
 def main(arguments: list[str]) -> int:
     options = parse(WatchOptions, arguments, "watch")
     if not options.folder.is_dir():
-        raise UserError(f"{options.folder} is no folder")
+        raise UserError(f"{options.folder} is no folder; name the folder of a run, a search, or several")
     try:
         return _watch(options)
     except KeyboardInterrupt:
@@ -51,7 +51,7 @@ def _watch(options: WatchOptions) -> int:
     if not (options.folder / "config.yaml").exists():
         runs = ManyRuns(options.folder)
         if not runs.look().reports and not runs.under_way:
-            raise UserError(f"there are no runs in {options.folder}")
+            raise UserError(f"there are no runs in {options.folder}; name the folder of a run, a search, or several")
         show(
             look=lambda: runs.look().under_way,
             draw=lambda width, height, ascii_only: table(runs, width, height, ascii_only),

@@ -1,4 +1,4 @@
-"""The commands as a user meets them: options and files, what a model says of one's own data, and every kind of mistake.
+"""The commands as a user meets them: options and files, what a model says of one's own data, disks that are full.
 
 They are called in this process; where the process itself is the point (exit codes, pipes, terminals), they are started.
 """
@@ -50,16 +50,6 @@ def minbert(*arguments: object) -> int:
         return main([str(argument) for argument in arguments])
     except SystemExit as exit:  # tyro ends the program itself
         return exit.code
-
-
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory) -> RunFolder:
-    """A short run, scored on whole dev splits."""
-    folder = tmp_path_factory.mktemp("commands") / "run"
-    os.environ["MINBERT_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")
-    size = ["--steps", 6, "--train-limit", 200, "--batch-size", 8, "--log-every", 2, "--measure-every", 3]
-    assert minbert("train", "--run", folder, *size) == 0
-    return RunFolder(folder)
 
 
 # Scores and predictions
@@ -206,141 +196,7 @@ def test_sentences_come_from_standard_input(trained, monkeypatch, capsys):
     assert given("", "sst") == 2 and "standard input is empty" in capsys.readouterr().err
 
 
-# Mistakes
-
-FILES = {
-    "unquoted.csv": "sentence\nfine\ngood, but long\n",
-    "latin.csv": b"sentence\ncaf\xe9\n",
-    "empty.csv": "",
-    "header.csv": "sentence\n",
-    "done.csv": "sentence,prediction\nfine,3\n",
-    "fine.csv": "sentence\nfine\n",
-    "open.csv": 'sentence\n"fine\nbad\n',
-    "quote.csv": 'sentence\n"fi"ne\n',
-    "twice.csv": "sentence,sentence\nfine,bad\n",
-    "marked.csv": b"\xef\xbb\xbfsentence\ncaf\xe9\n",
-    "list.yaml": "- lr\n",
-    "value.yaml": "optimizer: {lr: fast}\nprocesses: 0\n",
-    "number.yaml": "1: 2\n",
-}
-SST = "predict {run} --task sst"
-MISTAKES = [
-    ("trainn", "no command 'trainn'; did you mean 'train'?"),
-    ("fly", "there are train, pretrain, resume"),
-    ("train --batchsize 3", "no option --batchsize; did you mean --batch-size?"),
-    ("train --optimizer.lr 3", "did you mean --lr?"),
-    ("train --xylophone 3", "`minbert train --help` lists all"),
-    ("train --steps", "--steps needs a value"),
-    ("train --tasks", "--tasks needs a value"),
-    ("train --steps 2.5", "--steps must be a valid integer, not '2.5'"),
-    ("train --steps 0", "--steps must be greater than or equal to 1, not '0'"),
-    ("train --task-weights 1 -2 1", "--task-weights must be greater than 0, not '-2'"),
-    ("train --task-weights 1 2", "task_weights needs one number for each of sst, quora, sts"),
-    (
-        "train --tasks sst quoraa",
-        "there is no task 'quoraa'; did you mean 'quora'? There are cfimdb, quora, sst, sts",
-    ),
-    ("train --tasks sst sst", "names a task twice"),
-    ("train --zero-stage 4", "--zero-stage must be 0, 1, 2 or 3, not '4'"),
-    ("train --freeze all", "--freeze must be 'none', 'embeddings' or 'encoder', or a valid integer, not 'all'"),
-    ("train --freeze 3", "freeze=3, but the encoder has 2 layers"),
-    ("train --lr 1 2", "what is '2'?"),
-    ("train somewhere", "the run folder is given by --run"),
-    ("train --accumulation 33", "accumulation=33 parts of a batch_size=32 would be empty"),
-    ("train --extend-to 20", "extend_to needs lr_schedule=constant, not linear"),
-    ("train --max-length 513", "max_length=513, but the encoder has 512 positions"),
-    ("train --device cuda", "PyTorch sees no CUDA device here"),
-    ("train --trackers tensorbord", "did you mean 'tensorboard'?"),
-    ("train --trackers clearml", "pip install clearml"),
-    ("train --data {tmp}/nothing", "data folder {tmp}/nothing does not exist"),
-    ("train --data {tmp}", "{tmp}/ids-sst-train.csv does not exist; the files of sst are"),
-    ("train --model {tmp}/nothing", "model folder {tmp}/nothing does not exist"),
-    ("train --model {tmp}", "{tmp} has no config.json: it is not a BERT checkpoint"),
-    ("train --run {tmp}", "{tmp} is not empty and no run folder"),
-    ("train --run /proc/nothing", "run folder /proc/nothing cannot be used"),
-    ("train --run {run} --batch-size 9 --seed 1", "batch_size: 8 in the folder, 9 asked for"),
-    ("train --config {tmp}/list.yaml", "must hold `key: value` lines"),
-    ("train --config {tmp}/number.yaml", "must hold `key: value` lines"),
-    ("train --config {tmp}/value.yaml", "value.yaml: lr: input should be a valid number"),
-    ("train --config {tmp}/value.yaml", "value.yaml: processes: input should be greater than or equal to 1"),
-    ("evaluate", "RUN"),
-    ("evaluate {tmp}/nothing", "is not a run folder"),
-    ("evaluate {run} --split all", "--split must be 'train', 'dev' or 'test', not 'all'"),
-    ("evaluate {run} --jsn", "did you mean --json?"),
-    ("evaluate {run} --data {tmp}/nothing", "does not exist"),
-    ("predict {run} --text words", "--task sst | quora | sts"),
-    ("predict {run} --out {tmp}/x.csv", "the course's files need a folder; a file goes with --csv"),
-    ("predict {run} --out -", "need a folder"),
-    ("predict {run} --out {untrained}/predictions", "the folder belongs to another run"),
-    (f"{SST} --csv {{tmp}}/fine.csv --out {{untrained}}/config.yaml", "it belongs to a run"),
-    ("checkpoint convert {run} {run}/best.safetensors", "it belongs to a run"),
-    ("predict {run} --data {tmp}", "say with --out FOLDER where those of {tmp} go"),
-    ("predict {run} --data {tmp} --out {tmp}/list.yaml/x", "cannot write to {tmp}/list.yaml/x: Not a directory"),
-    ("predict {run} --data {tmp} --out {tmp}/new/er", "ids-sst-dev.csv does not exist"),
-    (f"{SST} --text words --out {{tmp}}/x.csv", "--out goes with --csv or the course's files"),
-    (f"{SST} --text words --data {{tmp}}", "--data goes with the course's files"),
-    (f"{SST} --csv {{tmp}}/open.csv", "open.csv:2: unexpected end of data"),
-    (f"{SST} --csv {{tmp}}/quote.csv", "quote.csv:2: ',' expected after '\"'"),
-    (f"{SST} --csv {{tmp}}/twice.csv", "twice.csv:1: two columns are called sentence"),
-    (f"{SST} --csv {{tmp}}/marked.csv", "is not UTF-8 (byte 15)"),
-    (f"{SST} --csv {{tmp}}/fine.csv --out {{tmp}}/no/x.csv", "there is no folder {tmp}/no"),
-    (f"{SST} --csv {{tmp}}/fine.csv --out {{tmp}}", "it is a folder"),
-    ("resume", "usage: minbert resume RUN"),
-    ("resume --steps 3", "usage: minbert resume RUN"),
-    ("report {run} --out {tmp}/no/x.html", "there is no folder {tmp}/no"),
-    ("report {run} --out {tmp}/list.yaml/x.html", "there is no folder {tmp}/list.yaml"),
-    ("report {run} --mistakes 1e30", "--mistakes must be a valid integer"),
-    ("checkpoint convert {run} {tmp}/no/x.safetensors", "there is no folder {tmp}/no"),
-    ("checkpoint convert {tmp} {tmp}/new/er --steps 3", "{tmp}"),
-    (
-        "checkpoint convert {tmp} {tmp}/list.yaml/x --steps 3",
-        "run folder {tmp}/list.yaml/x cannot be used: Not a directory",
-    ),
-    ("export {untrained} {tmp}/new/er", "holds no trained model yet"),
-    ("export {run} {tmp}/list.yaml/x", "cannot write to {tmp}/list.yaml/x: Not a directory"),
-    ("predict {run} --task sst", "--task goes with --text or --csv"),
-    (f"{SST} --text one two", "task sst takes 1 sentence, and --text has 2"),
-    (f"{SST} --text words --csv {{tmp}}/header.csv", "give --text or --csv, not both"),
-    (f"{SST} --csv {{tmp}}/nothing.csv", "cannot read {tmp}/nothing.csv"),
-    (f"{SST} --csv {{tmp}}/unquoted.csv", "unquoted.csv:3: 2 fields where the header has 1"),
-    (f"{SST} --csv {{tmp}}/latin.csv", "is not UTF-8"),
-    (f"{SST} --csv {{tmp}}/empty.csv", "has no column sentence"),
-    (f"{SST} --csv {{tmp}}/header.csv", "has no rows"),
-    (f"{SST} --csv {{tmp}}/done.csv", "has a column 'prediction' already"),
-    ("predict {run} --task sts --csv {tmp}/header.csv", "has no column sentence1, sentence2 for task sts"),
-    ("train --tasks sst foo", "foo"),
-    ("train --tasks cfimdb", "no task cfimdb"),
-    ("train --aggregator pcgrda", "did you mean 'pcgrad'?"),
-    ("train --aggregator cagrad:d=1", "has no option 'd'; its options: c"),
-    ("train --aggregator nowhere:function", "there is no module nowhere in {tmp}"),
-    ("train --aggregator pcgrad --task-schedule round_robin", "needs task_schedule=all"),
-    ("train --config {tmp}/nowhere.yaml", "cannot read configuration"),
-    ("predict {run} --task sts --text hello", "takes 2 sentence"),
-    ("predict {run} --task cfimdb --text hello", "not trained on cfimdb"),
-    ("evaluate {run} --split test", "no labels"),
-    ("export {run}", "FOLDER"),
-    ("export {run} {tmp}", "exists and is not an empty folder"),
-    ("export {run} {tmp}/list.yaml", "cannot write to"),
-    ("export {tmp} {tmp}/new", "is not a run folder"),
-]
-
-
-@pytest.mark.parametrize(("command", "message"), MISTAKES, ids=[command for command, _ in MISTAKES])
-def test_a_mistake_is_explained_in_a_line(trained, tmp_path, monkeypatch, capsys, command, message):
-    """And leaves no folder."""
-    for name, content in FILES.items():
-        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    monkeypatch.chdir(tmp_path)
-    places = {"tmp": tmp_path, "run": trained.path, "untrained": tmp_path / "untrained"}
-    places["untrained"].mkdir()
-    shutil.copyfile(trained.config_file, places["untrained"] / "config.yaml")
-    before = sorted(tmp_path.iterdir())
-    assert minbert(*(word.format(**places) for word in command.split())) == 2
-    shown = capsys.readouterr()
-    assert message.format(**places) in " ".join(shown.err.split())
-    assert shown.out == ""
-    assert command.startswith("train") or sorted(tmp_path.iterdir()) == before
-
+# Disks and files
 
 WRITERS = [
     ("train --run {there}/run", "run/"),
@@ -416,15 +272,6 @@ def test_folders_that_may_not_be_read_or_written_are_named(copied, capsys):
         closed.chmod(0o755)
         there.chmod(0o755)
     assert list(there.iterdir()) == []
-
-
-def test_an_unwritable_out_file_is_explained(trained, tmp_path, capsys):
-    (tmp_path / "in.csv").write_text("sentence\nwords\n")
-    assert (
-        minbert(*SST.format(run=trained.path).split(), "--csv", tmp_path / "in.csv", "--out", tmp_path / "no" / "x")
-        == 2
-    )
-    assert "cannot write" in capsys.readouterr().err
 
 
 def test_a_bad_row_is_named_by_file_and_line_or_skipped(tmp_path, course_folder, capsys):

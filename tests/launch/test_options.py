@@ -228,14 +228,6 @@ def test_force_may_be_taken_back():
     assert read_run_options(["--force=false", "--data=--x"]) == {"force": False, "data": "--x"}
 
 
-@pytest.mark.parametrize("command", ["tune --space", "ablate --seeds", "ablate --extensions", "ablate --groups"])
-def test_an_empty_list_is_refused_where_it_means_nothing(tmp_path, monkeypatch, capsys, command):
-    monkeypatch.chdir(tmp_path)
-    assert main(command.split()) == 2
-    assert f"{command.split()[1]} needs a value" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
 def test_a_sweeps_folders_are_what_they_are_called(tmp_path, capsys):
     assert main(["submit", "--run", str(tmp_path / "s"), "--sweep", "seed=7 9,8", "--dry-run"]) == 2
     assert "what is '9' in seed=7_9" in capsys.readouterr().err

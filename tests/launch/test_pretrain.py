@@ -182,10 +182,7 @@ def test_a_new_run_has_defaults_of_its_own_unless_something_is_said(tmp_path, ca
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--text", "a.txt"], "there is no option --text; did you mean --texts?"),
-        (["--partition", "gpu"], "--partition is for a job: add --submit"),
         (["--tasks", "ssst"], "there is no task 'ssst'; did you mean 'sst'?"),
-        (["--texts", "nowhere.txt"], "nowhere.txt, which task mlm has its texts from, is no file"),
         (["--mask-share", "2"], "task mlm: masking.share"),
         (["--tasks", "mlm.yaml", "--packed"], "mlm says itself what its texts are"),
     ],

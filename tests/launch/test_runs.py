@@ -16,7 +16,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModel, AutoTokenizer
 
 from minbert.data.sources.loading import load_examples
+from minbert.launch.commands.rerun import as_words
 from minbert.launch.main import main
+from minbert.launch.options import job_option_types
+from minbert.launch.words import read_options
+from minbert.slurm.settings import resolve_settings
 from minbert.trainer.run.folder import RunFolder
 
 SMALL = ["--data", CORPUS, "--batch-size", "8", "--log-every", "2"]
@@ -183,6 +187,18 @@ def test_a_run_is_trained_once_more_with_other_options_and_the_code_of_then(trai
     assert "holds a run already" in capsys.readouterr().err
     assert main(["rerun", str(trained.path), "--nodes", "2"]) == 2
     assert "add --submit" in capsys.readouterr().err
+    job = ["--submit", "--executor", "local", "--job-name", "again", "--dry-run"]
+    assert main(["rerun", str(trained.path), "--run", str(tmp_path / "job"), "--lr", "1e-4", *job]) == 0
+    shown = capsys.readouterr().out
+    assert "job_name: again" in shown and "lr: 0.0001" in shown and not (tmp_path / "job").exists()
+
+
+def test_a_jobs_settings_are_words_that_read_as_the_same():
+    given = ["--time", "8h", "--nodes", "2", "--setup=module load cuda", "--setup=--x", "--qos=low"]
+    settings, _ = read_options(job_option_types(), given, "submit")
+    saved = json.loads(resolve_settings(settings).model_dump_json())
+    again, rest = read_options(job_option_types(), as_words(saved), "submit")
+    assert rest == [] and resolve_settings(again) == resolve_settings(settings)
 
 
 def test_a_dying_process_is_named_and_nothing_is_left(tmp_path, capsys):

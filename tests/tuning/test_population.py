@@ -292,16 +292,3 @@ def test_a_population_that_is_killed_goes_on_and_ends_with_one_trial_at_a_time(t
     winner, said = best(trials), (folder / "best.yaml").read_text()
     assert f"{winner.name}, dev/overall {winner.score:.4f}" in said
     assert ("by this schedule" in said) == bool(winner.taken_over)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--space", "hidden_layers=1,2"], "the space has none of them"),
-        (["--algorithm", "tpe"], "does not go with it"),
-        (["--concurrent", "2"], "all trials take turns"),
-    ],
-)
-def test_mistakes_are_explained(words, message, tmp_path, capsys):
-    assert main(["tune", "--search", str(tmp_path / "s"), "--scheduler", "pbt", *words]) == 2
-    assert message in capsys.readouterr().err

@@ -17,7 +17,6 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 
 from minbert.data.errors import UserError
 from minbert.launch.main import main
-from minbert.trainer.config import RunConfig
 from minbert.trainer.run.folder import RunFolder
 from minbert.tuning.ablation import Ablation
 from minbert.tuning.extensions import PAPER_BASELINE
@@ -310,6 +309,7 @@ def search(tmp_path) -> Path:
         trial = wanted.new_trial(folder, number, draw(wanted.space, 0, number))
         score = 0.7 - 0.1 * abs(np.log10(trial.parameters["lr"]) + 4)
         trial.status, trial.started, trial.ended = "finished", 100.0, 175.0
+        trial.turns, trial.takes = [[100.0 + number, 136.0 + number]], {"cpu": 2}
         if number == 5:
             trial.status, trial.error = "failed", HOSTILE
             trial.write()
@@ -327,7 +327,7 @@ def assert_it_says_what_it_is_about_and_its_tables_sort_and_filter(search: Path,
         ".map(d => [d.children[0].textContent, d.children[1].textContent]))"
     )
     assert about["Model"] == "tiny" and about["Data"] == "builtin: sst, quora, sts"
-    assert about["Not the default"] == "batch_size 8" and about["Duration"] == "1 min 15 s"
+    assert about["Not the default"] == "batch_size 8" and about["Duration"] == "1m15s"
 
     def column(number: int) -> list[str]:
         rows = "[...document.querySelectorAll('#all-trials tbody tr')].filter(r => !r.hidden)"
@@ -347,6 +347,48 @@ def assert_it_says_what_it_is_about_and_its_tables_sort_and_filter(search: Path,
     assert labels[0].startswith("The best score over the search.") and f"to {best} at 23" in labels[0]
     assert all(len(label) > 60 for label in labels)
     assert browser.ask("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def assert_a_brush_selects_everywhere(search: Path, browser: Browser) -> None:
+    """What plotly tells of a box in one chart, of another in a second one, of a click, and the way back."""
+    trials = Search.read(search).trials(search)
+
+    def brush(section: str, number: int, inside: str) -> None:
+        """Select the points of a chart at (x, y) for which `inside` holds."""
+        browser.driver.execute_script(
+            f"const d = document.querySelectorAll('#{section} .drawing')[{number}];"
+            "const points = d.data.flatMap((trace, curveNumber) => [...trace.x].flatMap((x, pointNumber) => {"
+            f"const y = trace.y[pointNumber]; return {inside} ? [{{ curveNumber, pointNumber, x, y }}] : []; }}));"
+            "d.emit('plotly_selected', { points });"
+        )
+
+    def rows() -> set[str]:
+        return set(
+            browser.ask("[...document.querySelectorAll('#all-trials tbody tr')].filter(r => !r.hidden).map(r => r.id)")
+        )
+
+    script = "const f = document.querySelector('#all-trials .filter input'); f.value = ''; "
+    browser.driver.execute_script(script + "f.dispatchEvent(new Event('input'))")
+    assert len(rows()) == 24
+    brush("score-against-each-hyperparameter", 3, "x > 0.5")  # aggregator: sum | pcgrad
+    surgery = {t.name for t in trials if t.score is not None and t.parameters["aggregator"] == "pcgrad"}
+    assert rows() == surgery
+    faint = (
+        "document.querySelector('#learning-curves .drawing').data.filter(t => t.opacity < 0.1).map(t => t.meta.trial)"
+    )
+    assert set(browser.ask(faint)) == {t.name for t in trials if t.score is not None} - surgery
+    brush("parallel-coordinates", 0, "x == 1 && y > 0.9")  # the second axis: hidden layers, the top is 3
+    both = {name for name in surgery for t in trials if t.name == name and t.parameters["hidden_layers"] == 3}
+    assert rows() == both and browser.ask("document.querySelector('.selected').textContent").startswith(
+        f"{len(both)} of 24"
+    )
+    browser.driver.execute_script("document.querySelector('.selected button').click()")
+    assert len(rows()) == 24 and browser.ask("document.querySelector('.selected').hidden")
+    clicked = "emit('plotly_click', {points: [{curveNumber: 0, pointNumber: 2}]})"
+    browser.driver.execute_script(f"document.querySelector('#best-so-far .drawing').{clicked}")
+    (name,) = rows()
+    assert browser.ask("document.querySelector('.selected a').getAttribute('href')") == f"#{name}"
+    browser.driver.execute_script("document.querySelector('.selected button').click()")
 
 
 def test_the_page_of_a_search(search, browser):
@@ -371,6 +413,10 @@ def test_the_page_of_a_search(search, browser):
     assert small == ["lr", "hidden_layers", "head_dropout", "aggregator"]
     curves = browser.ask("document.querySelector('#learning-curves .drawing').data.length")
     assert curves == 23
+    costs = {row[0]: row[1:] for row in browser.table("timeline-and-cost")}
+    assert costs["in all"] == ["24", "0.48", "100%", "0.02"] and costs["stopped early"][:3] == ["8", "0.16", "33%"]
+    assert "33% of the cost went to trials that were stopped early" in browser.ask("document.body.textContent")
+    assert_a_brush_selects_everywhere(search, browser)
 
     rows = read_csv(search / "report.csv")
     assert len(rows) == 24
@@ -436,7 +482,7 @@ def test_the_page_of_an_ablation(tmp_path, browser):
     assert len(read_csv(folder / "report.csv")) == 15
 
 
-# Numbers and mistakes
+# Numbers
 
 
 @given(st.integers(2, 5), st.integers(1, 200), st.integers(0, 2**31 - 1))
@@ -451,19 +497,3 @@ def test_calibration_is_torchmetrics(classes, examples, seed):
     assert found.counts.sum() == examples
     filled = found.counts > 0
     assert (found.counts[filled] * found.accuracy[filled]).sum() == pytest.approx(correct.sum())
-
-
-def test_mistakes_are_explained(tmp_path, capsys):
-    def said(*words: str) -> str:
-        assert main(["report", *words]) == 2
-        return capsys.readouterr().err
-
-    assert "is no run, search or ablation" in said(str(tmp_path))
-    Search(samples=2, space=parse_space(["lr=1e-3,1e-4"])).write(tmp_path / "s")
-    assert "no trial" in said(str(tmp_path / "s"))
-    Ablation(baseline={}, extensions={}, variants={"baseline": {}}, groups={}, seeds=[0]).write(tmp_path / "a")
-    assert "is finished yet" in said(str(tmp_path / "a"))
-    RunFolder(tmp_path / "r").write_config(RunConfig())
-    assert "has logged nothing yet" in said(str(tmp_path / "r"))
-    assert "is a .html file" in said(str(tmp_path / "s"), "--out", "page.pdf")
-    assert "there is no option --split-of" in said(str(tmp_path / "s"), "--split-of", "x")

@@ -1,6 +1,7 @@
 """Searches on Ray that are killed and go on, on clusters of their own and of others, and what they do with mistakes."""
 
 import contextlib
+import csv
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from searches import TINY, await_trials, command, finish, refused, small_search,
 from minbert.launch.main import main
 from minbert.slurm.status import inspect_runs
 from minbert.trainer.checkpoint.format import published
-from minbert.trainer.run.folder import read_config_file
+from minbert.trainer.run.folder import RunFolder, read_config_file
 from minbert.tuning.background import line_on_disk
 from minbert.tuning.cluster import _base, _family
 from minbert.tuning.search import Search
@@ -232,37 +233,6 @@ def test_a_search_that_is_asked_to_stop_saves_and_goes_on_with_tpe_and_several_p
     assert yaml.safe_load((trials[0].folder / "config.yaml").read_text())["parallel"]["processes"] == 2
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--samples", "0"], "--samples must be"),
-        (["--run", "x"], "--search names the folder"),
-        (["--sampels", "3"], "did you mean --samples"),
-        (["--nodes", "2"], "add --slurm"),
-        (["--slurm", "--address", "auto"], "choose one"),
-        (["--space", "nowhere.yaml"], "nowhere.yaml"),
-        (["--algorithm", "grid"], "has a range"),
-        (["--best", "nowhere"], "is not a search"),
-        (["--algorithm", "pbt"], "--algorithm must be"),
-        (["--space"], "--space needs a value"),
-        (["--seed", str(2**70)], "seed"),
-        (["--cpus", "inf"], "cpus"),
-        (["--data", "/nowhere"], "/nowhere"),
-        (["--model", "/nowhere"], "/nowhere"),
-        (["--trackers", "clearly_not"], "clearly_not"),
-        (["--search", "FILE"], "is a file"),
-        (["--search", "FILE/below"], "cannot be used"),
-    ],
-)
-def test_mistakes_are_explained_once_and_leave_no_folder(words, message, tmp_path, capsys):
-    (tmp_path / "file").touch()
-    words = [word.replace("FILE", str(tmp_path / "file")) for word in words]
-    search = [] if "--best" in words or "--search" in words else ["--search", str(tmp_path / "new" / "s")]
-    assert main(["tune", *search, *words]) == 2
-    assert capsys.readouterr().err.count(message) == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
 def test_a_refused_start_changes_nothing(tmp_path, capsys, monkeypatch):
     """Neither a search, nor an ablation, nor what else a folder holds; the lock comes before anything is written."""
     monkeypatch.setenv("RAY_ADDRESS", "")
@@ -294,9 +264,43 @@ def test_a_refused_start_changes_nothing(tmp_path, capsys, monkeypatch):
 
 def test_another_search_in_the_same_folder_is_refused(tmp_path, capsys):
     space = check_space(parse_space(["lr=loguniform(1e-4,1e-3)"]), {})
-    Search(samples=4, space=space, base={"batch_size": 8}).write(tmp_path)
-    assert (
-        main(["tune", "--search", str(tmp_path), "--space", "lr=1e-3,1e-4", "--batch-size", "16", "--seed", "1"]) == 2
+    search = Search(samples=1, space=space, base={"batch_size": 8, "evaluations": 10})
+    search.write(tmp_path)
+    search.new_trial(tmp_path, 0, {"lr": 2e-4}).write()
+    before = (tmp_path / "search.yaml").read_bytes()
+
+    def said(*words: str) -> str:
+        assert main(["tune", "--search", str(tmp_path), *words]) == 2
+        return capsys.readouterr().err
+
+    assert all(
+        text in said("--batch-size", "16", "--seed", "1") for text in ("another search", "batch_size: 8", "seed: 0")
     )
-    said = capsys.readouterr().err
-    assert all(name in said for name in ("holds another search", "space:", "batch_size: 8", "seed: 0"))
+    assert "all 1 trials are drawn already" in said("--space", "lr=loguniform(1e-4,1e-2)")
+    assert "batch_size is searched, and given" in said("--space", "batch_size=8,16", "--batch-size", "8")
+    assert (tmp_path / "search.yaml").read_bytes() == before
+
+
+@ray
+def test_a_search_goes_on_in_another_space(tmp_path, capsys):
+    folder = tmp_path / "s"
+    small = [*TINY, "--steps", "4", "--eval-every", "2", "--concurrent", "1", "--hidden-layers", "1"]
+    finish(command(folder, *small, "--samples", "2", "--scheduler", "none", "--space", "lr=1e-3,1e-4"))
+    again = ["--again", "2", "--seeds", "1", "2"]  # and the best two with other seeds
+    said = finish(command(folder, "--samples", "3", "--space", "lr=1e-4,1e-5", "hidden_layers=1,2", *again))
+    assert "Another space, from trial-0002 on. 1 of the 2 trials before lie in it" in said
+    runs = read_trials(folder / "again", "*/*")
+    assert [run.seed for run in runs] == [1, 1, 2, 2] and all(run.status == "finished" for run in runs)
+    assert all(RunFolder(run.folder).read_config().seed == run.seed and run.seconds > 0 for run in runs)
+    assert "[4/4] trial-" in said and "the best of the search with" in said
+    assert "2 of them trained again with other seeds" in (folder / "best.yaml").read_text()
+    trials = read_trials(folder / "trials")
+    assert [sorted(trial.parameters) for trial in trials] == [["lr"], ["lr"], ["hidden_layers", "lr"]]
+    assert trials[2].parameters["lr"] in (1e-4, 1e-5) and all(trial.status == "finished" for trial in trials)
+    assert "3 of 3 trials are over" in finish(command(folder))
+    assert main(["report", str(folder)]) == 0
+    with (folder / "report.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert sorted(row["space"] for row in rows[:3]) == ["1", "1, outside", "2"]
+    assert [row["seed"] for row in rows] == ["0", "0", "0", "1", "1", "2", "2"]
+    assert [row["hidden_layers"] for row in rows][:2] == ["1", "1"]

@@ -1,6 +1,7 @@
 """Search spaces: what words and files say of them, what is drawn from them, and what is refused."""
 
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from hypothesis import strategies as st
 
 from minbert.data.errors import UserError
 from minbert.trainer.config import RunConfig, parse_config
+from minbert.trainer.run.folder import RunFolder
+from minbert.tuning.proposals import TpeProposals
 from minbert.tuning.search import NextTrial, Search
 from minbert.tuning.space import (
     Choice,
@@ -22,6 +25,7 @@ from minbert.tuning.space import (
     read_space,
     refuse_ranges,
 )
+from minbert.tuning.strategy import SearchStrategy
 from minbert.tuning.trial import Trial
 
 
@@ -103,9 +107,14 @@ def test_a_grid_has_every_combination_and_no_ranges():
         refuse_ranges(parse_space(["lr=uniform(0.1,0.2)"]))
 
 
+def begin(search: Search, folder: Path, count: int, known: list[Trial] | None = None) -> list[Trial]:
+    """At most `count` further trials."""
+    make = NextTrial(search, folder, known or [])
+    return [trial for trial in (make() for _ in range(count)) if trial is not None]
+
+
 def next_trials(search: Search, folder: Path, count: int, known: list[Trial]) -> list[dict]:
-    make = NextTrial(search, folder, known)
-    return [trial.parameters for trial in (make() for _ in range(count)) if trial is not None]
+    return [trial.parameters for trial in begin(search, folder, count, known)]
 
 
 def test_a_random_search_draws_nothing_twice_and_ends_with_the_combinations(tmp_path):
@@ -123,3 +132,92 @@ def test_a_random_search_draws_nothing_twice_and_ends_with_the_combinations(tmp_
     endless = check_space(parse_space(["lr=uniform(0.1,0.2)", "batch_size=8,16"]))
     assert Search(samples=10**9, space=endless).limited().samples == 10**9
     assert not list(tmp_path.iterdir())  # a trial has a folder when its turn comes
+
+
+# Another space
+
+
+def space_of(*words: str):
+    return check_space(parse_space(words))
+
+
+def going_on(search: Search, trials: list[Trial], samples: int, *words: str) -> Search:
+    space = space_of(*words)
+    earlier = search.going_on_in(space, len(trials))
+    return search.model_copy(update={"space": space, "earlier": earlier, "samples": samples}).limited(trials)
+
+
+@pytest.mark.parametrize(
+    ("words", "inside"),
+    [
+        (["lr=loguniform(1e-6,1e-1)", "batch_size=8,16"], ["lr", "batch_size"]),  # wider: all
+        (["lr=loguniform(1e-4,1e-3)", "batch_size=8,16"], None),  # narrower: some
+        (["lr=loguniform(1e-5,1e-3)", "batch_size=8,16", "clip=uniform(0.5,2)"], ["lr", "batch_size", "clip"]),
+        (["lr=loguniform(1e-5,1e-3)", "batch_size=8,16", "clip=uniform(2,3)"], []),  # of which 1 is the default
+        (["lr=loguniform(1e-5,1e-3)", "batch_size=8,16", "max_length=32,64"], ["lr", "batch_size", "max_length"]),
+        (["lr=loguniform(1e-5,1e-3)"], []),  # batches are of 32 now
+        (["lr=loguniform(1e-5,1e-3)", "batch_size=8,32"], None),
+    ],
+)
+def test_a_search_goes_on_in_another_space_and_keeps_what_lies_in_it(tmp_path, words, inside):
+    search = Search(samples=10, space=space_of("lr=loguniform(1e-5,1e-3)", "batch_size=8,16"), base={"max_length": 64})
+    trials = begin(search, tmp_path, 10)
+    later = going_on(search, trials, 20, *words)
+    assert [later.space_of(number) for number in (0, 9, 10, 19)] == [0, 0, 1, 1] and later.first == 10
+    points = [later.point(trial.number, trial.parameters) for trial in trials]
+    for trial, point in zip(trials, points):
+        values = trial.parameters | {"clip": 1.0, "max_length": 64}
+        if inside is None:
+            assert (point is not None) == all(kind.holds(trial.parameters[n]) for n, kind in later.space.items())
+        else:
+            assert point == ({name: values[name] for name in inside} or None)
+    assert inside is not None or 0 < sum(point is not None for point in points) < 10
+    drawn = next_trials(later, tmp_path, 100, trials)
+    assert len(drawn) == 10 and drawn == [draw(later.space, 0, number) for number in range(10, 20)]
+    assert drawn[5:] == next_trials(later, tmp_path, 100, [*trials, *begin(later, tmp_path, 5, trials)])
+    later.write(tmp_path / "s")
+    assert Search.read(tmp_path / "s") == later
+
+
+def test_a_grid_and_a_space_with_an_end_go_on_with_the_combinations_that_are_new(tmp_path):
+    grid = Search(samples=1, algorithm="grid", space=space_of("batch_size=8,16", "hidden_layers=1,2")).limited()
+    trials = begin(grid, tmp_path, 4)
+    later = going_on(grid, trials, 4, "batch_size=8,32,16", "hidden_layers=1,2,3")
+    assert later.samples == 4 + 5
+    drawn = next_trials(later, tmp_path, 100, trials)
+    assert len({fingerprint(each) for each in [*drawn, *(trial.parameters for trial in trials)]}) == 9
+    assert drawn[3:] == next_trials(later, tmp_path, 100, [*trials, *begin(later, tmp_path, 3, trials)])
+    assert later.limited([*trials, *begin(later, tmp_path, 3, trials)]).samples == 9
+    assert going_on(grid, trials, 4, "batch_size=8,16", "hidden_layers=2").samples == 4  # nothing is left
+    random = Search(samples=3, space=grid.space)
+    assert going_on(random, begin(random, tmp_path, 3), 50, "batch_size=8,16,32", "hidden_layers=1,2").samples == 6
+
+
+def test_where_a_search_cannot_go_on(tmp_path):
+    space = space_of("lr=1e-3,1e-4")
+    search = Search(samples=2, space=space)
+    wider = going_on(search, begin(search, tmp_path, 2), 4, "lr=1e-3,1e-4,1e-5")
+    with pytest.raises(UserError, match=r"has left this space .* Leave --space out"):
+        wider.going_on_in(space, 3)
+    assert wider.going_on_in(space, 2) == ()  # as if it had never left
+    assert search.going_on_in(wider.space, 0) == ()
+    with pytest.raises(UserError, match="a population does not go on"):
+        Search(samples=2, space=space, scheduler="pbt").going_on_in(wider.space, 1)
+
+
+def test_tpe_and_asha_learn_from_the_points_of_the_space(tmp_path):
+    pytest.importorskip("optuna")
+    search = Search(samples=4, algorithm="tpe", space=space_of("lr=loguniform(1e-5,1e-2)"))
+    trials = [search.new_trial(tmp_path, number, {"lr": 10.0 ** -(number + 2)}) for number in range(4)]
+    for trial in trials:
+        trial.status, trial.score, trial.step, trial.steps = "finished", 0.1 * trial.number, 10, 10
+        trial.write()
+        RunFolder(trial.folder).append_metrics({"step": 10, "dev/overall": trial.score})
+    later = going_on(search, trials, 8, "lr=loguniform(5e-5,5e-3)", "clip=0.5,1.0")
+    study = TpeProposals(later, trials, [], lambda trial: trial.parameters, partial(later.new_trial, tmp_path)).study
+    assert [trial.params for trial in study.trials] == [{"lr": 1e-3, "clip": 1}, {"lr": 1e-4, "clip": 1}]
+    asha = SearchStrategy(tmp_path, later, trials).scheduler(None)
+    assert {name for bracket in asha._brackets for _, rung in bracket._rungs for name in rung} == {
+        "trial-0001",
+        "trial-0002",
+    }

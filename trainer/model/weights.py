@@ -53,6 +53,10 @@ def is_hub_name(model: str) -> bool:
     return model not in ("tiny", "minilm") and not Path(model).expanduser().is_dir()
 
 
+# What a model may be, for a message.
+KINDS = "give `tiny`, `minilm`, the folder of a BERT checkpoint, or a hub name"
+
+
 def find_checkpoint(model: str, revision: str | None = None) -> Path:
     """The folder of a checkpoint named by `minilm`, a path, or a hub name such as `bert-base-uncased`.
 
@@ -68,7 +72,7 @@ def find_checkpoint(model: str, revision: str | None = None) -> Path:
     if not is_hub_name(model):
         return Path(model).expanduser()
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise UserError(f"model folder {model} does not exist")
+        raise UserError(f"model folder {model} does not exist; {KINDS}")
     from huggingface_hub import snapshot_download
 
     wanted = ["config.json", *WEIGHTS, *TOKENIZER_FILES]
@@ -84,7 +88,7 @@ def find_checkpoint(model: str, revision: str | None = None) -> Path:
         of = f", revision {revision}," if revision else ""
         raise UserError(
             f"model {model!r}{of} is no folder here and could not be had from the hub ({type(error).__name__}).\n"
-            "Give `tiny`, `minilm`, the folder of a BERT checkpoint, or a hub name with the network at hand."
+            f"{KINDS.capitalize()} with the network at hand."
         ) from error
 
 
@@ -94,7 +98,7 @@ def read_config(folder: Path) -> BertConfig:
     try:
         raw = read_json(file)
     except FileNotFoundError:
-        raise UserError(f"{folder} has no config.json: it is not a BERT checkpoint") from None
+        raise UserError(f"{folder} has no config.json: it is not a BERT checkpoint; {KINDS}") from None
     for key, only in (("model_type", "bert"), ("hidden_act", "gelu"), ("position_embedding_type", "absolute")):
         if raw.get(key, only) != only:
             raise UserError(f"{file}: {key} is {shown(raw[key])}, and only {only!r} is supported")

@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
+from minbert.data.clock import clock
 from minbert.trainer.config import RunConfig
 from minbert.trainer.run.standing import Standing
 
@@ -199,20 +200,6 @@ def is_ascii(console: Console) -> bool:
 def may_live(console: Console) -> bool:
     """Whether a panel that is drawn over and over can be read there."""
     return console.is_terminal and not console.is_dumb_terminal and (console.width > 80 or not is_ascii(console))
-
-
-def clock(seconds: float | None) -> str:
-    """At most six characters: 12s, 3m04s, 1h02m, 2d03h."""
-    if seconds is None:
-        return "–"
-    seconds = int(seconds)
-    if seconds < 60:
-        return f"{seconds}s"
-    if seconds < 3600:
-        return f"{seconds // 60}m{seconds % 60:02}s"
-    if seconds < 100 * 3600:
-        return f"{seconds // 3600}h{seconds // 60 % 60:02}m"
-    return f"{seconds // 86400}d{seconds // 3600 % 24:02}h"
 
 
 def _grouped(value: float | None) -> str:

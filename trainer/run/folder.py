@@ -66,7 +66,7 @@ class RunFolder:
         """The folder of a run that was started. Raises UserError where there is none."""
         run = RunFolder(path)
         if not run.config_file.exists():
-            raise UserError(f"{path} is not a run folder: it has no config.yaml")
+            raise UserError(f"{path} is not a run folder: it has no config.yaml; name one that minbert train has made")
         return run
 
     @property
@@ -143,7 +143,7 @@ class RunFolder:
             if self.path.is_dir():
                 return False
             reason = "Not a directory" if isinstance(error, FileExistsError) else error.strerror
-            raise UserError(f"run folder {self.path} cannot be used: {reason}") from None
+            raise UserError(f"run folder {self.path} cannot be used: {reason}; give another") from None
 
     def _take(self, patience: float, stop: StopRequest | None) -> int | None:
         deadline = time.monotonic() + patience

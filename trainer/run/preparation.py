@@ -163,7 +163,7 @@ def _pin_weights(run: RunFolder, config: RunConfig) -> RunConfig:
     model, revision = config.encoder.model, config.encoder.revision
     if not is_hub_name(model):
         if revision is not None:
-            raise UserError(f"revision={revision} is for a model of the hub, and {model} is here")
+            raise UserError(f"revision={revision} is for a model of the hub, and {model} is here; leave one out")
         return config
     if revision is None and run.config_file.exists() and (saved := run.read_config().encoder).model == model:
         revision = saved.revision
@@ -253,9 +253,9 @@ def _require_trackers(names: Iterable[str]) -> None:
     for name in names:
         if name not in LOGGER_TYPE_TO_CLASS:
             near = difflib.get_close_matches(name, LOGGER_TYPE_TO_CLASS, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            hint = f"; did you mean {near[0]!r}?" if near else ""
             raise UserError(
-                f"no tracker is called {name!r}. {hint}There are {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}."
+                f"no tracker is called {name!r}{hint or '.'} There are {', '.join(sorted(LOGGER_TYPE_TO_CLASS))}."
             )
         if name not in map(str, get_available_trackers()):
             raise UserError(f"the tracker {name} needs its package: pip install {name.replace('_', '-')}")
@@ -269,7 +269,7 @@ def _require_run_folder(run: RunFolder) -> None:
         if not os.access(run.path, os.W_OK):
             raise PermissionError(None, "it is not writable")
     except OSError as error:
-        raise UserError(f"run folder {run.path} cannot be used: {error.strerror}") from None
+        raise UserError(f"run folder {run.path} cannot be used: {error.strerror}; give another by --run") from None
     if run.average.exists():
         raise UserError(
             f"{run.path} holds the mean of other runs' weights, which is no run to train. Give another --run; to start "
@@ -363,7 +363,8 @@ def _require_fitting(encoder: Path, config: RunConfig) -> None:
     shape, freeze = read_config(encoder), config.encoder.freeze
     if config.corpus.max_length > shape.max_position_embeddings:
         raise UserError(
-            f"max_length={config.corpus.max_length}, but the encoder has {shape.max_position_embeddings} positions"
+            f"max_length={config.corpus.max_length}, but the encoder has {shape.max_position_embeddings} positions; "
+            "give at most that"
         )
     pairs = [task.name for task in config.corpus.tasks if config.heads.joins(task)]
     if pairs and shape.type_vocab_size < 2:
@@ -372,4 +373,4 @@ def _require_fitting(encoder: Path, config: RunConfig) -> None:
             "types, and the encoder has only one; use pair_encoding=siamese"
         )
     if isinstance(freeze, int) and freeze > shape.num_hidden_layers:
-        raise UserError(f"freeze={freeze}, but the encoder has {shape.num_hidden_layers} layers")
+        raise UserError(f"freeze={freeze}, but the encoder has {shape.num_hidden_layers} layers; give at most that")

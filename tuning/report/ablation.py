@@ -51,7 +51,7 @@ def ablation_report(folder: Path) -> Report:
     rows = {row.variant: row for row in compare(ablation, trials)}
     columns = next((list(row.scores) for row in rows.values() if row.scores), None)
     if columns is None:
-        raise UserError(f"no run of {folder} is finished yet")
+        raise UserError(f"no run of {folder} is finished yet; minbert ablate --ablation {folder} goes on with it")
     sections = [Section("The ablation", [_summary(ablation), _settings(ablation)])]
     if tuple(columns[:-1]) == PAPER_TASKS and "added" in ablation.groups:
         sections.append(Section("The paper's table beside ours", _beside_paper(rows)))

@@ -6,10 +6,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from minbert.data.clock import clock
 from minbert.data.errors import UserError
 from minbert.data.reading import read_json
 from minbert.trainer.config import INCIDENTAL, RunConfig, flatten
-from minbert.tuning.report.page import duration, setting
+from minbert.tuning.report.page import setting
 
 
 def facts(
@@ -32,7 +33,7 @@ def facts(
     if began:
         found.append(("Date", f"{datetime.fromtimestamp(began):%Y-%m-%d %H:%M}"))
         if ended and ended >= began:
-            found.append(("Duration", duration(ended - began)))
+            found.append(("Duration", clock(ended - began)))
     changed = ", ".join(f"{name} {setting(value)}" for name, value in not_default(config).items())
     return [*found, ("Not the default", changed or "nothing")]
 

@@ -38,9 +38,9 @@ class Importances:
 
 def scores_at_equal_share(trials: Sequence[Trial]) -> tuple[float, np.ndarray]:
     """The share of the budget that all `trials` have reached, and each one's best score (n,) until then; of a trial
-    that was first evaluated later, its first score. Every trial has an evaluation."""
+    that was first evaluated later, its first score. Every trial has an evaluation; of no trials the share is 0."""
     curves = [[(record["step"] / trial.steps, record[METRIC]) for record in trial.earned()] for trial in trials]
-    share = min(curve[-1][0] for curve in curves)
+    share = min((curve[-1][0] for curve in curves), default=0.0)
     return share, np.array([max(score for at, score in curve if at <= max(share, curve[0][0])) for curve in curves])
 
 

@@ -1,3 +1,14 @@
+// What is selected of the things that rows and points stand for: each source says which it lets through, or null for all.
+// What all of them let through is selected; `listeners` hear of it.
+const selection = { sources: new Map(), names: null, listeners: [] };
+const select = (source, names) => {
+  if (names) selection.sources.set(source, names);
+  else selection.sources.delete(source);
+  const all = [...selection.sources.values()];
+  selection.names = all.length ? new Set([...all[0]].filter((name) => all.every((set) => set.has(name)))) : null;
+  selection.listeners.forEach((hear) => hear(selection.names));
+};
+
 // Tables: a heading sorts, and a field above long ones keeps the rows that hold all of its words.
 (() => {
   const value = (row, column) => {
@@ -34,18 +45,32 @@
         body.append(...known.map(([, row]) => row));
       });
     });
+    const named = rows.some((row) => row.id), count = document.createElement("output");
+    let words = [];
+    const fits = (row) => words.every((word) => row.textContent.toLowerCase().includes(word));
+    const show = () => {
+      const { names } = selection;
+      for (const row of rows) row.hidden = !(fits(row) && (!named || !names || names.has(row.id)));
+      const shown = rows.filter((row) => !row.hidden).length;
+      count.textContent = shown < rows.length || words.length ? `${shown} of ${rows.length} rows` : "";
+    };
+    if (named) selection.listeners.push(show);
     if (rows.length < 9) continue;
     const label = document.createElement("label"), input = document.createElement("input");
-    const count = document.createElement("output");
     label.className = "filter";
     input.type = "search";
     label.append("Filter", input, count);
     scroll.before(label);
     input.addEventListener("input", () => {
-      const words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
-      for (const row of rows) row.hidden = !words.every((word) => row.textContent.toLowerCase().includes(word));
-      const shown = rows.filter((row) => !row.hidden).length;
-      count.textContent = words.length ? `${shown} of ${rows.length} rows` : "";
+      words = input.value.toLowerCase().split(/\s+/).filter(Boolean);
+      if (named) select(table, words.length ? new Set(rows.filter(fits).map((row) => row.id)) : null);
+      else show();
+    });
+    selection.listeners.push((names) => {
+      if (names || !words.length || !named) return;
+      input.value = "";
+      words = [];
+      show();
     });
   }
 })();
@@ -81,19 +106,80 @@
     };
   };
 
-  const config = (title) => ({
-    responsive: true, displaylogo: false, modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
-    toImageButtonOptions: { format: "svg", filename: title },
+  // A finger on a chart scrolls the page; a mouse draws a box, which selects where points stand for trials.
+  const finger = window.matchMedia("(pointer: coarse)");
+  const namesOf = (trace, points) => (trace.meta?.trial ? [trace.meta.trial] : points.map((n) => trace.customdata[n]));
+  const isNamed = ({ data }) => data.some((trace) => trace.meta?.trial || trace.customdata);
+  const config = ({ title, named }) => ({
+    responsive: true, displaylogo: false, toImageButtonOptions: { format: "svg", filename: title },
+    modeBarButtons: [["toImage", ...(named ? ["select2d", "lasso2d"] : []), "zoom2d", "pan2d", "resetScale2d"]],
   });
   const drawings = [...document.querySelectorAll(".chart")].map((chart) => {
     const { data, layout } = JSON.parse(chart.querySelector("script").textContent);
-    return { element: chart.querySelector(".drawing"), data, layout, title: chart.querySelector("h3").textContent };
+    const title = chart.querySelector("h3").textContent;
+    const opacities = data.map((trace) => trace.opacity ?? 1);  // plotly writes into data what is faded
+    return { element: chart.querySelector(".drawing"), data, layout, title, opacities, named: isNamed({ data }) };
   });
-  const draw = ({ element, title, ...figure }) => {
-    const { data, layout } = coloured(figure);
-    return Plotly.react(element, data, { ...layout, template: template() }, config(title));
+  const draw = async (drawing) => {
+    const { element, named, ...figure } = drawing, { data, layout } = coloured(figure);
+    const dragmode = finger.matches ? false : named ? "select" : "zoom";
+    await Plotly.react(element, data, { dragmode, ...layout, template: template() }, config(drawing));
+    if (named) mark(drawing, selection.names);
   };
-  Promise.all(drawings.map(draw)).then(() => (document.documentElement.dataset.drawn = drawings.length));
+
+  // Selected trials stand out: the others' points and lines fade.
+  const mark = ({ element, data, opacities }, names) => {
+    const inside = (trace) => trace.customdata.flatMap((name, n) => (names.has(name) ? [n] : []));
+    const points = data.map((trace) => (names && !trace.meta?.trial && trace.customdata ? inside(trace) : null));
+    const faint = (trace) => names && trace.meta?.trial && !names.has(trace.meta.trial);
+    const opacity = data.map((trace, n) => (faint(trace) ? 0.06 : opacities[n]));
+    return Plotly.restyle(element, { selectedpoints: points, opacity });
+  };
+  const listen = (drawing) => {
+    const { element, data } = drawing;
+    element.on("plotly_selected", (event) => {
+      if (!event?.points?.length) return;
+      const byPlace = new Map();  // a box on each of several axes: the lines that pass through all of them
+      for (const { curveNumber, pointNumber, x } of event.points) {
+        const trace = data[curveNumber], place = drawing.layout.meta?.axes ? x : 0;
+        if (!byPlace.has(place)) byPlace.set(place, new Set());
+        namesOf(trace, [pointNumber]).forEach((name) => byPlace.get(place).add(name));
+      }
+      const [first, ...others] = byPlace.values();
+      select(drawing, new Set([...first].filter((name) => others.every((set) => set.has(name)))));
+    });
+    element.on("plotly_deselect", () => select(drawing, null));
+    element.on("plotly_click", ({ points: [{ curveNumber, pointNumber }] }) => {
+      const trace = data[curveNumber];
+      if (trace.meta?.trial || trace.customdata) select("click", new Set(namesOf(trace, [pointNumber])));
+    });
+  };
+  const clear = () => {
+    for (const { element, named } of drawings) if (named) Plotly.relayout(element, { selections: [] });
+    for (const source of [...selection.sources.keys()]) select(source, null);
+  };
+  const bar = document.createElement("p");  // what is selected, with links to the rows
+  bar.className = "selected";
+  bar.setAttribute("role", "status");
+  bar.hidden = true;
+  document.body.append(bar);
+  const all = new Set([...document.querySelectorAll("tr[id]")].map((row) => row.id));
+  const say = (names) => {
+    bar.hidden = !names;
+    if (!names) return;
+    const links = [...names].slice(0, 5).map((name) => Object.assign(document.createElement("a"), { href: `#${name}`, textContent: name }));
+    const button = Object.assign(document.createElement("button"), { type: "button", textContent: "show all" });
+    button.addEventListener("click", clear);
+    const more = names.size > links.length ? ` and ${names.size - links.length} more` : "";
+    bar.replaceChildren(`${names.size} of ${all.size}: `, ...links.flatMap((link) => [link, " "]), more, button);
+  };
+
+  Promise.all(drawings.map(draw)).then(() => {
+    const named = drawings.filter((drawing) => drawing.named);
+    named.forEach(listen);
+    selection.listeners.push((names) => named.forEach((drawing) => mark(drawing, names)), say);
+    document.documentElement.dataset.drawn = drawings.length;
+  });
   dark.addEventListener("change", () => drawings.forEach(draw));
   const redraw = () => drawings.forEach((drawing) => draw(drawing).then(() => Plotly.Plots.resize(drawing.element)));
   window.addEventListener("beforeprint", redraw);

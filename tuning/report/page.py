@@ -48,6 +48,7 @@ class Table:
     rows: Sequence[Sequence[str]]
     title: str = ""
     text_columns: int = 1
+    trials: Sequence[str] = ()  # of whom the rows tell; a selection in the charts keeps theirs
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Chart:
     note: str = ""
     wide: bool = False
     height: int = 320  # pixels
+    least_width: int = 0  # pixels; on a narrower screen the chart scrolls
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,16 @@ def figure(*traces: Any, **layout: Any) -> Any:
     return found
 
 
+def of_trial(name: str) -> dict[str, Any]:
+    """What says of a trace that it is a trial's; of the points of one, `customdata` says whose each is."""
+    return {"meta": {"trial": name}}
+
+
+def link(text: str, target: str) -> str:
+    """A cell that leads to another place."""
+    return Markup('<a href="{}">{}</a>').format(target, text)
+
+
 def seeds_curve(name: str, curves: Sequence[Mapping[int, float]], colour: str, dash: str = "solid") -> Any:
     """One line for several seeds: the mean at every step that all of them have, with the standard deviation as bars.
     `curves`: of each seed, step -> value."""
@@ -190,18 +202,6 @@ def setting(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, float):
         return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
     return f"{value:.4g}"
-
-
-def duration(seconds: float | None) -> str:
-    """1 h 02 min, 3 min 04 s, or 5.2 s."""
-    if seconds is None:
-        return "–"
-    minutes, rest = divmod(seconds, 60)
-    if minutes < 1:
-        return f"{rest:.1f} s"
-    if minutes < 60:
-        return f"{minutes:.0f} min {int(rest):02d} s"
-    return f"{int(minutes // 60)} h {int(minutes % 60):02d} min"
 
 
 def _source(environment: Environment, name: str) -> str:

@@ -29,7 +29,7 @@ def _trace(trace: Any, places: Sequence[str]) -> str:
         values = _numbers(trace.x)
         return f"{name}{len(values)} values, {_number(min(values))} to {_number(max(values))}." if values else ""
     if trace.type == "bar":
-        return _bars(name, trace)
+        return f"{name}{len(trace.x)} spans." if trace.base is not None else _bars(name, trace)
     x, y = list(trace.x if trace.x is not None else ()), list(trace.y if trace.y is not None else ())
     if trace.error_x is not None and trace.error_x.array is not None:
         reaches = zip(y, x, trace.error_x.array)

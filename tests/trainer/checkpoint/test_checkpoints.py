@@ -347,9 +347,6 @@ def test_list_and_verify_tell_what_there_is(run, capsys):
         ("checkpoint convert {run}/nothing {run}/other", "is no folder"),
         ("checkpoint convert {run}/encoder {run}/../other", "is no DeepSpeed checkpoint"),
         ("checkpoint convert {run} {run}/model.safetensors --steps 3", "what is '--steps'?"),
-        ("resume {run}/nothing", "is not a run folder"),
-        ("resume {run} --lr 0.5", "lr: 0.001 in the folder, 0.5 asked for"),
-        ("resume {run} --forse", "did you mean --force?"),
     ],
 )
 def test_mistakes_are_explained(run, capsys, command, message):

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from small_runs import CORPUS
 from torch.utils.flop_counter import FlopCounterMode
 
+from minbert.data.clock import clock
 from minbert.launch.main import main
 from minbert.trainer.config import RunConfig
 from minbert.trainer.model.bert import Bert, BertConfig
 from minbert.trainer.run import reporting
 from minbert.trainer.run import standing as standings
-from minbert.trainer.run.display import View, as_json, clock, line, panel
+from minbert.trainer.run.display import View, as_json, line, panel
 from minbert.trainer.run.speed import flops_per_token, matmul_peak
 from minbert.trainer.run.standing import Heartbeat, Standing, here, read_standing, read_standings
 
