@@ -72,7 +72,7 @@ MISTAKES = [
     Mistake("train --lr fast", "not 'fast'", "--lr", "must be a valid number"),
     Mistake("train --lr -1", "not '-1'", "--lr", "must be greater than 0"),
     Mistake("train --zero-stage 4", "not '4'", "--zero-stage", "must be 0, 1, 2 or 3"),
-    Mistake("train --precision fp16", "not 'fp16'", "--precision", "must be 'fp32' or 'bf16'"),
+    Mistake("train --precision fp16", "not 'fp16'", "--precision", "must be 'fp32', 'tf32' or 'bf16'"),
     Mistake("train --freeze all", "not 'all'", "--freeze", "'none', 'embeddings' or 'encoder', or a valid integer"),
     Mistake("train --task-weights 1 -2 1", "not '-2'", "--task-weights", "must be greater than 0"),
     Mistake("evaluate {run} --split all", "not 'all'", "--split", "must be 'train', 'dev' or 'test'"),
