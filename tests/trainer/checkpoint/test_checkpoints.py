@@ -357,7 +357,7 @@ def test_mistakes_are_explained(run, capsys, command, message):
 def test_force_names_what_it_overrides(run, capsys):
     vocabulary = run / "encoder" / "vocab.txt"
     words = vocabulary.read_text().splitlines()
-    vocabulary.write_text("\n".join([*words[:-2], words[-1], words[-2]]) + "\n")
+    vocabulary.write_text("\n".join([*words[:5], *reversed(words[5:])]) + "\n")  # after [PAD] and the like
     assert minbert("resume", run, "--steps", 4) == ExitCode.USER_MISTAKE
     said = capsys.readouterr().err
     assert "is of another run" in said and "vocabulary.vocab.txt: SHA-256" in said and "data.sst" in said

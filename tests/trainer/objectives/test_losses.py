@@ -149,7 +149,7 @@ def test_losses_are_chosen_by_option_and_stay_with_the_run():
         ({"losses": ["quora=pearson"]}, "a binary task takes binary_cross_entropy, not pearson"),
         ({"losses": ["sts"]}, "losses"),
         ({"losses": ["sts=pearson"], "accumulation": 2}, "would compare those of a part: use more processes"),
-        ({"losses": ["sts=cosent"], "pair_encoding": "joint"}, "which pair_encoding=joint does not have"),
+        ({"losses": ["sts=cosent"], "pair_encoding": "joint"}, "which pair_encoding=joint does not do"),
         ({"losses": ["sts=cosent"], "freeze": "encoder"}, "has no head to train"),
         ({"label_smoothing": [0, 0, 0.1]}, "label_smoothing of sts must be 0: it has no cross entropy over labels"),
     ],
