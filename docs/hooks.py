@@ -29,7 +29,8 @@ def on_page_markdown(markdown: str, page, config, files) -> str:
     def called(link: re.Match[str]) -> str:
         return f"[{titles.get(link[1], link[1])}]({link[2]})"
 
-    return re.sub(r"\[(?:docs/)?([\w/]+\.md)\]\(([^)]+)\)", called, markdown)
+    markdown = re.sub(r"\[(?:docs/)?([\w/]+\.md)\]\(([^)]+)\)", called, markdown)
+    return re.sub(r"(?m)^\|.*$", lambda row: row[0].replace(" ± ", "\u00a0±\u00a0"), markdown)
 
 
 def _pages(part: dict) -> Iterator[tuple[str, str]]:
@@ -71,7 +72,7 @@ def _table(actions: list[Action]) -> str:
         name = action.option_strings[-1] if action.option_strings else action.metavar or action.dest
         value = f"`{action.metavar}`" if action.metavar and action.option_strings else ""
         about = " ".join((action.help or "").replace("(default: )", "").split())
-        rows.append(f"| `{name}` | {value} | {about.replace('|', '&#124;').replace('<', '&lt;')} |")
+        rows.append(f"| `{name}`{{.whole}} | {value} | {about.replace('|', '&#124;').replace('<', '&lt;')} |")
     return "\n".join(rows)
 
 

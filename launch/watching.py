@@ -141,7 +141,7 @@ class ManyRuns:
         parts += [f"{count[State.PENDING]} pending"] if count[State.PENDING] else []
         parts += [f"{failed} failed"] if failed else []
         if best and "overall" in best[1].best:
-            parts.append(f"best {best[1].best['overall']:.3f} {best[0].run.name}")
+            parts.append(f"best {best[1].best['overall']:.3f} {_name(self, best[0])}")
         return ", ".join(parts)
 
     def line(self) -> str:
@@ -186,7 +186,7 @@ def table(runs: ManyRuns, width: int, height: int, ascii_only: bool = False) -> 
 
 def _name(runs: ManyRuns, report: Report) -> str:
     below = report.run.relative_to(runs.folder)
-    return below.name if below.parts[:1] == ("trials",) else str(below)
+    return str(Path(*below.parts[1:])) if below.parts[:1] in (("trials",), ("runs",)) else str(below)
 
 
 class Drawing:

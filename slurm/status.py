@@ -169,7 +169,7 @@ def _report(known: _Known, told: _Told) -> Report:
     if known.unreadable:
         state, detail, nodes, active = State.DAMAGED, "", "", True
     elif trial:
-        state, detail, nodes, active = trial["status"], trial["error"] or "trial", "", False
+        state, detail, nodes, active = trial["status"], trial["error"] or "", "", False
     else:
         state, detail, nodes, active = _state(known, told)
         if not active and state != Ending.FINISHED and (run / "config.yaml").exists():

@@ -90,8 +90,10 @@ def _without_job(run: Path) -> list[Event]:
     events = [Event(standing.began, "started", f"{count} on {standing.host}, from step {standing.first_step}")]
     if standing.step > standing.first_step:
         events.append(Event(standing.moved, "last step", f"{standing.step} of {standing.total_steps}"))
-    last = "left" if standing.ended else "last word"
-    return [*events, Event(standing.written, last, standing.activity)]
+    if not standing.ended:
+        return [*events, Event(standing.written, "last word", standing.activity)]
+    done = standing.step >= standing.total_steps
+    return [*events, Event(standing.written, "ended", "" if done else f"while {standing.activity}")]
 
 
 def first_failure(run: Path) -> Error | None:

@@ -67,6 +67,11 @@ class Ablation(BaseModel):
         for name, change in self.variants.items():
             parse_config(self.baseline | change | {"seed": max(self.seeds)}, name)
 
+    @property
+    def seeds_told(self) -> str:
+        """`seeds 0, 1`."""
+        return f"seed{'s' if len(self.seeds) > 1 else ''} {', '.join(map(str, self.seeds))}"
+
     def trials(self, folder: Path) -> list[Trial]:
         """Every variant with every seed; all variants of a seed before the next seed."""
         there = {trial.name: trial for trial in read_trials(folder / "runs", "*/*")}

@@ -30,7 +30,7 @@ from minbert.slurm.status import is_active
 from minbert.trainer.config import Seed, flat_options, flatten, parse_config
 from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.tuning.ablation import ABLATION_FILE, GROUPS, TITLES, Ablation, plan, refuse_other_ablation
-from minbert.tuning.comparison import Row, compare
+from minbert.tuning.comparison import AGAINST, Row, compare, differences, labels
 from minbert.tuning.extensions import DEFAULT, PAPER_BASELINE, combination, extension
 from minbert.tuning.search import base_options
 from minbert.tuning.space import Parameters
@@ -87,8 +87,8 @@ def main(arguments: list[str]) -> int:
         print(f"Ablation: {folder}", flush=True)
         trials = ablation.trials(folder)
         over = sum(trial.over for trial in trials)
-        variants, seeds = len(ablation.variants), len(ablation.seeds)
-        print(f"{variants} variants with {seeds} seeds: {len(trials)} runs, {over} are over.", flush=True)
+        variants = f"{len(ablation.variants)} variants with {ablation.seeds_told}"
+        print(f"{variants}: {len(trials)} runs, {over} are over.", flush=True)
         begin = partial(_begin, folder, ablation, trials, options.get("retry_failed", False))
         if options.get("slurm"):
             submit_missing(folder, ablation, trials, line.job, begin)
@@ -176,22 +176,22 @@ def _conclude(folder: Path, ablation: Ablation, trials: Sequence[Trial]) -> int:
         )
     console = Console(width=max(Console().width, 140))
     for group, names in ablation.groups.items():
-        console.print(
-            _table(f"{TITLES[group]} (mean ± deviation of {len(ablation.seeds)} seeds)", [rows[n] for n in names])
-        )
+        spread = "mean ± deviation of " if len(ablation.seeds) > 1 else ""
+        console.print(_table(f"\n{TITLES[group]} ({spread}{ablation.seeds_told})", group, [rows[n] for n in names]))
     with replacing(folder / "summary.json") as temporary:
         temporary.write_text(to_json([asdict(row) for row in rows.values()], indent=2) + "\n")
     print(f"Summary: {folder / 'summary.json'}")
     return ExitCode.FINISHED
 
 
-def _table(title: str, rows: Sequence[Row]) -> Table:
+def _table(title: str, group: str, rows: Sequence[Row]) -> Table:
+    called, compared = labels(group, [row.variant for row in rows]), differences(group, rows)
     table = Table(title=title, title_justify="left", box=None, header_style="dim")
     columns = list(next((row.scores for row in rows if row.scores), {}))
-    for heading in ("variant", *columns, "to the baseline [95%], ahead"):
+    for heading in ("variant", *columns, f"to {AGAINST[group]} [95%], ahead"):
         table.add_column(heading)
     for row in rows:
         failed = f" ({row.failed} failed)" if row.failed else ""
         scores = [str(row.scores[name]) if name in row.scores else "" for name in columns]
-        table.add_row(row.variant + failed, *scores, str(row.difference or ""))
+        table.add_row(called[row.variant] + failed, *scores, str(compared.get(row.variant, "")))
     return table

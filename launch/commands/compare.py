@@ -54,7 +54,7 @@ def main(arguments: list[str]) -> int:
         from minbert.tuning.report.page import write
 
         try:
-            write(compared_report(found), out, out.with_suffix(".csv"))
+            write(compared_report(found, out.parent), out, out.with_suffix(".csv"))
         except OSError as error:
             raise disk_trouble(error) or UserError(f"{out} cannot be written: {error.strerror}") from None
         print(f"Page: {out}   Numbers: {out.with_suffix('.csv')}")

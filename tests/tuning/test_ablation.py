@@ -96,7 +96,8 @@ def test_an_ablation_here_goes_on_and_compares(tmp_path, capsys):
     words += ["siamese+unfrozen", "--extensions", "siamese", "unfrozen", "--groups", "alone"]
     assert main(words) == 0
     shown = capsys.readouterr().out
-    assert "Named combinations" in shown
+    assert "4 variants with seeds 0, 1: 8 runs" in shown
+    assert "Named combinations (mean ± deviation of seeds 0, 1)" in shown
     summary = {row["variant"]: row for row in json.loads((folder / "summary.json").read_text())}
     assert set(summary) == {"baseline", "siamese", "unfrozen", "siamese+unfrozen"}
     assert summary["unfrozen"]["difference"]["count"] == 2

@@ -51,11 +51,14 @@ class Browser:
         self.driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
 
     def open(self, page: Path, width: int = 1300) -> None:
-        from selenium.webdriver.support.ui import WebDriverWait
-
         self.driver.set_window_size(width, 1000)
         self.driver.get(page.as_uri())
-        WebDriverWait(self.driver, 60).until(lambda _: self.ask("document.documentElement.dataset.drawn"))
+        self.wait("document.documentElement.dataset.drawn")
+
+    def wait(self, expression: str) -> None:
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        WebDriverWait(self.driver, 60).until(lambda _: self.ask(expression))
 
     def ask(self, expression: str):
         return self.driver.execute_script(f"return {expression}")
@@ -143,6 +146,7 @@ def test_the_page_of_a_run(run, browser, capsys):
 
     options = {row[0]: row[1] for row in browser.table("the-run", 1)[1:]}
     assert (options["aggregator"], options["steps"]) == ("pcgrad", "12")
+    assert not options.keys() & {"lr", "head_lr", "epochs"}  # which the run filled in itself
     header, *mistakes = browser.table("sentiment-sst-5")
     assert header[1:3] == ["label", "predicted"]
     assert len(mistakes) == 3
@@ -250,7 +254,13 @@ def test_the_page_of_runs_compared(several, browser, tmp_path, capsys):
     assert browser.headings() == ["In what they differ", "Scores", "Curves over each other", "The runs"]
     assert browser.table("in-what-they-differ")[1] == ["aggregator", "sum", "pcgrad"]
     header, plain, surgery = browser.table("scores")
-    assert plain[header.index("overall")] == "0.503 ± 0.015" and surgery[-1].startswith("+0.020 [")
+    assert plain[header.index("overall")] == "0.503 ± 0.015" and surgery[-1].startswith("0.523 ± 0.021\n+0.020 [")
+    assert browser.ask("document.querySelector('.subtitle').textContent").startswith("Overall: plain (3 seeds) 0.503")
+    assert len(browser.table("the-runs")) == 7 and browser.table("the-runs")[0][3:] == [
+        *("model", "data", "code", "date", "duration")
+    ]
+    *_, last = browser.table("the-runs", 1)
+    assert "aggregator pcgrad" in last[2]
     bars = browser.ask("document.querySelector('#curves-over-each-other .drawing').data[0].error_y.array")
     assert bars == pytest.approx([0.0153, 0.0153], abs=1e-3)
     assert len(read_csv(tmp_path / "page.csv")) == 12
@@ -268,8 +278,13 @@ def test_a_page_is_readable_on_a_phone_and_in_the_dark(run, browser, tmp_path):
         browser.check()
         assert browser.ask("document.documentElement.scrollWidth <= window.innerWidth")
         assert browser.ask("getComputedStyle(document.body).backgroundColor") == "rgb(20, 24, 29)"
-        colour = browser.ask("document.querySelector('.drawing .xtick text').style.fill")
-        assert colour == "rgb(154, 165, 177)"  # as the page's own, not black
+        colour = "document.querySelector('.drawing .xtick text').style.fill"
+        assert browser.ask(colour) == "rgb(154, 165, 177)"  # as the page's own, not black
+        browser.ask("window.dispatchEvent(new Event('beforeprint'))")
+        on_paper = f"[{colour}, Math.max(...[...document.querySelectorAll('.drawing svg')].map(s => s.clientWidth))]"
+        assert browser.ask(on_paper) == ["rgb(68, 80, 92)", 640]
+        browser.ask("window.dispatchEvent(new Event('afterprint'))")
+        browser.wait(f"{on_paper}[0] == 'rgb(154, 165, 177)' && {on_paper}[1] < 500")
     finally:
         browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
@@ -413,6 +428,9 @@ def test_the_page_of_a_search(search, browser):
     assert small == ["lr", "hidden_layers", "head_dropout", "aggregator"]
     curves = browser.ask("document.querySelector('#learning-curves .drawing').data.length")
     assert curves == 23
+    paths = "[...document.querySelectorAll('#timeline-and-cost .bars path')]"
+    heights = browser.ask(f"{paths}.map(bar => Math.round(bar.getBBox().height))")
+    assert len(heights) == 24 and max(heights) - min(heights) < 2  # no bar covers another trial's
     costs = {row[0]: row[1:] for row in browser.table("timeline-and-cost")}
     assert costs["in all"] == ["24", "0.48", "100%", "0.02"] and costs["stopped early"][:3] == ["8", "0.16", "33%"]
     assert "33% of the cost went to trials that were stopped early" in browser.ask("document.body.textContent")
@@ -456,6 +474,7 @@ def test_the_page_of_an_ablation(tmp_path, browser):
     folder = tmp_path / "a"
     names = ["baseline", "siamese", "unfrozen", "siamese+two_hidden_layers", "siamese+two_hidden_layers+unfrozen"]
     groups = {"alone": names[:3], "added": [names[0], names[1], names[3], names[4]]}
+    groups["left_out"] = [names[4], names[3], names[0]]
     changes = {name: {} for name in names}
     ablation = Ablation(baseline=dict(PAPER_BASELINE), extensions={}, variants=changes, groups=groups, seeds=[0, 1, 2])
     ablation.write(folder)
@@ -479,6 +498,14 @@ def test_the_page_of_an_ablation(tmp_path, browser):
     alone = {row[0]: row for row in browser.table("each-extension-alone")}
     assert alone["siamese"][-1] == "+0.020 [+0.020, +0.020], 3 of 3"
     assert alone["unfrozen (1 failed)"][-1] == "+0.040 [+0.040, +0.040], 2 of 2"
+    added = {row[0]: row[-2:] for row in browser.table("added-one-after-the-other")}
+    assert added["+ two_hidden_layers"] == ["+0.040 [+0.040, +0.040], 3 of 3", "+0.060 [+0.060, +0.060], 3 of 3"]
+    left_out = {row[0]: row[-2:] for row in browser.table("left-out-one-at-a-time")}
+    assert left_out["without unfrozen"] == ["-0.020 [-0.020, -0.020], 0 of 3", "+0.060 [+0.060, +0.060], 3 of 3"]
+    assert left_out["baseline"] == ["-0.080 [-0.080, -0.080], 0 of 3", ""]
+    finding = browser.ask("document.querySelector('.subtitle').textContent")
+    assert finding.startswith("Best: siamese + two_hidden_layers + unfrozen, overall 0.590")
+    assert "5 variants with seeds 0, 1, 2, 14 of 15 runs finished." in finding
     assert len(read_csv(folder / "report.csv")) == 15
 
 

@@ -1,6 +1,6 @@
 """The page of an ablation: what every extension brings, the paper's table beside ours."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ from minbert.data.errors import UserError
 from minbert.data.task import Task
 from minbert.trainer.config import parse_config
 from minbert.tuning.ablation import ABLATION_FILE, TITLES, Ablation
-from minbert.tuning.comparison import Row, compare
+from minbert.tuning.comparison import AGAINST, Row, compare, differences, labels
 from minbert.tuning.extensions import BASELINE
 from minbert.tuning.report.facts import facts, not_default
 from minbert.tuning.report.page import (
@@ -57,21 +57,27 @@ def ablation_report(folder: Path) -> Report:
         sections.append(Section("The paper's table beside ours", _beside_paper(rows)))
     for group, variants in ablation.groups.items():
         members = [rows[name] for name in variants]
-        sections.append(Section(TITLES[group], [_table(members, columns), _differences(members)]))
+        sections.append(Section(TITLES[group], [_table(group, members, columns), _differences(group, members)]))
     sections += [
         Section("Differences by task", [_by_task(rows, parse_config(ablation.baseline, ABLATION_FILE).corpus.tasks)]),
         Section("Learning curves", [_curves(ablation, trials)]),
         Section("All runs", [_all(trials, columns)]),
     ]
     done = sum(trial.status == "finished" for trial in trials)
-    subtitle = (
-        f"{len(ablation.variants)} variants with {len(ablation.seeds)} seeds, {done} of {len(trials)} runs finished"
-    )
+    subtitle = f"{_best(rows.values())}. {len(ablation.variants)} variants with {ablation.seeds_told}, "
+    subtitle += f"{done} of {len(trials)} runs finished."
     began = min((trial.started for trial in trials if trial.started), default=None)
     ended = max((trial.ended for trial in trials if trial.ended), default=None)
-    about = facts(folder, parse_config(ablation.baseline, ABLATION_FILE), began, ended)
+    about = facts(folder, parse_config(ablation.baseline, ABLATION_FILE), began, ended)[:-1]
     page = Page(f"Ablation {folder.name}", subtitle, sections, _warnings(trials), about)
     return Report(page, _csv(trials, columns))
+
+
+def _best(rows: Iterable[Row]) -> str:
+    """The finding in a line: the highest mean, and how far it is from the baseline."""
+    best = max((row for row in rows if row.scores), key=lambda row: row.scores["overall"].mean)
+    gain = f", {best.difference.interval} to the baseline" if best.difference else ""
+    return f"Best: {_name(best.variant)}, overall {best.scores['overall']}{gain}"
 
 
 def _warnings(trials: Sequence[Trial]) -> list[str]:
@@ -85,10 +91,13 @@ def _warnings(trials: Sequence[Trial]) -> list[str]:
 
 
 def _summary(ablation: Ablation) -> str:
+    at = "at its evaluation with the best overall score on the dev splits."
+    if len(ablation.seeds) == 1:
+        return f"Scores are each run's {at} Of a single seed nothing tells how far another would be off."
     return (
-        "Scores are mean ± standard deviation over the seeds, each run's at its evaluation with the best overall score "
-        "on the dev splits. Differences to the baseline are taken seed by seed; their intervals are those of a paired "
-        f"t-test at 95%, with {len(ablation.seeds)} seeds, not corrected for the number of comparisons."
+        f"Scores are mean ± standard deviation over {ablation.seeds_told}, each run's {at} Differences are taken seed "
+        "by seed, with the 95% intervals of a paired t-test, not corrected for the number of comparisons, and the "
+        "number of seeds in which the variant is ahead."
     )
 
 
@@ -115,43 +124,53 @@ def _beside_paper(rows: Mapping[str, Row]) -> list[Any]:
     ]
 
 
-def _table(rows: Sequence[Row], columns: Sequence[str]) -> Table:
+def _table(group: str, rows: Sequence[Row], columns: Sequence[str]) -> Table:
+    """With the differences to what the group is compared with, and to the baseline."""
+    called, compared = labels(group, [row.variant for row in rows]), differences(group, rows)
+    others = [AGAINST[group]] if AGAINST[group] != "the baseline" else []
     lines = []
     for row in rows:
         failed = f" ({row.failed} failed)" if row.failed else ""
         scores = [str(row.scores[name]) if row.scores else "–" for name in columns]
-        lines.append([_name(row.variant) + failed, *scores, str(row.difference or "")])
-    return Table(["variant", *columns, "overall to the baseline [95%], seeds ahead"], lines)
+        steps = [str(compared.get(row.variant, "")) for _ in others]
+        lines.append([called[row.variant] + failed, *scores, *steps, str(row.difference or "")])
+    return Table(["variant", *columns, *(f"overall to {other}" for other in [*others, "the baseline"])], lines)
 
 
 def _name(variant: str) -> str:
     return variant.replace("+", " + ")
 
 
-def _differences(rows: Sequence[Row]) -> Chart | str:
+def _differences(group: str, rows: Sequence[Row]) -> Chart | str:
     """Interval plot of the paired differences."""
     import plotly.graph_objects as go
 
-    shown = [row for row in rows if row.difference is not None][::-1]
+    called, other = labels(group, [row.variant for row in rows]), AGAINST[group]
+    shown = dict(reversed(differences(group, rows).items()))
     if not shown:
-        return "There is nothing to compare with the baseline yet."
-    reach = [row.difference.high - row.difference.mean if row.difference.high is not None else 0 for row in shown]
+        return f"There is nothing to compare with {other} yet."
+    reach = [each.high - each.mean if each.high is not None else 0 for each in shown.values()]
     points = go.Scatter(
-        x=[row.difference.mean for row in shown],
-        y=[_name(row.variant) for row in shown],
+        x=[each.mean for each in shown.values()],
+        y=[escaped(called[variant]) for variant in shown],
         error_x={"type": "data", "array": reach, "color": COLOURS[0], "thickness": 1.5},
         mode="markers",
         marker={"color": COLOURS[0], "size": 9},
-        text=[escaped(str(row.difference)) for row in shown],
+        text=[escaped(str(each)) for each in shown.values()],
         hovertemplate="%{y}: %{text}<extra></extra>",
     )
     drawn = figure(
         points,
-        xaxis={"title": {"text": "overall score, difference to the baseline"}, "rangemode": "tozero"},
+        xaxis={"title": {"text": "difference of the overall score"}, "rangemode": "tozero"},
         showlegend=False,
     )
-    note = "Mean of the paired differences with its 95% interval; to the right of 0 is better than the baseline."
-    return Chart("Difference to the baseline", drawn, note, wide=True, height=100 + 34 * len(shown))
+    means = {
+        "added": "right of 0, the extension helps beside those above it",
+        "left_out": "left of 0, the model is worse without the extension",
+    }
+    interval = " with its 95% interval" if any(each.low is not None for each in shown.values()) else ""
+    note = f"Mean of the paired differences{interval}: {means.get(group, 'right of 0, better than the baseline')}."
+    return Chart(f"Difference to {other}", drawn, note, wide=True, height=100 + 34 * len(shown))
 
 
 def _by_task(rows: Mapping[str, Row], declared: Sequence[Task]) -> Chart:
@@ -170,7 +189,7 @@ def _by_task(rows: Mapping[str, Row], declared: Sequence[Task]) -> Chart:
         zmin=-limit,
         zmax=limit,
         colorscale=DIVERGING,
-        text=[[f"{value:+.3f}" for value in row] for row in values],
+        text=[[number(value, sign=True) for value in row] for row in values],
         texttemplate="%{text}",
         hovertemplate="%{y}, %{x}: %{text}<extra></extra>",
         showscale=False,
@@ -199,8 +218,8 @@ def _curves(ablation: Ablation, trials: Sequence[Trial]) -> Chart:
         hovermode="closest",
         legend={"orientation": "v", "x": 1.02, "y": 1, "yanchor": "top"},
     )
-    note = "Means over the seeds, with their standard deviations."
-    return Chart("Dev score while training", drawn, note, wide=True, height=420)
+    note = "Means over the seeds, with their standard deviations." if len(ablation.seeds) > 1 else ""
+    return Chart("Dev score while training", drawn, note, wide=True, height=420, least_width=640)
 
 
 def _record(trial: Trial) -> dict[str, Any]:

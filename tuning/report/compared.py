@@ -1,10 +1,12 @@
 """The page of runs compared: in what they differ, their curves over each other, and scores with intervals."""
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from minbert.data.task import Task
-from minbert.tuning.report.facts import facts
+from minbert.tuning.report.facts import facts, span
 from minbert.tuning.report.page import (
     COLOURS,
     Chart,
@@ -14,25 +16,39 @@ from minbert.tuning.report.page import (
     Table,
     escaped,
     figure,
+    link,
     seeds_curve,
     setting,
 )
 from minbert.tuning.runs_compared import Compared, Group
 
+MOST = 6  # groups that the head names
+AXES = {"loss": {"type": "log"}, "tokens_per_second": {"tickformat": ","}}
+FACTS = ("Model", "Data", "Code", "Date", "Duration")
 
-def compared_report(found: Compared) -> Report:
-    """The report of the groups of `found`; the first is what the others are compared with."""
+
+def compared_report(found: Compared, place: Path) -> Report:
+    """The report, for the folder `place`, of the groups of `found`; the first is what the others are compared with."""
     groups = found.groups
     metrics = metrics_of(groups)
     sections = [
         Section("In what they differ", [_options(found)]),
         Section("Scores", [_explained(found), scores_table(found, metrics), *_intervals(found)]),
         Section("Curves over each other", _curves(groups, metrics)),
-        Section("The runs", [_runs(groups)]),
+        Section("The runs", _runs(groups, place)),
     ]
     count = sum(len(group.runs) for group in groups)
-    page = Page(f"{count} runs compared", ", ".join(group.name for group in groups), sections, _warnings(groups))
+    page = Page(f"{count} runs compared", _finding(found), sections, _warnings(groups))
     return Report(page, _csv(groups))
+
+
+def _finding(found: Compared) -> str:
+    """In a line: the overall score of each group, or their names while there are none."""
+    spreads = {group.name: group.spreads().get("overall") for group in found.groups}
+    told = [name if spread is None else f"{name} {spread}" for name, spread in spreads.items()]
+    scored = any(spread is not None for spread in spreads.values())
+    more = f" and {len(told) - MOST} more" if len(told) > MOST else ""
+    return ("Overall: " if scored else "") + ", ".join(told[:MOST]) + more
 
 
 def metrics_of(groups: Sequence[Group]) -> list[str]:
@@ -75,10 +91,9 @@ def scores_table(found: Compared, metrics: Sequence[str]) -> Table:
     for group in found.groups:
         spreads, differences = group.spreads(), found.differences.get(group.name, {})
         cells = [str(spreads[name]) if name in spreads else "–" for name in metrics]
-        rows.append(
-            [group.name, *cells, *(differences[name].interval if name in differences else "" for name in metrics)]
-        )
-    return Table(["runs", *metrics, *(f"{name}, difference" for name in metrics)], rows)
+        below = [f"\n{differences[name].interval}" if name in differences else "" for name in metrics]
+        rows.append([group.name, *(cell + difference for cell, difference in zip(cells, below))])
+    return Table(["runs", *metrics], rows)
 
 
 def _intervals(found: Compared) -> list[Chart]:
@@ -106,8 +121,10 @@ def _intervals(found: Compared) -> list[Chart]:
         drawn = figure(
             points, xaxis={"title": {"text": "difference of the score"}, "rangemode": "tozero"}, showlegend=False
         )
-        note = f"To {found.groups[0].name}: right of 0 is better. {found.pairing[group.name]}."
-        charts.append(Chart(group.name, drawn, note, height=100 + 34 * len(known)))
+        note = f"Right of 0, {group.name} is better ({found.pairing[group.name]})."
+        charts.append(
+            Chart(f"{group.name}, difference to {found.groups[0].name}", drawn, note, height=100 + 34 * len(known))
+        )
     return charts
 
 
@@ -134,7 +151,7 @@ def _curves(groups: Sequence[Group], metrics: Sequence[str]) -> list[Chart]:
             drawn = figure(
                 *traces,
                 xaxis={"title": {"text": "step"}},
-                yaxis={"type": "log"} if name.startswith("loss/") else {},
+                yaxis=AXES.get(name.partition("/")[0], {}),
                 hovermode="closest",
                 showlegend=True,
             )
@@ -142,15 +159,20 @@ def _curves(groups: Sequence[Group], metrics: Sequence[str]) -> list[Chart]:
     return charts
 
 
-def _runs(groups: Sequence[Group]) -> Table:
-    rows = []
+def _runs(groups: Sequence[Group], place: Path) -> list[Table]:
+    """A run's folder leads to its own page where there is one."""
+    rows, started = [], []
     for group in groups:
         for run, config in zip(group.runs, group.configs):
-            known = dict(facts(run.path, config))
-            rows.append(
-                [str(run.path), group.name, str(config.seed), *(known.get(n, "") for n in ("Model", "Data", "Code"))]
-            )
-    return Table(["run", "group", "seed", "model", "data", "code"], rows, text_columns=6)
+            known = dict(facts(run.path, config, *span(run)))
+            page = run.path / "report.html"
+            name = link(str(run.path), os.path.relpath(page, place)) if page.exists() else str(run.path)
+            rows.append([name, group.name, str(config.seed), *(known.get(fact, "–") for fact in FACTS)])
+            started.append([str(run.path), known.get("Command", "–"), known["Not the default"]])
+    return [
+        Table(["run", "group", "seed", *map(str.lower, FACTS)], rows, text_columns=3 + len(FACTS)),
+        Table(["run", "command", "not the default"], started, "How they were started", text_columns=3),
+    ]
 
 
 def _csv(groups: Sequence[Group]) -> list[list[Any]]:

@@ -110,6 +110,7 @@ def timeline(found: Found) -> list[Any]:
                     base=[(begin - began) / seconds for _, (begin, _) in bars],
                     x=[max(end - begin, whole / 500) / seconds for _, (begin, end) in bars],
                     y=[lanes[trial.name] for trial, _ in bars],
+                    width=0.85,  # of a lane; by itself a trace takes all the room between its own bars
                     orientation="h",
                     marker={"color": colour},
                     name=label,
@@ -125,7 +126,6 @@ def timeline(found: Found) -> list[Any]:
         xaxis={"title": {"text": f"{unit} since the first trial"}},
         yaxis={"range": [count - 0.5, -0.5], "visible": False},
         barmode="overlay",
-        bargap=0.15,
         hovermode="closest",
     )
     busy = sum(trial.seconds for trial in trained)

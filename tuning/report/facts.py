@@ -10,6 +10,9 @@ from minbert.data.clock import clock
 from minbert.data.errors import UserError
 from minbert.data.reading import read_json
 from minbert.trainer.config import INCIDENTAL, RunConfig, flatten
+from minbert.trainer.run.folder import RunFolder
+from minbert.trainer.run.preparation import resolve
+from minbert.trainer.run.standing import read_standing
 from minbert.tuning.report.page import setting
 
 
@@ -38,6 +41,12 @@ def facts(
     return [*found, ("Not the default", changed or "nothing")]
 
 
+def span(run: RunFolder) -> tuple[float | None, float | None]:
+    """When the latest start of the run began, and ended or was heard of last; seconds since the epoch."""
+    standing = read_standing(run.logs / "rank-0.json")
+    return (None, None) if standing is None else (standing.began, standing.written)
+
+
 def _command(words: list[str]) -> str:
     """As it would be typed."""
     program = Path(words[0])
@@ -45,9 +54,19 @@ def _command(words: list[str]) -> str:
 
 
 def not_default(config: RunConfig) -> dict[str, Any]:
-    """The options whose values are not the defaults."""
-    usual = flatten(RunConfig())
+    """The options whose values are not the defaults; those that a run fills in count as they would be for its model."""
+    usual = flatten(RunConfig()) | _filled_in(config)
     return {name: value for name, value in flatten(config).items() if value != usual[name] and name not in INCIDENTAL}
+
+
+def _filled_in(config: RunConfig) -> dict[str, Any]:
+    """What a run with this encoder, and for the heads this learning rate, makes of options that are left open; nothing
+    of those that are open still."""
+    plain = RunConfig().model_copy(update={"encoder": config.encoder})
+    rate = plain.model_copy(update={"optimizer": plain.optimizer.model_copy(update={"lr": config.optimizer.lr})})
+    filled = flatten(resolve(plain)) | {"head_lr": resolve(rate).optimizer.head_lr}
+    values = flatten(config)
+    return {name: filled[name] for name in ("lr", "head_lr", "epochs") if values[name] is not None}
 
 
 def _environment(folder: Path) -> Mapping[str, Any]:

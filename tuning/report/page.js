@@ -78,19 +78,23 @@ const select = (source, names) => {
 // Draw every chart from the figure beside it, in the page's colours, and again in others when the system turns
 // from light to dark, or for paper.
 (() => {
-  const dark = window.matchMedia("(prefers-color-scheme: dark)"), paper = window.matchMedia("print");
+  const dark = window.matchMedia("(prefers-color-scheme: dark)");
+  // While it prints, which browsers announce before their styles are those of paper and whose width they do not tell:
+  // the colours of paper in page.css, and in pixels what A4 has between wide margins.
+  const PAPER = { "--ink": "#000000", "--muted": "#44505c", "--line": "#b8c0c8", "--raised": "#ffffff", "--paper": "#ffffff" };
+  const PAPER_WIDTH = 640;
+  let printing = false;
   const inDark = JSON.parse(document.getElementById("dark").textContent);
   const coloured = (figure) => {
-    if (!dark.matches || paper.matches) return figure;
+    if (!dark.matches || printing) return figure;
     const text = JSON.stringify(figure).replace(/#[0-9a-f]{6}/g, (colour) => inDark[colour] ?? colour);
     return JSON.parse(text);
   };
 
   const template = () => {
     const style = getComputedStyle(document.documentElement);
-    const [ink, muted, line, raised] = ["--ink", "--muted", "--line", "--raised"].map((name) =>
-      style.getPropertyValue(name).trim()
-    );
+    const colour = (name) => (printing ? PAPER[name] : style.getPropertyValue(name).trim());
+    const [ink, muted, line, raised, paper] = ["--ink", "--muted", "--line", "--raised", "--paper"].map(colour);
     const axis = {
       gridcolor: line, linecolor: line, zerolinecolor: line, tickcolor: line, tickfont: { color: muted },
       title: { font: { color: muted, size: 12 }, standoff: 8 },
@@ -99,7 +103,7 @@ const select = (source, names) => {
       layout: {
         paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
         font: { color: ink, size: 12, family: getComputedStyle(document.body).fontFamily },
-        xaxis: axis, yaxis: axis, annotationdefaults: { bgcolor: style.getPropertyValue("--paper").trim(), opacity: 0.85 }, hoverlabel: { bgcolor: raised, bordercolor: line, font: { color: ink } },
+        xaxis: axis, yaxis: axis, annotationdefaults: { bgcolor: paper, opacity: 0.85 }, hoverlabel: { bgcolor: raised, bordercolor: line, font: { color: ink } },
         modebar: { bgcolor: "rgba(0,0,0,0)", color: muted, activecolor: ink },
       },
       data: { heatmap: [{ textfont: { color: ink } }] },
@@ -123,7 +127,8 @@ const select = (source, names) => {
   const draw = async (drawing) => {
     const { element, named, ...figure } = drawing, { data, layout } = coloured(figure);
     const dragmode = finger.matches ? false : named ? "select" : "zoom";
-    await Plotly.react(element, data, { dragmode, ...layout, template: template() }, config(drawing));
+    const width = printing ? PAPER_WIDTH : undefined;
+    await Plotly.react(element, data, { dragmode, ...layout, width, template: template() }, config(drawing));
     if (named) mark(drawing, selection.names);
   };
 
@@ -181,7 +186,10 @@ const select = (source, names) => {
     document.documentElement.dataset.drawn = drawings.length;
   });
   dark.addEventListener("change", () => drawings.forEach(draw));
-  const redraw = () => drawings.forEach((drawing) => draw(drawing).then(() => Plotly.Plots.resize(drawing.element)));
-  window.addEventListener("beforeprint", redraw);
-  window.addEventListener("afterprint", redraw);
+  const print = (now) => {
+    printing = now;
+    drawings.forEach((drawing) => draw(drawing).then(() => now || Plotly.Plots.resize(drawing.element)));
+  };
+  window.addEventListener("beforeprint", () => print(true));
+  window.addEventListener("afterprint", () => print(false));
 })();

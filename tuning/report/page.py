@@ -144,6 +144,11 @@ def figure(*traces: Any, **layout: Any) -> Any:
     found.update_layout(template=None, **layout)
     found.update_xaxes(automargin=True)
     found.update_yaxes(automargin=True, exponentformat="power")
+    for axis in (found.layout.xaxis, found.layout.yaxis):
+        if axis.type == "log" and axis.ticktext is None:
+            axis.tickformat = "~g"  # plotly's own are 2 and 5 for 0.2 and 50
+        if any(trace.type == "heatmap" for trace in found.data):
+            axis.showgrid = False  # lines through the numbers
     return found
 
 
@@ -194,11 +199,13 @@ def number(value: float | None, digits: int = 3, sign: bool = False) -> str:
     """A number for a table; a dash where there is none."""
     if value is None or value != value:
         return "–"
-    return f"{value:{'+' if sign else ''}.{digits}f}"
+    return f"{value:{'+' if sign else ''}z.{digits}f}"
 
 
 def setting(value: Any) -> str:
     """The value of an option for a table."""
+    if value is None:
+        return "not set"
     if isinstance(value, bool) or not isinstance(value, float):
         return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
     return f"{value:.4g}"

@@ -13,10 +13,9 @@ from minbert.trainer.config import RunConfig
 from minbert.trainer.evaluation.scoring import overall
 from minbert.trainer.run.folder import RunFolder
 from minbert.trainer.run.preparation import total_steps
-from minbert.trainer.run.standing import read_standing
 from minbert.trainer.surgery.conflicts import cosines, read_gramians
 from minbert.tuning.report.answers import Answers, answers, calibrate
-from minbert.tuning.report.facts import facts, not_default
+from minbert.tuning.report.facts import facts, not_default, span
 from minbert.tuning.report.page import (
     COLOURS,
     DIVERGING,
@@ -64,15 +63,9 @@ def run_report(run: RunFolder, config: RunConfig, split: Split = "dev", mistakes
     best = max((record["dev/overall"] for record in evaluations), default=None)
     subtitle = f"step {records[-1]['step']} of {steps}" + ("" if best is None else f", best dev/overall {best:.3f}")
     page = Page(
-        f"Run {run.path.name}", subtitle, sections, warnings, facts(run.path, run.read_config(), *_span(run))[:-1]
+        f"Run {run.path.name}", subtitle, sections, warnings, facts(run.path, run.read_config(), *span(run))[:-1]
     )
     return Report(page, _csv(records))
-
-
-def _span(run: RunFolder) -> tuple[float | None, float | None]:
-    """When the latest start of the run began, and ended or was heard of last."""
-    standing = read_standing(run.logs / "rank-0.json")
-    return (None, None) if standing is None else (standing.began, standing.written)
 
 
 def _summary(run: RunFolder, found: Sequence[Answers], split: Split) -> list[Any]:
@@ -107,6 +100,7 @@ def _curves(records: Sequence[dict], perplexities: Sequence[str]) -> list[Chart]
             continue  # the plain sum
         if curves:
             axis = {"title": {"text": label}} | ({"type": "log"} if logarithmic else {"rangemode": "tozero"})
+            axis |= {"tickformat": ","} if title == "Throughput" else {}
             charts.append(Chart(title, _lines(curves, axis)))
     return charts
 
@@ -131,9 +125,8 @@ def _lines(curves: dict[str, tuple[Sequence[int], Sequence[float]]], axis: dict[
         )
         for place, (name, (steps, values)) in enumerate(curves.items())
     ]
-    return figure(
-        *traces, xaxis={"title": {"text": "step"}}, yaxis=axis, hovermode="x unified", showlegend=True, **layout
-    )
+    layout |= {"hovermode": "x unified", "showlegend": len(traces) > 1}
+    return figure(*traces, xaxis={"title": {"text": "step"}}, yaxis=axis, **layout)
 
 
 def _task(answer: Answers, mistakes: int) -> list[Any]:
@@ -320,7 +313,7 @@ def _conflicts(run: RunFolder) -> list[Any]:
         zmin=-limit,
         zmax=limit,
         colorscale=DIVERGING,
-        text=[[f"{value:+.2f}" for value in row] for row in mean],
+        text=[[number(value, 2, sign=True) for value in row] for row in mean],
         texttemplate="%{text}",
         hovertemplate="%{y}, %{x}: %{text}<extra></extra>",
         showscale=False,
