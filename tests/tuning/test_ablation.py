@@ -101,6 +101,12 @@ def test_an_ablation_here_goes_on_and_compares(tmp_path, capsys):
     summary = {row["variant"]: row for row in json.loads((folder / "summary.json").read_text())}
     assert set(summary) == {"baseline", "siamese", "unfrozen", "siamese+unfrozen"}
     assert summary["unfrozen"]["difference"]["count"] == 2
+    runs = {f"{name}/seed-{seed}": score for name, row in summary.items() for seed, score in row["by_seed"].items()}
+    assert main(["watch", "--once", str(folder)]) == 0
+    best = capsys.readouterr().out.rpartition(" ")[2].strip()
+    assert runs[best] == max(runs.values())
+    assert main(["why", str(folder / "runs" / best)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split()[2:] == ["ended"]
     written = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/*/metrics.jsonl")}
     assert len(written) == 8
 
