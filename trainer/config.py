@@ -158,7 +158,7 @@ class HeadsConfig(Section):
 
     def embeddings(self, task: Task) -> int:
         """How many embeddings the task's head sees side by side."""
-        if not task.is_pair or (self.joins(task) and not self.has_sides(task)):
+        if not task.is_pair or self.pair_encoding == "joint":
             return 1
         return 3 if self.features == "siamese" else 2
 

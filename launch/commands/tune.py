@@ -136,13 +136,7 @@ def _resolve(folder: Path, line: CommandLine) -> Search:
     if "seed" in run or "config" in run:
         fields["seed"] = config.seed
     before = saved.model_dump() if saved else {"samples": SAMPLES}
-    if "seeds" in fields and not fields.get("again", before.get("again")):
-        raise UserError("--seeds are for the best trials once more; --again 3 says how many of them")
-    if fields.get("again") and not fields.get("seeds", before.get("seeds")):
-        seed = fields.get("seed", before.get("seed", 0))
-        fields["seeds"] = (seed + 1, seed + 2, seed + 3)
-    elif "seeds" in fields:
-        fields["seeds"] = tuple(dict.fromkeys(fields["seeds"]))
+    fields |= _other_seeds(before | fields, "seeds" in fields)
     given = ((base.keys() - (saved.base.keys() if saved else set())) | run.keys()) - {"seed"}
     space = _space(options, saved, config, given)
     trials = saved.trials(folder) if saved else []
@@ -163,6 +157,18 @@ def _resolve(folder: Path, line: CommandLine) -> Search:
         _tell_move(search, trials, begun)
     search.check()
     return search
+
+
+def _other_seeds(fields: Mapping[str, Any], given: bool) -> dict[str, Any]:
+    """The field `seeds` of a search with these `fields`, where it changes. Raises UserError if seeds are `given` that
+    nothing is to be trained with."""
+    again, seeds = fields.get("again"), fields.get("seeds")
+    if given and not again:
+        raise UserError("--seeds are for the best trials once more; --again 3 says how many of them")
+    if again and not seeds:
+        seed = fields.get("seed", 0)
+        return {"seeds": (seed + 1, seed + 2, seed + 3)}
+    return {"seeds": tuple(dict.fromkeys(seeds))} if given else {}
 
 
 def _tell_move(search: Search, trials: Sequence[Trial], begun: int) -> None:

@@ -1,6 +1,5 @@
 """Searches on Ray that are killed and go on, on clusters of their own and of others, and what they do with mistakes."""
 
-import contextlib
 import csv
 import json
 import os
@@ -17,6 +16,7 @@ import psutil
 import pytest
 import yaml
 from filelock import FileLock
+from memory_disk import fill, memory_disk
 from searches import TINY, await_trials, command, finish, refused, small_search, trials_of
 
 from minbert.launch.main import main
@@ -173,13 +173,8 @@ def test_a_search_on_an_existing_cluster(tmp_path, existing, monkeypatch):
 @pytest.fixture
 def disk(tmp_path):
     """A file system of its own, in which the trials of a small search have room."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96m", "tmpfs", disk], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"a file system cannot be mounted here: {mounted.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", "--lazy", disk], check=True)
+    with memory_disk(tmp_path / "disk", megabytes=96) as disk:
+        yield disk
 
 
 def test_of_a_long_error_the_line_on_the_disk_is_told():
@@ -190,13 +185,11 @@ def test_of_a_long_error_the_line_on_the_disk_is_told():
 
 @ray
 def test_a_full_disk_stops_a_search_and_fails_no_trial(disk):
-    folder, ballast = disk / "s", disk / "ballast"
+    folder = disk / "s"
     words = small_search(folder, "--samples", "2", "--epochs", "8", "--scheduler", "none")
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     await_trials(folder, process, lambda trials: any(trial.step for trial in trials))
-    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
-        while file.write(b"\0" * 65536):
-            pass
+    ballast = fill(disk)
     said = process.communicate(timeout=240)[0]
     assert process.returncode == 2, said
     assert "No space left on device" in said and str(folder) in said and "Make room" in said

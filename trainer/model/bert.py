@@ -196,14 +196,17 @@ class Bert(nn.Module):
 
 def mean_pool(hidden: Tensor, layout: Layout) -> Tensor:
     """The mean of each sequence's hidden states, by its number: (N, H) -> (S, H)."""
-    summed = hidden.new_zeros(len(layout), hidden.shape[-1]).index_add(0, layout.sequence, hidden)
-    return summed / layout.lengths.to(hidden.dtype)[:, None]
+    return _sums(hidden, layout.sequence, len(layout)) / layout.lengths.to(hidden.dtype)[:, None]
 
 
 def pool_sides(hidden: Tensor, layout: Layout, types: Tensor) -> Tensor:
     """The same for the tokens of type 0 and those of type 1 apart: (N, H) and (N,) -> (2, S, H). Zeros where a sequence
     has none of a type."""
     place = types * len(layout) + layout.sequence
-    summed = hidden.new_zeros(2 * len(layout), hidden.shape[-1]).index_add(0, place, hidden)
-    count = hidden.new_zeros(2 * len(layout)).index_add(0, place, hidden.new_ones(len(place)))
-    return (summed / count.clamp(min=1)[:, None]).unflatten(0, (2, -1))
+    count = _sums(hidden.new_ones(len(place), 1), place, 2 * len(layout))
+    return (_sums(hidden, place, 2 * len(layout)) / count.clamp(min=1)).unflatten(0, (2, -1))
+
+
+def _sums(rows: Tensor, place: Tensor, count: int) -> Tensor:
+    """The sums of the rows (N, H) that have the same of `count` places (N,): (count, H)."""
+    return rows.new_zeros(count, rows.shape[-1]).index_add(0, place, rows)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # oneDNN makes a kernel for each shape of a product, in bf16 too, and keeps the last 1,024. The shapes of batches
-# without padding do not come again: what one step needs is enough, and a gigabyte less.
+# without padding do not come again: what one step needs is enough, and takes hundreds of megabytes less.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "100")
 
 _AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

@@ -181,24 +181,18 @@ class Forward:
     def pooled(self) -> dict[str, Tensor]:
         """Embeddings (sides, R B, H) of each task's examples in R readings, one reading after the other."""
         layout, tasks = self.sentences.layout, self.batch.tasks
-        hidden = self.hidden
+        hidden, sided = self.hidden, self.model.sided & self.batch.tasks.keys()
         with self._arithmetic(), rows_of({name: part.sequences for name, part in tasks.items()}):
             if self.model.pooling == "mean":
                 pooled = mean_pool(hidden, layout)
             else:
                 pooled = self.model.bert.pooler(hidden[layout.starts])
+            sides = pool_sides(hidden, layout, self.sentences.token_type_ids) if sided else None
         parts = pooled.split([part.sequences for part in tasks.values()])
         found = {name: own.unflatten(0, (part.sides, -1)) for (name, part), own in zip(tasks.items(), parts)}
-        for name in self.model.sided & tasks.keys():
-            part = tasks[name]
-            found[name] = self._sides[:, part.first : part.first + part.sequences]
+        if sides is not None:
+            found |= {name: sides.narrow(1, tasks[name].first, tasks[name].sequences) for name in sided}
         return found
-
-    @cached_property
-    def _sides(self) -> Tensor:
-        """Embeddings (2, S, H) of both sentences of joint pairs."""
-        with self._arithmetic():
-            return pool_sides(self.hidden, self.sentences.layout, self.sentences.token_type_ids)
 
     @cached_property
     def outputs(self) -> dict[str, Tensor]:

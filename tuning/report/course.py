@@ -138,8 +138,13 @@ def timeline(found: Found) -> list[Any]:
     )
     note += "failed ones."
     height = 190 + 26 * min(count, 16)
-    drawn.update_layout(legend_y=-52 / (height - 150))  # below the axis, however low the chart is
+    _legend_below(drawn, height)
     return [Chart("When each trial was trained", drawn, note, wide=True, height=height), _costs(found)]
+
+
+def _legend_below(drawn: Any, height: int) -> None:
+    """Put the legend of a figure below its axis, however low (pixels) its chart is."""
+    drawn.update_layout(legend_y=-52 / (height - 150))
 
 
 def _told(trial: Trial) -> str:
@@ -244,6 +249,6 @@ def seeds(found: Found) -> list[Any]:
     )
     note = "Right of the interval: the score by which the trial was chosen was luck in part."
     height = 190 + 34 * len(shown)
-    drawn.update_layout(legend_y=-52 / (height - 150))
+    _legend_below(drawn, height)
     chart = Chart("In the search, and with other seeds", drawn, note, wide=True, height=height)
     return [verdict(again), Table(header, rows), chart]

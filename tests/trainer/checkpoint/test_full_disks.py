@@ -1,10 +1,10 @@
 """Disks that are full or read-only: small ones in memory, mounted for the test. They fail the save and not the run."""
 
 import subprocess
-from pathlib import Path
 
 import pytest
 import torch
+from memory_disk import fill, memory_disk
 from safetensors.torch import load_file
 from small_runs import CORPUS, minbert
 
@@ -20,24 +20,8 @@ SMALL = ["--data", CORPUS, "--train-limit", 120, "--eval-limit", 40, "--batch-si
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 28 MB, of which a run needs 21."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=28m", "tmpfs", disk], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"a file system cannot be mounted here: {mounted.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", "--lazy", disk], check=True)
-
-
-def fill(disk: Path) -> Path:
-    ballast = disk / "ballast"
-    with ballast.open("wb", buffering=0) as file:
-        try:
-            while file.write(b"\0" * 65536) == 65536:
-                pass
-        except OSError:
-            pass
-    return ballast
+    with memory_disk(tmp_path / "disk", megabytes=28) as disk:
+        yield disk
 
 
 def run_with(monkeypatch, happenings: dict, *arguments: object) -> int:
