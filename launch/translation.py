@@ -28,7 +28,7 @@ from minbert.data.files import holding, replacing, to_json
 from minbert.data.sources.examples import BadRows, Examples, limit
 from minbert.data.sources.loading import load_examples
 from minbert.data.task import DECLARATIONS, Task, resolve_task
-from minbert.trainer.config import Count, Seed
+from minbert.trainer.options import Count, Seed
 
 STORE = "translations"  # in the output folder
 REPORT = "report.json"

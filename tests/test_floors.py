@@ -17,6 +17,7 @@ FLOORS = (
     "trainer.processes.random_state",
     "trainer.surgery.methods",
     "trainer.feed",
+    "trainer.options",
     "trainer.config",
     "trainer.recipe",
     "trainer.processes",

@@ -14,7 +14,7 @@ from ray import tune
 from ray.tune import CheckpointConfig, FailureConfig, RunConfig, Stopper, TuneConfig, Tuner
 
 from minbert.data.errors import UserError, disk_trouble
-from minbert.trainer.config import ParallelConfig
+from minbert.trainer.options import ParallelConfig
 from minbert.trainer.processes.stop import StopRequest
 from minbert.tuning.background import Train
 from minbert.tuning.recorder import Recorder

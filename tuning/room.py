@@ -6,7 +6,7 @@ from typing import NamedTuple
 import ray
 
 from minbert.data.errors import UserError
-from minbert.trainer.config import ParallelConfig
+from minbert.trainer.options import ParallelConfig
 from minbert.tuning.search import Resources
 
 

@@ -20,7 +20,8 @@ from minbert.data.differences import differences, refuse
 from minbert.data.errors import UserError
 from minbert.data.files import replacing
 from minbert.data.reading import read_yaml
-from minbert.trainer.config import MAY_CHANGE, RunConfig, Seed, flatten, parse_config
+from minbert.trainer.config import MAY_CHANGE, RunConfig, flatten, parse_config
+from minbert.trainer.options import Seed
 from minbert.trainer.run.folder import RunFolder
 from minbert.trainer.run.preparation import resolve
 from minbert.tuning.space import (

@@ -27,7 +27,8 @@ from minbert.launch.many_runs import (
 )
 from minbert.launch.options import build_run_config
 from minbert.slurm.status import is_active
-from minbert.trainer.config import Seed, flat_options, flatten, parse_config
+from minbert.trainer.config import flat_options, flatten, parse_config
+from minbert.trainer.options import Seed
 from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.tuning.ablation import ABLATION_FILE, GROUPS, TITLES, Ablation, plan, refuse_other_ablation
 from minbert.tuning.comparison import AGAINST, Row, compare, differences, labels

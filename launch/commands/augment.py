@@ -17,7 +17,7 @@ from minbert.data.errors import UserError
 from minbert.launch.options import asks_for_help, job_option_types, parse, refuse_job_options
 from minbert.launch.translation import REPORT, SentenceProgress, Work, finish, require_output
 from minbert.launch.words import read_options
-from minbert.trainer.config import Count
+from minbert.trainer.options import Count
 from minbert.trainer.processes.exit_codes import ExitCode
 
 

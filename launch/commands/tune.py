@@ -25,7 +25,8 @@ from minbert.launch.many_runs import (
 from minbert.launch.options import CommandLine, build_run_config
 from minbert.launch.searching import run_search
 from minbert.trainer.config import OPTIONS as OF_A_RUN
-from minbert.trainer.config import RunConfig, Seed, parse_config
+from minbert.trainer.config import RunConfig, parse_config
+from minbert.trainer.options import Seed
 from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.processes.stop import StopRequest
 from minbert.tuning.again import runs_again, winner

@@ -20,7 +20,7 @@ from minbert.data.sources.builtin import builtin_examples
 from minbert.launch.commands import pretrain
 from minbert.launch.main import main
 from minbert.trainer.checkpoint.format import SAVED
-from minbert.trainer.config import CorpusConfig
+from minbert.trainer.options import CorpusConfig
 from minbert.trainer.run.data import count_training_examples, load_split
 from minbert.trainer.run.folder import RunFolder
 from minbert.trainer.run.saved_model import load_model

@@ -10,9 +10,9 @@ from minbert.data.batches.batch import Batch, Portion, make_batch
 from minbert.data.sequences.ragged import Ragged, ends
 from minbert.data.sequences.split import TokenisedSplit
 from minbert.data.task import Task
-from minbert.trainer.config import EncoderConfig, HeadsConfig
 from minbert.trainer.model.bert import BertConfig
 from minbert.trainer.model.multitask import MultitaskModel
+from minbert.trainer.options import EncoderConfig, HeadsConfig
 
 SHAPE = dict(vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
 

@@ -12,7 +12,8 @@ import pytest
 from ray.tune.schedulers import TrialScheduler
 
 from minbert.data.errors import UserError
-from minbert.trainer.config import ParallelConfig, RunConfig
+from minbert.trainer.config import RunConfig
+from minbert.trainer.options import ParallelConfig
 from minbert.trainer.processes.stop import StopRequest
 from minbert.trainer.run.folder import RunFolder
 from minbert.tuning.proposals import TpeProposals

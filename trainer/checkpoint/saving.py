@@ -32,8 +32,8 @@ from minbert.trainer.checkpoint.format import (
     write_hashed,
 )
 from minbert.trainer.checkpoint.shards import Snapshot, owned
-from minbert.trainer.config import BudgetConfig
 from minbert.trainer.engine.base import Engine
+from minbert.trainer.options import BudgetConfig
 from minbert.trainer.processes.random_state import random_state
 from minbert.trainer.processes.world import World
 from minbert.trainer.surgery.methods import Aggregator

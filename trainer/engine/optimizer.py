@@ -12,8 +12,8 @@ from inspect import unwrap
 import torch
 from torch import Tensor
 
-from minbert.trainer.config import OptimizerConfig
 from minbert.trainer.model.multitask import MultitaskModel, head_part
+from minbert.trainer.options import OptimizerConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

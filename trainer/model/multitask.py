@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from minbert.data.batches.batch import Batch
 from minbert.data.batches.layout import Sentences
 from minbert.data.task import Task
-from minbert.trainer.config import EncoderConfig, HeadsConfig
 from minbert.trainer.model.bert import Bert, BertConfig, mean_pool, pool_sides
 from minbert.trainer.model.masked_lm import MaskedLMHead
 from minbert.trainer.model.task_gradients import rows_of
 from minbert.trainer.model.tokenwise import Linear
+from minbert.trainer.options import EncoderConfig, HeadsConfig
 
 
 class Head(nn.Module):

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minbert.data.errors import UserError
-from minbert.trainer.config import ParallelConfig
+from minbert.trainer.options import ParallelConfig
 from minbert.trainer.processes.messages import Messages
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from minbert.trainer.checkpoint.format import TrainingState
-from minbert.trainer.config import BudgetConfig
+from minbert.trainer.options import BudgetConfig
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ import time
 
 import torch
 
-from minbert.trainer.config import ParallelConfig, RunConfig
+from minbert.trainer.config import RunConfig
 from minbert.trainer.model.bert import BertConfig
 from minbert.trainer.model.linear import linear
+from minbert.trainer.options import ParallelConfig
 
 SIZE = {"cpu": 512, "cuda": 4096}  # of the matrices
 LONGEST = 0.02  # seconds

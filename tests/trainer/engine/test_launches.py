@@ -20,12 +20,12 @@ from minbert.data.batches.plan import BatchPlan
 from minbert.data.sequences.ragged import Ragged, ends
 from minbert.data.sequences.split import TokenisedSplit
 from minbert.launch.options import parse_run_config
-from minbert.trainer.config import EncoderConfig, HeadsConfig, OptimizerConfig
 from minbert.trainer.engine.base import Engine, build_accelerator
 from minbert.trainer.engine.optimizer import build_optimizer
 from minbert.trainer.model import tokenwise
 from minbert.trainer.model.bert import BertConfig
 from minbert.trainer.model.multitask import Forward, MultitaskModel
+from minbert.trainer.options import EncoderConfig, HeadsConfig, OptimizerConfig
 from minbert.trainer.processes.world import World
 from minbert.trainer.step import TrainingStep
 

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minbert.trainer.config import OptimizerConfig, RunConfig
+from minbert.trainer.config import RunConfig
 from minbert.trainer.engine.optimizer import first_steps, rates
+from minbert.trainer.options import OptimizerConfig
 
 ENCODER = ["embeddings", *(f"layer {number}" for number in range(6)), "pooler"]
 HEADS = ["heads.sst", "heads.sts"]

@@ -16,12 +16,12 @@ from minbert.data.sequences.ragged import Ragged, ends
 from minbert.data.sequences.split import TokenisedSplit
 from minbert.data.sequences.texts import RowNumbers, TextSplit
 from minbert.data.sequences.tokens import SPECIAL_TOKENS, write_vocabulary
-from minbert.trainer.config import EncoderConfig, HeadsConfig
 from minbert.trainer.evaluation.scoring import overall, score
 from minbert.trainer.model.bert import BertConfig
 from minbert.trainer.model.multitask import MultitaskModel
 from minbert.trainer.model.weights import load_weights, read_config, save_checkpoint, write_shape
 from minbert.trainer.objectives.supervised import predictions, supervised
+from minbert.trainer.options import EncoderConfig, HeadsConfig
 
 SIZE = 90
 SHAPE = BertConfig(

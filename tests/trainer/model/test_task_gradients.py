@@ -15,11 +15,11 @@ from minbert.data.sequences.masking import Masking
 from minbert.data.sequences.ragged import Ragged, ends
 from minbert.data.sequences.split import TokenisedSplit
 from minbert.data.sequences.texts import RowNumbers, TextSplit
-from minbert.trainer.config import EncoderConfig, HeadsConfig
 from minbert.trainer.model.bert import BertConfig
 from minbert.trainer.model.multitask import MultitaskModel, head_part
 from minbert.trainer.model.task_gradients import Place, TaskGradients, covers
 from minbert.trainer.objectives.supervised import supervised
+from minbert.trainer.options import EncoderConfig, HeadsConfig
 
 
 def losses_of(model: MultitaskModel, batch: Batch, objective: Callable = supervised) -> dict[str, Tensor]:

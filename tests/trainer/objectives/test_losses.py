@@ -19,12 +19,13 @@ from sklearn.metrics import cohen_kappa_score, mean_absolute_error
 from small_model import SHAPE, build, build_batch
 
 from minbert.data.errors import UserError
-from minbert.trainer.config import EncoderConfig, HeadsConfig, parse_config
+from minbert.trainer.config import parse_config
 from minbert.trainer.evaluation.scoring import beside
 from minbert.trainer.model.bert import BertConfig
 from minbert.trainer.model.multitask import Forward, MultitaskModel
 from minbert.trainer.objectives.coupled import cosent, coupled_losses, pearson
 from minbert.trainer.objectives.supervised import Supervised, example_losses, predictions, squared_emd, supervised
+from minbert.trainer.options import EncoderConfig, HeadsConfig
 from minbert.tuning.extensions import combine, extension
 
 floats = st.floats(-3, 3, width=32)

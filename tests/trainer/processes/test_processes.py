@@ -13,7 +13,7 @@ import torch
 from minbert.data.errors import UserError
 from minbert.launch.processes import GRACE, _environment, launch
 from minbert.slurm.verdict import Error
-from minbert.trainer.config import ParallelConfig
+from minbert.trainer.options import ParallelConfig
 from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.processes.world import pick_device, require_precision
 
@@ -217,7 +217,7 @@ SAVE = """
     from minbert.trainer.processes import world as distributed
     from minbert.trainer.checkpoint import saving
     from minbert.trainer.checkpoint.format import Manifest, TrainingState
-    from minbert.trainer.config import BudgetConfig, ParallelConfig
+    from minbert.trainer.options import BudgetConfig, ParallelConfig
     from minbert.trainer.engine.parts import Part
     world = distributed.start(ParallelConfig(device="cpu"))
     part = Part("w", 0, {"weight": torch.zeros(4)}, replicated=True)
@@ -407,7 +407,7 @@ def test_deterministic_kernels_are_asked_for():
     program = """
 import os, torch
 from minbert.trainer.processes import world as distributed
-from minbert.trainer.config import ParallelConfig
+from minbert.trainer.options import ParallelConfig
 for flag in (False, True):
     distributed.start(ParallelConfig(deterministic=flag))
     print(torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG"))

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minbert.trainer.checkpoint.format import TrainingState
-from minbert.trainer.config import BudgetConfig
+from minbert.trainer.options import BudgetConfig
 from minbert.trainer.run.budget import Budget
 
 scores = st.lists(st.floats(0, 1), min_size=1, max_size=60)
