@@ -1,4 +1,4 @@
-"""How much memory there is for us."""
+"""What this machine can do: how much memory there is for us, and whether the processor computes in bf16."""
 
 from pathlib import Path
 
@@ -23,6 +23,13 @@ def cgroup_limit(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys
         values = [_read(folder / parent / name).strip() for parent in (group, *group.parents)]
         limits += [float(value) for value in values if value.isdigit()]
     return min(limits)
+
+
+def bf16_units(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
+    """What the processor multiplies bf16 with, by its name among the flags; None: it has nothing, and that is emulated,
+    many times slower than fp32."""
+    flags = set(_read(cpuinfo).split())
+    return next((unit for unit in ("amx_bf16", "avx512_bf16", "bf16") if unit in flags), None)
 
 
 def size(count: float) -> str:

@@ -17,7 +17,7 @@ from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
-from minbert.data.machine import cgroup_limit
+from minbert.data.machine import bf16_units, cgroup_limit
 from minbert.trainer.processes.exit_codes import ExitCode
 
 TRAINING, SLURM, SEARCH, TRANSLATION = SECTIONS = ("training", "SLURM", "search (Ray)", "translation")
@@ -195,9 +195,8 @@ def cuda() -> Check:
 
 
 def processor() -> Check:
-    flags = _read(Path("/proc/cpuinfo")).split()
-    native = [flag for flag in ("amx_bf16", "avx512_bf16", "bf16") if flag in flags]
-    found = f"{len(os.sched_getaffinity(0))} cores, bf16 {f'by {native[0]}' if native else 'emulated, and slow'}"
+    unit = bf16_units()
+    found = f"{len(os.sched_getaffinity(0))} cores, bf16 {f'by {unit}' if unit else 'emulated, and slow'}"
     return Check(TRAINING, "processor", True, found)
 
 

@@ -11,7 +11,6 @@ from minbert.launch.commands import doctor as module
 from minbert.launch.commands.doctor import (
     SECTIONS,
     Check,
-    cgroup_limit,
     disk,
     doctor,
     package,
@@ -126,20 +125,6 @@ def test_slurm_controller(no_commands, script, ok, found, seconds):
     _command(no_commands, "scontrol", script)
     check = slurm_controller(seconds)
     assert check.ok is ok and found in check.found and bool(check.remedy) is (ok is None)
-
-
-def test_the_tightest_cgroup_limit_counts(tmp_path):
-    proc = tmp_path / "cgroup"
-    assert cgroup_limit(proc, tmp_path) == float("inf")
-    proc.write_text("0::/slurm/job_1\n")
-    (tmp_path / "slurm/job_1").mkdir(parents=True)
-    (tmp_path / "slurm/job_1/memory.max").write_text("max\n")
-    (tmp_path / "slurm/memory.max").write_text("4096\n")
-    assert cgroup_limit(proc, tmp_path) == 4096
-    proc.write_text("5:cpu:/\n4:memory:/job\n0::/\n")
-    (tmp_path / "memory/job").mkdir(parents=True)
-    (tmp_path / "memory/job/memory.limit_in_bytes").write_text("2048\n")
-    assert cgroup_limit(proc, tmp_path) == 2048
 
 
 def test_disk_looks_where_a_folder_would_be_made(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 Everything works unchanged with one process, where no process group exists.
 """
 
+import logging
 import os
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -12,8 +13,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from minbert.data.errors import UserError
+from minbert.data.machine import bf16_units
 from minbert.trainer.options import ParallelConfig
 from minbert.trainer.processes.messages import Messages
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ def start(parallel: ParallelConfig) -> World:
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = pick_device(parallel)
     require_precision(parallel)
+    if rank == 0:
+        warn_of_emulation(parallel, device)
     torch.backends.cuda.matmul.allow_tf32 = parallel.precision == "tf32"
     if parallel.deterministic:
         _make_deterministic()
@@ -118,6 +124,11 @@ def require_precision(parallel: ParallelConfig) -> None:
             f"precision=tf32 is for GPUs of compute capability 8.0 (A100) or newer, and this would run on {lacking}.\n"
             "precision=fp32 runs everywhere, and bf16 is faster than both."
         )
+
+
+def warn_of_emulation(parallel: ParallelConfig, device: torch.device) -> None:
+    if parallel.precision == "bf16" and device.type == "cpu" and bf16_units() is None:
+        log.warning("this processor has no units for bf16 and emulates it: precision=fp32 is many times faster here")
 
 
 def require_devices(parallel: ParallelConfig, processes: int) -> None:

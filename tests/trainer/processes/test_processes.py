@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from minbert.data.errors import UserError
+from minbert.data.machine import bf16_units
 from minbert.launch.processes import GRACE, _environment, launch
 from minbert.slurm.verdict import Error
 from minbert.trainer.options import ParallelConfig
 from minbert.trainer.processes.exit_codes import ExitCode
-from minbert.trainer.processes.world import pick_device, require_precision
+from minbert.trainer.processes.world import pick_device, require_precision, warn_of_emulation
 
 LAUNCHER = """
 import sys
@@ -400,6 +401,15 @@ def test_tf32_needs_a_gpu_that_has_it(monkeypatch, capability, name):
         found = name if device == "auto" else "the CPU"
         with pytest.raises(UserError, match=f"(?s)capability 8.0.*would run on {found}.*fp32 runs everywhere"):
             require_precision(ParallelConfig(precision="tf32", device=device))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_processor_without_bf16_is_told_of(precision, caplog):
+    warn_of_emulation(ParallelConfig(precision=precision), torch.device("cpu"))
+    assert ("emulates it" in caplog.text) == (precision == "bf16" and bf16_units() is None)
+    caplog.clear()
+    warn_of_emulation(ParallelConfig(precision=precision), torch.device("cuda"))
+    assert not caplog.text
 
 
 def test_deterministic_kernels_are_asked_for():
