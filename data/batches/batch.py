@@ -78,9 +78,9 @@ class Batch:
         """The batch on `device`, by one copy."""
         return self if device.type == "cpu" else Packed.of(self, device).to(device)
 
-    def padded_for(self, device: torch.device) -> "Batch":
+    def fit_for(self, device: torch.device) -> "Batch":
         """The batch with what attention on `device` needs; it stays where it is."""
-        layout = self.sentences.layout.padded_for(device)
+        layout = self.sentences.layout.fit_for(device)
         return replace(self, sentences=replace(self.sentences, layout=layout))
 
     def only(self, names: Collection[str]) -> "Batch":

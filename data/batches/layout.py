@@ -23,8 +23,9 @@ class Layout:
     So the rows of a task are consecutive, and its share in the gradient of a matrix is one product of slices.
 
     On a CPU a task's sequences of equal length share one call of attention without a mask: no padding at all, and small
-    calls are cheap there. On a GPU few large calls win: attention alone is padded to the longest sequence, with a mask,
-    and `cells` and `mask` are there.
+    calls are cheap there. On a GPU few large calls win: one for all sequences, which a kernel tells apart by their
+    `offsets`, or, where there is no such kernel, over a rectangle padded to the longest, by `cells` and `mask`. All
+    three are there then.
     """
 
     groups: list[tuple[int, int]]  # (number of sequences, their length), from the first token to the last
@@ -34,6 +35,7 @@ class Layout:
     position: Tensor  # (N,) int64, its place therein
     tokens: tuple[int, ...]  # how many of the N are each task's, in their order
     ends: Tensor  # (tasks,) int32, the row behind each task's last
+    offsets: Tensor | None = None  # (S + 1,) int32, the row of each sequence's first token, in their order, and N
     cells: Tensor | None = None  # (N,) int64, its cell in the (S, L) rectangle
     mask: Tensor | None = None  # (S, 1, 1, L) bool, where that rectangle has a token
 
@@ -91,30 +93,36 @@ class Layout:
         )
         if self.mask is None:
             return own
-        longest = max(length for _, length in groups)
-        mask = pieces(self.mask, counts)[..., :longest]
-        return replace(own, cells=own.sequence * longest + own.position, mask=mask)
+        assert self.offsets is not None
+        offsets = torch.cat([pieces(self.offsets[:-1], counts, rows), own.ends[-1:]])
+        mask = pieces(self.mask, counts)[..., : own.longest]
+        return replace(own, offsets=offsets, cells=own.sequence * own.longest + own.position, mask=mask)
 
     def __len__(self) -> int:
         return sum(count for count, _ in self.groups)
 
-    def padded(self) -> "Layout":
-        """The same with attention padded to the longest sequence."""
-        longest = max(length for _, length in self.groups)
-        mask = (torch.arange(longest) < self.lengths[:, None])[:, None, None, :]
-        return replace(self, cells=self.sequence * longest + self.position, mask=mask)
+    @property
+    def longest(self) -> int:
+        return max(length for _, length in self.groups)
 
-    def padded_for(self, device: torch.device) -> "Layout":
+    def in_one(self) -> "Layout":
+        """The same for attention over all sequences in one call."""
+        lengths = np.repeat([length for _, length in self.groups], [count for count, _ in self.groups])
+        offsets = torch.from_numpy(np.cumsum([0, *lengths]).astype(np.int32))
+        mask = (torch.arange(self.longest) < self.lengths[:, None])[:, None, None, :]
+        return replace(self, offsets=offsets, cells=self.sequence * self.longest + self.position, mask=mask)
+
+    def fit_for(self, device: torch.device) -> "Layout":
         """The layout as attention on `device` wants it; it stays where it is."""
-        return self if device.type == "cpu" or self.cells is not None else self.padded()
+        return self if device.type == "cpu" or self.cells is not None else self.in_one()
 
     def to(self, device: torch.device) -> "Layout":
-        """`padded_for` the device, and there."""
+        """`fit_for` the device, and there."""
         if device.type == "cpu":
             return self
-        padded = self.padded_for(device)
-        names = ("starts", "lengths", "sequence", "position", "ends", "cells", "mask")
-        return replace(padded, **{name: getattr(padded, name).to(device, non_blocking=True) for name in names})
+        fit = self.fit_for(device)
+        names = ("starts", "lengths", "sequence", "position", "ends", "offsets", "cells", "mask")
+        return replace(fit, **{name: getattr(fit, name).to(device, non_blocking=True) for name in names})
 
 
 @dataclass(frozen=True)

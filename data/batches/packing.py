@@ -25,7 +25,7 @@ class Packed:
     @staticmethod
     def of(batch: "Batch", device: torch.device) -> "Packed":
         """Pack a batch on the host as `device` will want it; in pinned memory if it is a GPU."""
-        batch = batch.padded_for(device)
+        batch = batch.fit_for(device)
         tensors = _by_width(batch)
         # Pinned memory is kept by PyTorch's own allocator and used again once the copy from it is through.
         size = sum(tensor.nbytes for tensor in tensors)

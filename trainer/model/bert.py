@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from minbert.data.batches.layout import Layout, Sentences
+from minbert.trainer.model.flash import attend_flat, serves
 from minbert.trainer.model.tokenwise import Embedding, LayerNorm, Linear, linear
 
 _Size = Annotated[int, Field(ge=1, lt=2**31)]
@@ -40,11 +41,13 @@ class BertConfig:
 
 def attend(qkv: Tensor, layout: Layout, heads: int, dropout: float) -> Tensor:
     """softmax(q k^T / sqrt(d)) v within each sequence and head: (N, 3 H) -> (N, H)."""
+    if layout.offsets is not None and serves(qkv, heads):
+        return attend_flat(qkv, layout.offsets, layout.longest, heads, dropout)
     if layout.cells is None or layout.mask is None:
         # split, not slices: the backward of a slice fills a whole matrix with zeros for each group.
         parts = zip(qkv.split([count * length for count, length in layout.groups]), layout.groups)
         return torch.cat([_attention(part.view(*shape, -1), heads, dropout, None) for part, shape in parts])
-    count, longest = len(layout), layout.mask.shape[-1]
+    count, longest = len(layout), layout.longest
     padded = qkv.new_zeros(count * longest, qkv.shape[1]).index_copy(0, layout.cells, qkv)
     return _attention(padded.view(count, longest, -1), heads, dropout, layout.mask)[layout.cells]
 

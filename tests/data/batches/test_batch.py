@@ -49,7 +49,7 @@ def test_a_layout_tells_where_each_token_lies(lengths):
         assert layout.sequence[own].tolist() == [number] * length and layout.position[own].tolist() == [*range(length)]
     assert [length for count, length in layout.groups for _ in range(count)] == sorted(lengths)
     assert len(layout.groups) == len(set(lengths)) and len(layout) == len(lengths)
-    padded = layout.padded()
+    padded = layout.in_one()
     rectangle = torch.zeros(len(lengths) * max(lengths), dtype=torch.bool)
     rectangle[padded.cells] = True
     assert torch.equal(rectangle.view(len(lengths), 1, 1, -1), padded.mask)
@@ -87,10 +87,10 @@ def test_each_task_finds_its_examples(one, two, seed):
     order = list(zip(whose.tolist(), layout.lengths[layout.sequence].tolist()))
     assert order == sorted(order) and len(layout.groups) == len(set(order))
     for device in ("cpu", "meta"):  # for whose attention sequences are padded
-        padded = batch.padded_for(torch.device(device))
+        padded = batch.fit_for(torch.device(device))
         for name in batch.tasks:
             alone = make_batch({name: splits[name]}, {name: Portion(rows[name], rows[name], 50)})
-            found, wanted = padded.only([name]), alone.padded_for(torch.device(device))
+            found, wanted = padded.only([name]), alone.fit_for(torch.device(device))
             assert all(map(torch.equal, _by_width(found), _by_width(wanted)))
             assert found.sentences.layout.groups == wanted.sentences.layout.groups
             assert found.sentences.layout.tokens == wanted.sentences.layout.tokens
@@ -177,7 +177,7 @@ def test_every_tensor_comes_out_as_it_went_in(one, two, seed):
     batch = build(one, two, seed)
     packed = Packed.of(batch, torch.device("meta"))  # padded, as for a GPU, and moved to the CPU all the same
     moved = packed.to(torch.device("cpu"))
-    expected = batch.padded_for(torch.device("meta"))
+    expected = batch.fit_for(torch.device("meta"))
     assert moved.sentences.layout.groups == batch.sentences.layout.groups and moved.tokens == batch.tokens
     assert [*moved.tasks] == [*batch.tasks] and moved.sentences.layout.mask is not None
     pairs = [(moved.sentences.layout, expected.sentences.layout), (moved.sentences, expected.sentences)]

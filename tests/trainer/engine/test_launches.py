@@ -1,8 +1,8 @@
 """How many operations a step asks of a GPU.
 
 No GPU is needed: tensors on the device "meta" have shapes and no values, and everything that PyTorch would launch for
-them passes by here; attention as some twenty operations, of which a GPU makes two, for the sum as for surgery. That
-nothing is read back between logged steps is for `test_waiting` to say.
+them passes by here: of bf16, attention as the flash kernel's two operations, and else as some twenty, of which a GPU
+makes few. That nothing is read back between logged steps is for `test_waiting` to say.
 """
 
 from contextlib import nullcontext
@@ -22,7 +22,7 @@ from minbert.data.sequences.split import TokenisedSplit
 from minbert.launch.options import parse_run_config
 from minbert.trainer.engine.base import Engine, build_accelerator
 from minbert.trainer.engine.optimizer import build_optimizer
-from minbert.trainer.model import tokenwise
+from minbert.trainer.model import bert, tokenwise
 from minbert.trainer.model.bert import BertConfig
 from minbert.trainer.model.multitask import Forward, MultitaskModel
 from minbert.trainer.options import EncoderConfig, HeadsConfig, OptimizerConfig
@@ -41,6 +41,10 @@ class Launches(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.operations = dict[str, int]()
+
+    @property
+    def total(self) -> int:
+        return sum(self.operations.values())
 
     def __torch_dispatch__(self, function, types, arguments=(), named=None):
         result = function(*arguments, **(named or {}))
@@ -65,6 +69,11 @@ def lower(monkeypatch) -> None:
 
     monkeypatch.setattr(tokenwise, "plain_linear", linear)
     monkeypatch.setattr(tokenwise, "_lowered", lambda x: torch.bfloat16)
+
+
+def attend_flat(monkeypatch) -> None:
+    """As a GPU with the flash kernel does."""
+    monkeypatch.setattr(bert, "serves", lambda qkv, heads: qkv.dtype == torch.bfloat16)
 
 
 def build_step(aggregator: str, monkeypatch) -> TrainingStep:
@@ -103,10 +112,25 @@ def launches(aggregator: str, monkeypatch) -> Launches:
 
 @pytest.mark.parametrize(("precision", "bound"), [("bf16", 1.15), ("fp32", 1.26)])
 def test_surgery_launches_hardly_more_than_the_sum(precision, bound, monkeypatch):
+    """Where attention is padded."""
     if precision == "bf16":
         lower(monkeypatch)
     plain, surgery = (launches(name, monkeypatch) for name in ("sum", "pcgrad"))
     grouped = surgery.operations.get("_grouped_mm.default", 0)
     assert grouped == (4 * 12 if precision == "bf16" else 0)  # one for each linear layer, of all tasks
-    ratio = sum(surgery.operations.values()) / sum(plain.operations.values())
+    ratio = surgery.total / plain.total
     assert ratio <= bound, (ratio, plain.operations, surgery.operations)
+
+
+def test_the_flash_kernel_saves_a_third_of_the_launches(monkeypatch):
+    """Of the sum; surgery has as many more as it had before, which is a larger share of fewer."""
+    lower(monkeypatch)
+    padded = {name: launches(name, monkeypatch).total for name in ("sum", "pcgrad")}
+    attend_flat(monkeypatch)
+    flat = {name: launches(name, monkeypatch) for name in ("sum", "pcgrad")}
+    for name, counted in flat.items():
+        once = [counted.operations[f"_flash_attention_{way}.default"] for way in ("forward", "backward")]
+        assert once == [12, 12]
+        assert padded[name] - counted.total >= 45 * 12, (name, counted.operations)
+    assert flat["sum"].total <= 0.65 * padded["sum"]
+    assert flat["pcgrad"].total <= 1.22 * flat["sum"].total

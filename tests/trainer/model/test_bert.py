@@ -85,7 +85,7 @@ def test_gradients_equal_transformers(ours, reference, grouped):
     ours.zero_grad()
     sentences = Sentences.from_padded(ids, mask, types)
     if not grouped:
-        sentences = replace(sentences, layout=sentences.layout.padded())
+        sentences = replace(sentences, layout=sentences.layout.in_one())
     cls = ours(sentences)[sentences.layout.starts]
     ((cls * weights).mean() + (ours.pooler(cls) * weights).mean()).backward()
 
@@ -119,7 +119,7 @@ def test_sentences_do_not_see_each_other(lengths, seed):
     together = laid_out(ids, lengths)
     with torch.no_grad():
         alone = [bert(laid_out(part, [len(part)])) for part in np.split(ids, np.cumsum(lengths)[:-1])]
-        for layout in (together.layout, together.layout.padded()):
+        for layout in (together.layout, together.layout.in_one()):
             hidden = bert(replace(together, layout=layout))
             for number, expected in enumerate(alone):
                 own = hidden[layout.starts[number] : layout.starts[number] + lengths[number]]
@@ -138,7 +138,7 @@ def test_attention_is_the_formula():
         probabilities = torch.softmax(q @ k.transpose(-1, -2) / (width / heads) ** 0.5, dim=-1)
         expected.append((probabilities @ v).transpose(0, 1).flatten(1))
     plain = Layout.of(np.array(lengths))
-    for layout in (plain, plain.padded()):
+    for layout in (plain, plain.in_one()):
         torch.testing.assert_close(attend(qkv, layout, heads, 0.0), torch.cat(expected), atol=1e-12, rtol=0)
 
 
