@@ -23,6 +23,7 @@ from minbert.tuning.extensions import PAPER_BASELINE
 from minbert.tuning.report.answers import BINS, calibrate
 from minbert.tuning.report.importance import importances, scores_at_equal_share
 from minbert.tuning.report.page import DARK, DIVERGING, RISING
+from minbert.tuning.report.run import smoothed
 from minbert.tuning.runs_compared import _predicted, bootstrap, compare_runs
 from minbert.tuning.search import Search
 from minbert.tuning.space import check_space, draw, parse_space
@@ -154,11 +155,24 @@ def test_the_page_of_a_run(run, browser, capsys):
     assert len(browser.table("similarity-sts")[1]) == 4  # both sentences, label, predicted
 
     metrics = RunFolder(run).read_metrics()
+    chart = "[...document.querySelectorAll('.chart')].find(c => c.querySelector('h3').textContent == 'Loss: sst')"
+    drawn = browser.ask(f"{chart}.querySelector('.drawing').data.map(t => [t.name, [...t.x], [...t.y]])")
+    for (name, steps, values), key in zip(drawn, ("loss/sst", "dev_loss/sst"), strict=True):
+        assert name == ("train" if key == "loss/sst" else "dev")
+        assert list(zip(steps, values)) == [(record["step"], record[key]) for record in metrics if key in record]
     rows = read_csv(run / "report.csv")
     assert [int(row["step"]) for row in rows] == [record["step"] for record in metrics]
     assert [float(row["dev/sts"]) for row in rows if row["dev/sts"]] == [
         r["dev/sts"] for r in metrics if "dev/sts" in r
     ]
+
+
+def test_a_smoothed_curve_is_the_exponential_mean_of_what_came_before():
+    values = [float(value) for value in np.random.default_rng(0).normal(size=200)]
+    weights = 0.9 ** np.arange(200)[::-1]  # a twentieth of 200 is ten
+    expected = [np.average(values[:count], weights=weights[-count:]) for count in range(1, 201)]
+    assert smoothed(values) == pytest.approx(expected)
+    assert smoothed([1.0, None, 1.0]) == [1.0, None, 1.0]
 
 
 def luminance(colour: str) -> float:

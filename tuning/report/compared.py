@@ -23,7 +23,7 @@ from minbert.tuning.report.page import (
 from minbert.tuning.runs_compared import Compared, Group
 
 MOST = 6  # groups that the head names
-AXES = {"loss": {"type": "log"}, "tokens_per_second": {"tickformat": ","}}
+AXES = {"loss": {"type": "log"}, "dev_loss": {"type": "log"}, "tokens_per_second": {"tickformat": ","}}
 FACTS = ("Model", "Data", "Code", "Date", "Duration")
 
 
@@ -130,14 +130,10 @@ def _intervals(found: Compared) -> list[Chart]:
 
 def _curves(groups: Sequence[Group], metrics: Sequence[str]) -> list[Chart]:
     named = {f"dev/{name}": f"Dev score: {name}" for name in reversed(metrics)}
-    losses = dict.fromkeys(
-        name
-        for group in groups
-        for record in group.runs[0].read_metrics()
-        for name in record
-        if name.startswith("loss/")
-    )
-    named |= {name: f"Training loss: {name.partition('/')[2]}" for name in losses}
+    logged = [record for group in groups for record in group.runs[0].read_metrics()]
+    for prefix, title in (("loss/", "Training loss"), ("dev_loss/", "Dev loss")):
+        losses = dict.fromkeys(name for record in logged for name in record if name.startswith(prefix))
+        named |= {name: f"{title}: {name.removeprefix(prefix)}" for name in losses}
     named |= {"lr": "Learning rate of the encoder", "tokens_per_second": "Tokens a second"}
     charts = []
     for name, title in named.items():
