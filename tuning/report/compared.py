@@ -1,12 +1,12 @@
 """The page of runs compared: in what they differ, their curves over each other, and scores with intervals."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from minbert.data.task import Task
 from minbert.tuning.report.facts import facts, span
+from minbert.tuning.report.links import to_run
 from minbert.tuning.report.page import (
     COLOURS,
     Chart,
@@ -16,7 +16,6 @@ from minbert.tuning.report.page import (
     Table,
     escaped,
     figure,
-    link,
     seeds_curve,
     setting,
 )
@@ -161,8 +160,7 @@ def _runs(groups: Sequence[Group], place: Path) -> list[Table]:
     for group in groups:
         for run, config in zip(group.runs, group.configs):
             known = dict(facts(run.path, config, *span(run)))
-            page = run.path / "report.html"
-            name = link(str(run.path), os.path.relpath(page, place)) if page.exists() else str(run.path)
+            name = to_run(str(run.path), run.path, place)
             rows.append([name, group.name, str(config.seed), *(known.get(fact, "–") for fact in FACTS)])
             started.append([str(run.path), known.get("Command", "–"), known["Not the default"]])
     return [
