@@ -6,6 +6,7 @@ Nothing but the standard library is imported here: `minbert doctor` runs where p
 import codecs
 import contextlib
 import io
+import re
 import shutil
 import sys
 import textwrap
@@ -58,12 +59,15 @@ class Help(Exception):
         description, settings, text = "\n\n".join(paragraphs), self._settings(), _Like(sys.stdout)
         with contextlib.suppress(SystemExit), contextlib.redirect_stdout(text):
             tyro.cli(self.kind, args=["--help"], prog=self.program, description=description, config=settings)
-        usage, newline, shown = text.getvalue().partition("\n")
-        wrapper = textwrap.TextWrapper(shutil.get_terminal_size().columns, break_on_hyphens=False)
+        usage, _, shown = text.getvalue().partition("\n")
+        columns = shutil.get_terminal_size().columns
+        wrapper = textwrap.TextWrapper(columns, break_on_hyphens=False)
         for paragraph in paragraphs:  # which tyro leaves as long as they are, as it does the usage
             shown = shown.replace(paragraph, wrapper.fill(paragraph), 1)
-        wrapper.subsequent_indent = " " * len("usage: ")
-        print(wrapper.fill(usage), newline, shown, sep="", end="")
+        if len(plain := re.sub("\x1b.*?m", "", usage)) > columns:
+            wrapper.subsequent_indent = " " * len("usage: ")
+            usage = wrapper.fill(plain)
+        print(f"{usage}\n{shown}", end="")
         raise SystemExit
 
     def parser(self) -> ArgumentParser:
