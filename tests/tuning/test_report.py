@@ -95,6 +95,35 @@ class Browser:
         WebDriverWait(self.driver, 30).until(lambda _: file.exists())
         return file
 
+    def at(self, chart: str, x: float, y: float) -> tuple[int, int]:
+        """Where on the screen a chart, the first of a selector, has the point (x, y) of its axes; it is scrolled to."""
+        script = """
+            const drawing = document.querySelector(arguments[0]), { xaxis, yaxis } = drawing._fullLayout;
+            drawing.scrollIntoView({ block: "center", behavior: "instant" });
+            const box = drawing.querySelector(".nsewdrag").getBoundingClientRect();
+            return [box.left + xaxis.d2p(arguments[1]), box.top + yaxis.d2p(arguments[2])].map(Math.round);
+        """
+        return tuple(self.driver.execute_script(script, chart, x, y))
+
+    def drag(self, chart: str, start: tuple[float, float], end: tuple[float, float], shift: bool = False) -> None:
+        """Draw a box with the mouse, from one point of a chart's axes to another."""
+        from selenium.webdriver import ActionChains, Keys
+
+        begin, stop = self.at(chart, *start), self.at(chart, *end)
+        actions = ActionChains(self.driver)
+        mouse, keys = actions.w3c_actions.pointer_action, actions.w3c_actions.key_action
+        mouse.move_to_location(*begin)
+        keys.pause()
+        if shift:
+            keys.key_down(Keys.SHIFT)
+            mouse.pause()
+        mouse.pointer_down().move_to_location(*stop).pointer_up()
+        if shift:
+            for _ in range(3):
+                keys.pause()
+            keys.key_up(Keys.SHIFT)
+        actions.perform()
+
     def headings(self) -> list[str]:
         return self.ask("[...document.querySelectorAll('h2')].map(h => h.textContent)")
 
@@ -455,6 +484,36 @@ def test_the_page_of_a_search(search, browser):
     assert len(rows) == 24
     assert {row["trial"]: float(row["lr"]) for row in rows}[best.name] == best.parameters["lr"]
     assert rows[5]["error"] == HOSTILE
+
+
+def test_a_mouse_draws_boxes_on_charts_and_axes(search, browser):
+    trials = [trial for trial in Search.read(search).trials(search) if trial.score is not None]
+    assert main(["report", str(search)]) == 0
+    browser.open(search / "report.html", width=1440)
+    shown = "[...document.querySelectorAll('#all-trials tbody tr')].filter(r => !r.hidden).map(r => r.id)"
+
+    def expect(names: set[str]) -> None:
+        browser.wait(f"{shown}.length == {len(names)}")
+        assert set(browser.ask(shown)) == names
+
+    def those(**wanted) -> set[str]:
+        return {t.name for t in trials if all(t.parameters[name] == value for name, value in wanted.items())}
+
+    scatter = "#score-against-each-hyperparameter .chart:nth-of-type(4) .drawing"  # aggregator: sum | pcgrad
+    scores = [trial.score for trial in trials]
+    browser.drag(scatter, (0.5, max(scores) + 0.005), (1.45, min(scores) - 0.005))
+    expect(those(aggregator="pcgrad"))
+    axes = "#parallel-coordinates .drawing"  # lr, hidden_layers, head_dropout, aggregator, score
+    browser.drag(axes, (0.8, 1.05), (1.2, 0.8))
+    expect(those(aggregator="pcgrad", hidden_layers=3))
+    from selenium.webdriver.common.by import By
+
+    browser.driver.find_element(By.CSS_SELECTOR, ".selected button").click()
+    expect({f"trial-{number:04d}" for number in range(24)})
+    browser.drag(axes, (0.8, 1.05), (1.2, 0.8))
+    expect(those(hidden_layers=3))
+    browser.drag(axes, (2.8, 0.2), (3.2, -0.05), shift=True)
+    expect(those(hidden_layers=3, aggregator="sum"))
 
 
 def test_importance_finds_the_option_that_matters_and_says_when_nothing_does():
