@@ -71,7 +71,7 @@ def _table(actions: list[Action]) -> str:
     for action in actions:
         name = action.option_strings[-1] if action.option_strings else action.metavar or action.dest
         value = f"`{action.metavar}`" if action.metavar and action.option_strings else ""
-        about = " ".join((action.help or "").replace("(default: )", "").split())
+        about = " ".join((action.help or "").split())
         rows.append(f"| `{name}`{{.whole}} | {value} | {about.replace('|', '&#124;').replace('<', '&lt;')} |")
     return "\n".join(rows)
 

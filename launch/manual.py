@@ -3,10 +3,17 @@
 Nothing but the standard library is imported here: `minbert doctor` runs where packages are missing.
 """
 
+import codecs
+import contextlib
+import io
+import re
+import shutil
+import sys
+import textwrap
 import warnings
 from argparse import ArgumentParser
 from importlib import import_module
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 # command -> (module, what it does). Modules are imported when they are needed: PyTorch takes seconds.
 COMMANDS = {
@@ -48,7 +55,19 @@ class Help(Exception):
         """Print it, drawn by tyro from the options' types, defaults and docstrings, and end the program."""
         import tyro
 
-        tyro.cli(self.kind, args=["--help"], prog=self.program, config=self._settings())
+        paragraphs = [" ".join(part.split()) for part in (self.kind.__doc__ or "").split("\n\n")]
+        description, settings, text = "\n\n".join(paragraphs), self._settings(), _Like(sys.stdout)
+        with contextlib.suppress(SystemExit), contextlib.redirect_stdout(text):
+            tyro.cli(self.kind, args=["--help"], prog=self.program, description=description, config=settings)
+        usage, _, shown = text.getvalue().partition("\n")
+        columns = shutil.get_terminal_size().columns
+        wrapper = textwrap.TextWrapper(columns, break_on_hyphens=False)
+        for paragraph in paragraphs:  # which tyro leaves as long as they are, as it does the usage
+            shown = shown.replace(paragraph, wrapper.fill(paragraph), 1)
+        if len(plain := re.sub("\x1b.*?m", "", usage)) > columns:
+            wrapper.subsequent_indent = " " * len("usage: ")
+            usage = wrapper.fill(plain)
+        print(f"{usage}\n{shown}", end="")
         raise SystemExit
 
     def parser(self) -> ArgumentParser:
@@ -64,6 +83,21 @@ class Help(Exception):
         import tyro
 
         return (tyro.conf.OmitArgPrefixes, tyro.conf.HelptextFromCommentsOff, tyro.conf.FlagCreatePairsOff)
+
+
+class _Like(io.StringIO):
+    """Takes what would be printed to `output`, in the colours and characters that suit that."""
+
+    def __init__(self, output: TextIO):
+        super().__init__()
+        self.output = output
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return codecs.lookup(self.output.encoding or "ascii").name  # as tyro compares it
+
+    def isatty(self) -> bool:
+        return self.output.isatty()
 
 
 def parser_of(command: str, *action: str) -> ArgumentParser:

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, Field
 
 from minbert.data.errors import UserError
 from minbert.data.reading import read_yaml
-from minbert.launch.help import RUN_OPTIONS, Option, help_with_run_options
+from minbert.launch.help import RUN_OPTIONS, Option, described, help_with_run_options
 from minbert.launch.manual import Help
 from minbert.launch.words import convert, read_options, takes_several
 from minbert.slurm.settings import JobSettings, parse_parameters
@@ -30,7 +30,7 @@ def parse(kind: type[T], arguments: list[str], command: str) -> T:
     """`arguments` as a dataclass `kind`, whose positional fields take the words that belong to no option, in order.
     Raises UserError for a wrong option or value, or where a word is missing, and Help for --help."""
     if asks_for_help(arguments):
-        raise Help(kind, command)
+        raise Help(described(kind), command)
     types = get_type_hints(kind, include_extras=True)
     places = {name: types.pop(name) for name in list(types) if tyro.conf.Positional in _marks(types[name])}
     values, words = read_options(types, arguments, command)

@@ -36,7 +36,7 @@ def read_options(types: Mapping[str, Any], arguments: list[str], command: str) -
             hint = f"\nIf it is a value of {empty}, write {empty}={word}" if empty else ""
             raise UserError(_unknown(option, types, command) + hint)
         kind, empty = types[name], ""
-        if kind is bool:
+        if bare(kind) is bool:
             options[name] = convert(option, bool, [value]) if attached else True
             continue
         following = [value] if attached else list(takewhile(lambda word: not word.startswith("--"), words))

@@ -48,7 +48,7 @@ class RunConfig(Section):
     """How the run shows itself: a panel on a terminal and lines elsewhere; always lines; or JSON, with each line of
     metrics.jsonl."""
     trackers: tuple[str, ...] = ("tensorboard",)
-    """Experiment trackers known to Accelerate: tensorboard, wandb, mlflow, ..."""
+    """Experiment trackers known to Accelerate: tensorboard, wandb, mlflow, trackio, ..."""
     corpus: CorpusConfig = CorpusConfig()
     encoder: EncoderConfig = EncoderConfig()
     heads: HeadsConfig = HeadsConfig()

@@ -194,13 +194,13 @@ class Training:
         state, tasks = self.state, self.config.corpus.tasks
         self._look()  # so that the steps' time has what the device has left to do
         with self.engine.evaluating():
-            scores = evaluate(self.engine, tasks, self.dev, self.world, stop=lambda: self.stop.reached_any(self.world))
-            if scores is None:
+            found = evaluate(self.engine, tasks, self.dev, self.world, stop=lambda: self.stop.reached_any(self.world))
+            if found is None:
                 return False
-            is_best = self.budget.enter_score(state, scores["overall"])
+            is_best = self.budget.enter_score(state, found.scores["overall"])
             if is_best:
-                self.saving.save_best(state, scores)
-        self.reporter.scores(state, scores, is_best, self.budget.total_steps(state))
+                self.saving.save_best(state, found.scores)
+        self.reporter.evaluated(state, found, is_best, self.budget.total_steps(state))
         return True
 
     def _save(self, wait: bool = False) -> bool:

@@ -23,7 +23,7 @@ from minbert.data.reading import read_yaml
 from minbert.trainer.config import MAY_CHANGE, RunConfig, flatten, parse_config
 from minbert.trainer.options import Seed
 from minbert.trainer.run.folder import RunFolder
-from minbert.trainer.run.preparation import resolve
+from minbert.trainer.run.preparation import left_to_encoder, resolve
 from minbert.tuning.space import (
     EXPLORED,
     Parameters,
@@ -134,17 +134,31 @@ class Search(BaseModel):
 
     def values(self, parameters: Mapping[str, Any]) -> Parameters:
         """The values of all options in the configuration of a trial with these parameters."""
-        return _plain(resolve(parse_config(self.options(parameters), SEARCH_FILE))) | dict(parameters)
+        return self._resolved(parameters) | {name: value for name, value in parameters.items() if value is not None}
+
+    def _resolved(self, parameters: Mapping[str, Any]) -> Parameters:
+        """As a trial's run has them: what is left open has the value that comes of it."""
+        config = parse_config(self.options(parameters), SEARCH_FILE)
+        return _plain(resolve(config)) | left_to_encoder(config)
 
     def point(self, number: int, parameters: Parameters) -> Parameters | None:
         """A trial as the space could have drawn it: its values of the options that are searched now. None if it lies
-        outside, for one of them or for another option that it has and the space leaves as it is."""
+        outside, for one of them or for another option that it has and the space leaves as it is.
+
+        An option that is left open is the same as one that has the value that its run then has.
+        """
         if number >= self.first:
             return parameters
-        values, rest = self.values(parameters), self.values({})
-        inside = all(kind.holds(values[name]) for name, kind in self.space.items())
+        given = _plain(parse_config(self.options(parameters), SEARCH_FILE)) | parameters
+        values, rest = self._resolved(parameters), self._resolved({})
+        found = {}
+        for name, kind in self.space.items():
+            held = [value for value in (given[name], values[name]) if kind.holds(value)]
+            if not held:
+                return None
+            found[name] = held[0]
         same = all(values[name] == rest[name] for name in parameters.keys() - self.space.keys())
-        return {name: values[name] for name in self.space} if inside and same else None
+        return found if same else None
 
     def parameters(self, number: int, known: Collection[str] = ()) -> Parameters:
         """Of the next trial of a random or grid search, which is none of those in `known`, by their fingerprint, as

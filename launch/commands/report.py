@@ -1,6 +1,6 @@
 """`minbert report`: a page and a csv of what a run, a search or an ablation found."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +15,8 @@ from minbert.launch.outputs import require_place
 from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.run.folder import RunFolder
 from minbert.tuning.ablation import ABLATION_FILE
+from minbert.tuning.report.links import PAGE, owner, to_owner
+from minbert.tuning.report.page import Report, write
 from minbert.tuning.search import SEARCH_FILE
 
 
@@ -37,35 +39,61 @@ class ReportOptions:
 def main(arguments: list[str]) -> int:
     options = parse(ReportOptions, arguments, "report")
     folder = options.folder
-    out = options.out or folder / "report.html"
+    out = options.out or folder / PAGE
     if out.suffix != ".html":
         raise UserError(f"{out}: the page is a .html file")
     if folder.is_dir():
         require_place(out)
-    if (folder / SEARCH_FILE).exists():
-        from minbert.tuning.report.search import search_report
-
-        report = search_report(folder)
-    elif (folder / ABLATION_FILE).exists():
-        from minbert.tuning.report.ablation import ablation_report
-
-        report = ablation_report(folder)
-    elif (folder / "config.yaml").exists():
-        from minbert.launch.results import whole_splits
-        from minbert.tuning.report.run import run_report
-
-        run = RunFolder(folder)
-        config = whole_splits(run.read_config(), options.data)
-        report = run_report(run, config, options.split, options.mistakes)
-    else:
+    if (report := _of_many(folder, out.parent)) is not None:
+        _write(report, out)
+        return ExitCode.FINISHED
+    if not (folder / "config.yaml").exists():
         raise UserError(
             f"{folder} is no run, search or ablation: it has no config.yaml, {SEARCH_FILE} or {ABLATION_FILE}"
         )
-    from minbert.tuning.report.page import write
+    report = _of_run(folder, options)
+    _write(_below(report, folder, out), out)
+    above = owner(folder)
+    if above is not None and out.absolute() == (folder / PAGE).absolute():
+        try:  # so that it leads here, and this page there
+            _write(_of_many(above, above), above / PAGE)
+        except UserError as problem:
+            print(f"The page of {above} is not written: {problem}")
+        else:
+            _write(_below(report, folder, out), out, say=False)
+    return ExitCode.FINISHED
 
+
+def _of_many(folder: Path, place: Path) -> Report | None:
+    """The report of a search or an ablation, for the folder `place`; None if `folder` is neither."""
+    if (folder / SEARCH_FILE).exists():
+        from minbert.tuning.report.search import search_report
+
+        return search_report(folder, place)
+    if (folder / ABLATION_FILE).exists():
+        from minbert.tuning.report.ablation import ablation_report
+
+        return ablation_report(folder, place)
+    return None
+
+
+def _of_run(folder: Path, options: ReportOptions) -> Report:
+    from minbert.launch.results import whole_splits
+    from minbert.tuning.report.run import run_report
+
+    run = RunFolder(folder)
+    return run_report(run, whole_splits(run.read_config(), options.data), options.split, options.mistakes)
+
+
+def _below(report: Report, run: Path, out: Path) -> Report:
+    """The report with a link to the page of what the run is a part of, if there is one."""
+    return replace(report, page=replace(report.page, above=to_owner(run, out.parent)))
+
+
+def _write(report: Report, out: Path, say: bool = True) -> None:
     try:
         write(report, out, out.with_suffix(".csv"))
     except OSError as error:
         raise disk_trouble(error) or UserError(f"{out} cannot be written: {error.strerror}") from None
-    print(f"Page: {out}   Numbers: {out.with_suffix('.csv')}")
-    return ExitCode.FINISHED
+    if say:
+        print(f"Page: {out}   Numbers: {out.with_suffix('.csv')}")

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from minbert.tuning.extensions import PAPER_BASELINE
 from minbert.tuning.report.answers import BINS, calibrate
 from minbert.tuning.report.importance import importances, scores_at_equal_share
 from minbert.tuning.report.page import DARK, DIVERGING, RISING
+from minbert.tuning.report.run import smoothed
 from minbert.tuning.runs_compared import _predicted, bootstrap, compare_runs
 from minbert.tuning.search import Search
 from minbert.tuning.space import check_space, draw, parse_space
@@ -93,6 +95,35 @@ class Browser:
         WebDriverWait(self.driver, 30).until(lambda _: file.exists())
         return file
 
+    def at(self, chart: str, x: float, y: float) -> tuple[int, int]:
+        """Where on the screen a chart, the first of a selector, has the point (x, y) of its axes; it is scrolled to."""
+        script = """
+            const drawing = document.querySelector(arguments[0]), { xaxis, yaxis } = drawing._fullLayout;
+            drawing.scrollIntoView({ block: "center", behavior: "instant" });
+            const box = drawing.querySelector(".nsewdrag").getBoundingClientRect();
+            return [box.left + xaxis.d2p(arguments[1]), box.top + yaxis.d2p(arguments[2])].map(Math.round);
+        """
+        return tuple(self.driver.execute_script(script, chart, x, y))
+
+    def drag(self, chart: str, start: tuple[float, float], end: tuple[float, float], shift: bool = False) -> None:
+        """Draw a box with the mouse, from one point of a chart's axes to another."""
+        from selenium.webdriver import ActionChains, Keys
+
+        begin, stop = self.at(chart, *start), self.at(chart, *end)
+        actions = ActionChains(self.driver)
+        mouse, keys = actions.w3c_actions.pointer_action, actions.w3c_actions.key_action
+        mouse.move_to_location(*begin)
+        keys.pause()
+        if shift:
+            keys.key_down(Keys.SHIFT)
+            mouse.pause()
+        mouse.pointer_down().move_to_location(*stop).pointer_up()
+        if shift:
+            for _ in range(3):
+                keys.pause()
+            keys.key_up(Keys.SHIFT)
+        actions.perform()
+
     def headings(self) -> list[str]:
         return self.ask("[...document.querySelectorAll('h2')].map(h => h.textContent)")
 
@@ -154,11 +185,24 @@ def test_the_page_of_a_run(run, browser, capsys):
     assert len(browser.table("similarity-sts")[1]) == 4  # both sentences, label, predicted
 
     metrics = RunFolder(run).read_metrics()
+    chart = "[...document.querySelectorAll('.chart')].find(c => c.querySelector('h3').textContent == 'Loss: sst')"
+    drawn = browser.ask(f"{chart}.querySelector('.drawing').data.map(t => [t.name, [...t.x], [...t.y]])")
+    for (name, steps, values), key in zip(drawn, ("loss/sst", "dev_loss/sst"), strict=True):
+        assert name == ("train" if key == "loss/sst" else "dev")
+        assert list(zip(steps, values)) == [(record["step"], record[key]) for record in metrics if key in record]
     rows = read_csv(run / "report.csv")
     assert [int(row["step"]) for row in rows] == [record["step"] for record in metrics]
     assert [float(row["dev/sts"]) for row in rows if row["dev/sts"]] == [
         r["dev/sts"] for r in metrics if "dev/sts" in r
     ]
+
+
+def test_a_smoothed_curve_is_the_exponential_mean_of_what_came_before():
+    values = [float(value) for value in np.random.default_rng(0).normal(size=200)]
+    weights = 0.9 ** np.arange(200)[::-1]  # a twentieth of 200 is ten
+    expected = [np.average(values[:count], weights=weights[-count:]) for count in range(1, 201)]
+    assert smoothed(values) == pytest.approx(expected)
+    assert smoothed([1.0, None, 1.0]) == [1.0, None, 1.0]
 
 
 def luminance(colour: str) -> float:
@@ -442,6 +486,36 @@ def test_the_page_of_a_search(search, browser):
     assert rows[5]["error"] == HOSTILE
 
 
+def test_a_mouse_draws_boxes_on_charts_and_axes(search, browser):
+    trials = [trial for trial in Search.read(search).trials(search) if trial.score is not None]
+    assert main(["report", str(search)]) == 0
+    browser.open(search / "report.html", width=1440)
+    shown = "[...document.querySelectorAll('#all-trials tbody tr')].filter(r => !r.hidden).map(r => r.id)"
+
+    def expect(names: set[str]) -> None:
+        browser.wait(f"{shown}.length == {len(names)}")
+        assert set(browser.ask(shown)) == names
+
+    def those(**wanted) -> set[str]:
+        return {t.name for t in trials if all(t.parameters[name] == value for name, value in wanted.items())}
+
+    scatter = "#score-against-each-hyperparameter .chart:nth-of-type(4) .drawing"  # aggregator: sum | pcgrad
+    scores = [trial.score for trial in trials]
+    browser.drag(scatter, (0.5, max(scores) + 0.005), (1.45, min(scores) - 0.005))
+    expect(those(aggregator="pcgrad"))
+    axes = "#parallel-coordinates .drawing"  # lr, hidden_layers, head_dropout, aggregator, score
+    browser.drag(axes, (0.8, 1.05), (1.2, 0.8))
+    expect(those(aggregator="pcgrad", hidden_layers=3))
+    from selenium.webdriver.common.by import By
+
+    browser.driver.find_element(By.CSS_SELECTOR, ".selected button").click()
+    expect({f"trial-{number:04d}" for number in range(24)})
+    browser.drag(axes, (0.8, 1.05), (1.2, 0.8))
+    expect(those(hidden_layers=3))
+    browser.drag(axes, (2.8, 0.2), (3.2, -0.05), shift=True)
+    expect(those(hidden_layers=3, aggregator="sum"))
+
+
 def test_importance_finds_the_option_that_matters_and_says_when_nothing_does():
     space = check_space(parse_space(["lr=loguniform(1e-5,1e-3)", "hidden_layers=1,2,3", "aggregator=sum,pcgrad"]), {})
     drawn = [draw(space, 1, number) for number in range(40)]
@@ -465,6 +539,64 @@ def test_scores_are_compared_where_every_trial_has_been(tmp_path):
     share, scores = scores_at_equal_share(trials)
     assert share == 0.5
     assert scores.tolist() == [0.5, 0.3, 0.6]
+
+
+def trained_as(run: Path, trial: Trial) -> None:
+    """The trial has trained, and is what the run is."""
+    shutil.copytree(run, trial.folder, ignore=shutil.ignore_patterns("checkpoints", "report.*"))
+    trial.status, trial.steps, trial.step, trial.score = "finished", 12, 12, 0.5
+    trial.write()
+
+
+@pytest.mark.parametrize("first", ["search", "trial"])
+def test_a_trial_and_its_search_lead_to_each_other_whichever_page_is_written_first(first, run, browser, tmp_path):
+    wanted = Search(samples=1, space=check_space(parse_space(["aggregator=sum,pcgrad"]), {}), base={})
+    folder = tmp_path / "written" / "a search, 100% #1"
+    wanted.write(folder)
+    trial = wanted.new_trial(folder, 0, {"aggregator": "pcgrad"})
+    trained_as(run, trial)
+    again = Trial(folder / "again" / trial.name / "seed-1", "x", 0, trial.parameters, variant=trial.name, seed=1)
+    trained_as(run, again)
+    if first == "search":
+        assert main(["report", str(folder)]) == 0
+    for each in (trial, again):
+        assert main(["report", str(each.folder)]) == 0
+    moved = tmp_path / "moved"
+    (tmp_path / "written").rename(moved)
+    below = "trials/trial-0000", "again/trial-0000/seed-1"
+    cells = "#all-trials tbody a", "#the-best-again-with-other-seeds tbody a"
+    for place, cell in zip(below, cells):
+        browser.open(moved / folder.name / place / "report.html")
+        for selector, leads_to in ((".above a", folder.name), (cell, Path(place).name)):
+            browser.ask(f"document.querySelector('{selector}').click()")
+            browser.wait("document.documentElement.dataset.drawn")
+            assert Path(unquote(urlsplit(browser.driver.current_url).path)).parent.name == leads_to
+    browser.check()
+
+
+def test_a_page_elsewhere_leads_to_where_the_others_are(run, tmp_path, capsys):
+    folder = tmp_path / "a"
+    ablation = Ablation(
+        baseline={}, extensions={}, variants={"baseline": {}}, groups={"alone": ["baseline"]}, seeds=[0]
+    )
+    ablation.write(folder)
+    (trial,) = ablation.trials(folder)
+    words = ["report", str(trial.folder), "--out", str(tmp_path / "out" / "own.html")]
+    trained_as(run, trial)
+    (tmp_path / "out").mkdir()
+    assert main(words) == 0 and 'class="above"' not in (tmp_path / "out" / "own.html").read_text()
+    assert not (folder / "report.html").exists()  # nothing there leads to a page elsewhere
+    assert main(["report", str(trial.folder)]) == 0 and main(words) == 0
+    assert 'class="above"><a href="../a/report.html">Ablation a</a>' in (tmp_path / "out" / "own.html").read_text()
+    assert main(["report", str(folder), "--out", str(tmp_path / "out" / "all.html")]) == 0
+    assert '<a href="../a/runs/baseline/seed-0/report.html">baseline</a>' in (tmp_path / "out" / "all.html").read_text()
+    trial.status, trial.score = "failed", None
+    trial.write()
+    (folder / "report.html").unlink()
+    capsys.readouterr()
+    assert main(["report", str(trial.folder)]) == 0
+    assert f"The page of {folder} is not written: no run" in capsys.readouterr().out
+    assert 'class="above"' not in (trial.folder / "report.html").read_text()
 
 
 # Ablations

@@ -12,7 +12,7 @@ from minbert.data.errors import UserError
 from minbert.trainer.config import RunConfig, parse_config
 from minbert.trainer.run.folder import RunFolder
 from minbert.tuning.proposals import TpeProposals
-from minbert.tuning.search import NextTrial, Search
+from minbert.tuning.search import Earlier, NextTrial, Search
 from minbert.tuning.space import (
     Choice,
     check_space,
@@ -177,6 +177,28 @@ def test_a_search_goes_on_in_another_space_and_keeps_what_lies_in_it(tmp_path, w
     assert drawn[5:] == next_trials(later, tmp_path, 100, [*trials, *begin(later, tmp_path, 5, trials)])
     later.write(tmp_path / "s")
     assert Search.read(tmp_path / "s") == later
+
+
+@pytest.mark.parametrize(
+    ("base", "before", "word", "point"),
+    [
+        ({}, {"lr": 1e-3}, "hidden_size=64,128", {"hidden_size": 128}),  # the encoder's width
+        ({}, {"lr": 1e-3}, "hidden_size=int(100,200)", {"hidden_size": 128}),
+        ({}, {"lr": 1e-3}, "hidden_size=64,256", None),
+        ({}, {"hidden_size": None}, "hidden_size=64,128", {"hidden_size": 128}),
+        ({}, {"lr": 1e-3}, "hidden_size=None,64", {"hidden_size": None}),
+        ({}, {"hidden_size": 128}, "lr=1e-3,1e-4", {"lr": 1e-3}),  # as is left open now
+        ({}, {"hidden_size": 64}, "lr=1e-3,1e-4", None),
+        ({}, {"lr": 1e-3}, "encoder_dropout=0.0,0.1", {"encoder_dropout": 0.1}),
+        ({"model": "minilm"}, {"lr": 5e-5}, "hidden_size=128,384", {"hidden_size": 384}),
+        ({"model": "nobody/nothing"}, {"lr": 5e-5}, "hidden_size=128,384", None),  # and nobody is asked
+        ({}, {"tasks": ["sst", "quora", "sts"]}, "lr=1e-3,1e-4", {"lr": 1e-3}),
+    ],
+)
+def test_an_option_left_open_is_the_same_as_one_with_the_value_that_its_run_has(base, before, word, point):
+    earlier = Earlier(trials=1, space={name: Choice(values=(value,)) for name, value in before.items()})
+    search = Search(samples=2, space=space_of(word), earlier=(earlier,), base=base)
+    assert search.point(0, before) == point
 
 
 def test_a_grid_and_a_space_with_an_end_go_on_with_the_combinations_that_are_new(tmp_path):

@@ -1,8 +1,11 @@
-"""Scores: every example predicted once, over all processes, and the paper's metrics of the predictions."""
+"""Scores and losses: every example predicted once, over all processes, the paper's metrics of the predictions, and the
+tasks' own losses of the same outputs.
+"""
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,13 +15,22 @@ from minbert.data.batches.batch import Batch, Portion, make_batch
 from minbert.data.sequences.split import TokenisedSplit
 from minbert.data.task import CORRELATIONS, Task
 from minbert.trainer.feed import Feed
-from minbert.trainer.objectives.supervised import predictions
+from minbert.trainer.objectives.coupled import pearson
+from minbert.trainer.objectives.supervised import example_losses, predictions, scaled
 from minbert.trainer.processes.world import World
 
 TOKENS_PER_BATCH = 8192
 ASKED_EVERY = 32  # batches
 LARGEST = sys.float_info.max
 ROUNDING = 1e-6  # relative: a few units in the last place of fp32
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Of each task the score, and `overall`; and the `mean_loss` of each that has one."""
+
+    scores: dict[str, float]
+    losses: dict[str, float]
 
 
 def predict(
@@ -70,17 +82,35 @@ def evaluate(
     splits: Mapping[str, TokenisedSplit],
     world: World,
     stop: Callable[[], bool] = lambda: False,
-) -> dict[str, float] | None:
-    """Score of each task, and `overall`; None if `stop` said so. The model must be in evaluation mode."""
-    scores = {}
+) -> Evaluation | None:
+    """What a model, in evaluation mode, is worth on labelled splits; None if `stop` said so."""
+    scores, losses = {}, {}
     for task in tasks:
-        predicted = predict(model, task, splits[task.name], world, stop)
-        if predicted is None:
+        raw = outputs(model, task, splits[task.name], world, stop)
+        if raw is None:
             return None
         labels = splits[task.name].labels
         assert labels is not None, task.name  # only test splits may lack them
-        scores[task.name] = score(task, predicted, labels)
-    return scores | {"overall": overall(tasks, scores)}
+        scores[task.name] = score(task, predictions(task, raw), labels)
+        if (loss := mean_loss(task, raw, labels)) is not None:
+            losses[task.name] = loss
+    return Evaluation(scores | {"overall": overall(tasks, scores)}, losses)
+
+
+def mean_loss(task: Task, raw: Tensor, labels: np.ndarray) -> float | None:
+    """The task's own loss of a split's raw outputs (n, outputs), the mean over its examples: what training minimises,
+    but without smoothed labels, auxiliary terms and, as the model is in evaluation mode, dropout.
+
+    1 - r of the Pearson loss is that of all n at once, where training has the mean of many batches'. CoSENT has none:
+    as a sum over pairs of examples it is larger of a split than of a batch, whatever the model. Without examples there
+    is none either.
+    """
+    if not len(labels) or task.loss == "cosent":
+        return None
+    outputs, truth = raw.double(), torch.from_numpy(labels).double()
+    if task.loss == "pearson":
+        return float(pearson(scaled(task, outputs), truth))
+    return float(example_losses(task, outputs, truth).mean())
 
 
 def score(task: Task, predicted: Tensor, labels: np.ndarray) -> float:

@@ -118,6 +118,22 @@ def read_config(folder: Path) -> BertConfig:
     return shape
 
 
+def shape_here(model: str, revision: str | None = None) -> BertConfig | None:
+    """The shape of an encoder without a look at the network: of a hub name, if its cache has it. None if it is not
+    here, or is no encoder. The vocabulary of `tiny` comes with its data, and is no part of this."""
+    if model == "tiny":
+        return BertConfig(vocab_size=1, **TINY)
+    try:
+        if not is_hub_name(model):
+            return read_config(find_checkpoint(model))
+        from huggingface_hub import try_to_load_from_cache
+
+        file = try_to_load_from_cache(model, "config.json", revision=revision)
+        return read_config(Path(file).parent) if isinstance(file, str) else None
+    except (UserError, OSError, ValueError):  # a name that the hub could not have
+        return None
+
+
 def load_weights(bert: Bert, folder: Path, decoders: Sequence[MaskedLMHead] = ()) -> list[str]:
     """Read a checkpoint's weights into `bert`, and those of its masked-language-model head into `decoders`. Returns the
     names of what it lacks: a pooler, or that head, at most."""

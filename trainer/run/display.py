@@ -18,7 +18,7 @@ from minbert.trainer.config import RunConfig
 from minbert.trainer.run.standing import Standing
 
 MOST_TASKS = 8  # that have a line of their own
-PARTS = {"loss/": "losses", "dev/": "scores"}
+PARTS = {"loss/": "losses", "dev/": "scores", "dev_loss/": "dev_losses"}
 
 
 @dataclass
@@ -31,7 +31,8 @@ class View:
     step: int = 0
     flops: float = 0.0
     losses: dict[str, float] = field(default_factory=dict)
-    scores: dict[str, float] = field(default_factory=dict)  # of the last evaluation
+    scores: dict[str, float] = field(default_factory=dict)  # of the last evaluation, as are the dev losses
+    dev_losses: dict[str, float] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)  # of the one with the best overall score
     best_step: int | None = None
     numbers: dict[str, float] = field(default_factory=dict)  # tokens_per_second, lr, head_lr, conflicts, ...
@@ -45,7 +46,7 @@ class View:
     def take(self, record: Mapping[str, Any]) -> None:
         """A line of metrics.jsonl."""
         self.step = max(self.step, record["step"])
-        found: dict[str, dict[str, float]] = {"losses": {}, "scores": {}}
+        found: dict[str, dict[str, float]] = {part: {} for part in PARTS.values()}
         for name, value in record.items():
             if not isinstance(value, int | float):
                 continue
@@ -56,7 +57,7 @@ class View:
                 self.numbers[name] = value
         self.losses |= found["losses"]
         if scores := found["scores"]:
-            self.scores = scores
+            self.scores, self.dev_losses = scores, found["dev_losses"]
             if scores.get("overall", float("-inf")) > self.best.get("overall", float("-inf")):
                 self.best, self.best_step = scores, record["step"]
 
@@ -181,6 +182,7 @@ def as_json(view: View) -> dict[str, Any]:
         "elapsed": view.elapsed,
         "losses": view.losses,
         "scores": view.scores,
+        "dev_losses": view.dev_losses,
         "best": view.best,
         "best_step": view.best_step,
         "tokens_per_second": view.numbers.get("tokens_per_second"),

@@ -27,7 +27,7 @@ from minbert.data.sequences.tokens import build_vocabulary, default_cache_dir, l
 from minbert.trainer.checkpoint.format import SAVED, damaged, folder_name, lost, published, remember, step_of
 from minbert.trainer.config import MAY_CHANGE, OPTIONS, RunConfig, flatten
 from minbert.trainer.model.bert import BertConfig
-from minbert.trainer.model.weights import TINY, find_checkpoint, is_hub_name, read_config, write_shape
+from minbert.trainer.model.weights import TINY, find_checkpoint, is_hub_name, read_config, shape_here, write_shape
 from minbert.trainer.run.budget import Budget
 from minbert.trainer.run.data import build_plan, load_examples_of, load_split, load_splits
 from minbert.trainer.run.folder import LOCK, RunFolder
@@ -155,6 +155,20 @@ def resolve(config: RunConfig) -> RunConfig:
             "budget": config.budget.model_copy(update={"epochs": config.budget.epochs or (3 if pretrained else 5)}),
         }
     )
+
+
+def left_to_encoder(config: RunConfig) -> dict[str, Any]:
+    """By option, what a run makes of those that `resolve` leaves open as the encoder decides them: the width of the
+    heads, and its own dropout. Those that the configuration gives, or that only the network could tell, are missing."""
+    shape = shape_here(config.encoder.model, config.encoder.revision)
+    if shape is None:
+        return {}
+    found: dict[str, Any] = {}
+    if config.heads.hidden_size is None:
+        found["hidden_size"] = shape.hidden_size
+    if config.encoder.encoder_dropout is None and shape.hidden_dropout_prob == shape.attention_probs_dropout_prob:
+        found["encoder_dropout"] = shape.hidden_dropout_prob
+    return found
 
 
 def _pin_weights(run: RunFolder, config: RunConfig) -> RunConfig:

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 
 from minbert.trainer.checkpoint.format import TrainingState
 from minbert.trainer.config import RunConfig, flatten
+from minbert.trainer.evaluation.scoring import Evaluation
 from minbert.trainer.model.weights import read_config
 from minbert.trainer.run.display import View
 from minbert.trainer.run.folder import RunFolder
@@ -65,13 +66,14 @@ class Reporter:
             self.progress.logged({"step": step} | record)
             self.trackers.log(record, step)
 
-    def scores(self, state: TrainingState, scores: dict[str, float], is_best: bool, total_steps: int) -> None:
-        """The dev scores of the step of `state`, and that the run goes on longer, if so."""
+    def evaluated(self, state: TrainingState, found: Evaluation, is_best: bool, total_steps: int) -> None:
+        """The dev scores and losses of the step of `state`, and that the run goes on longer, if so."""
         if total_steps > (self.progress.view.total or 0):
             self.progress.extend(total_steps)
             self.heartbeat.standing.total_steps = total_steps
-        self.log(state.step, {f"dev/{name}": value for name, value in scores.items()})
-        self.progress.scores(state.step, scores, is_best)
+        scores = {f"dev/{name}": score for name, score in found.scores.items()}
+        self.log(state.step, scores | {f"dev_loss/{name}": loss for name, loss in found.losses.items()})
+        self.progress.scores(state.step, found.scores, is_best)
 
     def end(self) -> None:
         self.trackers.end()

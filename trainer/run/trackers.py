@@ -12,9 +12,10 @@ import netrc
 import os
 import queue
 import socket
+import sys
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -52,14 +53,13 @@ class Trackers:
             return
         with suppress(FileNotFoundError):
             identities |= {name: str(value) for name, value in read_json(self.file).items()}
-        # A run that goes on has told its configuration before, and MLflow allows it once.
-        known = bool(identities) or step
-        described = None if known else {name: str(value) for name, value in config.items()}
+        described, known = {name: str(value) for name, value in config.items()}, bool(identities or step)
         answer: queue.Queue[Exception | None] = queue.Queue()
 
         def begin() -> None:
             try:
-                self._begin(described, step, identities)
+                with redirect_stdout(sys.stderr):  # what they say is no line of ours, which may be JSON
+                    self._begin(described, known, step, identities)
                 answer.put(None)
             except Exception as error:  # each tracker fails in its own way
                 answer.put(error)
@@ -79,7 +79,7 @@ class Trackers:
             with replacing(self.file) as temporary:
                 temporary.write_text(to_json(identities, indent=1) + "\n")
 
-    def _begin(self, described: dict[str, str] | None, step: int, identities: dict[str, str]) -> None:
+    def _begin(self, described: dict[str, str], known: bool, step: int, identities: dict[str, str]) -> None:
         # TensorBoard forgets what an earlier start logged beyond the step from which this one goes on.
         arguments: dict[str, dict[str, Any]] = {"tensorboard": {"purge_step": step + 1}}
         title = self.file.parent.absolute().name
@@ -87,15 +87,18 @@ class Trackers:
             own = {"id": identities.setdefault("wandb", uuid4().hex), "resume": "allow", "name": title}
             arguments["wandb"] = own | {"dir": str(self.file.parent), **_wandb_mode()}
         if "trackio" in self.names:
+            if folder := identities.get("trackio_dir") or os.environ.get("TRACKIO_DIR"):
+                os.environ.setdefault("TRACKIO_DIR", identities.setdefault("trackio_dir", os.path.abspath(folder)))
             own = {"name": identities.setdefault("trackio", f"{title}-{uuid4().hex[:6]}"), "resume": "allow"}
-            arguments["trackio"] = own
+            arguments["trackio"] = own | {"config": described}  # with every start, or it is forgotten
         if "mlflow" in self.names:
             for name, value in IMPATIENT.items():
                 os.environ.setdefault(name, value)
             if "mlflow_uri" in identities:  # by default a folder where the command was typed, which may be another now
                 os.environ.setdefault("MLFLOW_TRACKING_URI", identities["mlflow_uri"])
             arguments["mlflow"] = {"run_id": identities["mlflow"]} if "mlflow" in identities else {"run_name": title}
-        self.accelerator.init_trackers("metrics", described, arguments)
+        # A run that goes on has told its configuration before, and MLflow allows it once.
+        self.accelerator.init_trackers("metrics", None if known else described, arguments)
         if "mlflow" in self.names:
             import mlflow
 
@@ -117,11 +120,15 @@ class Trackers:
         if thread is None:
             return
         with suppress(queue.Full):
-            self._work.put_nowait(self.accelerator.end_training)
+            self._work.put_nowait(self._end)
             self._work.put_nowait(None)
         thread.join(patience)
         if thread.is_alive():
             self._warn(f"did not end within {patience:.0f} s", "what it had not sent is lost to it")
+
+    def _end(self) -> None:
+        with redirect_stdout(sys.stderr):
+            self.accelerator.end_training()
 
     def _serve(self) -> None:
         """Everything of the trackers happens here: some of them know their run by the thread."""

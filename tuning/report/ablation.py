@@ -11,6 +11,7 @@ from minbert.tuning.ablation import ABLATION_FILE, TITLES, Ablation
 from minbert.tuning.comparison import AGAINST, Row, compare, differences, labels
 from minbert.tuning.extensions import BASELINE
 from minbert.tuning.report.facts import facts, not_default
+from minbert.tuning.report.links import to_run
 from minbert.tuning.report.page import (
     COLOURS,
     DIVERGING,
@@ -43,8 +44,9 @@ PAPER_TASKS = ("sst", "quora", "sts")
 SHOWN = 10  # failures
 
 
-def ablation_report(folder: Path) -> Report:
-    """The report of the ablation in `folder`, over or not. Raises UserError if no run is finished."""
+def ablation_report(folder: Path, place: Path) -> Report:
+    """The report, for the folder `place`, of the ablation in `folder`, over or not. Raises UserError if no run is
+    finished."""
     ablation = Ablation.read(folder)
     trials = ablation.trials(folder)
     interrupted(trials, folder)
@@ -61,7 +63,7 @@ def ablation_report(folder: Path) -> Report:
     sections += [
         Section("Differences by task", [_by_task(rows, parse_config(ablation.baseline, ABLATION_FILE).corpus.tasks)]),
         Section("Learning curves", [_curves(ablation, trials)]),
-        Section("All runs", [_all(trials, columns)]),
+        Section("All runs", [_all(trials, columns, place)]),
     ]
     done = sum(trial.status == "finished" for trial in trials)
     subtitle = f"{_best(rows.values())}. {len(ablation.variants)} variants with {ablation.seeds_told}, "
@@ -226,13 +228,15 @@ def _record(trial: Trial) -> dict[str, Any]:
     return max(trial.evaluations(), key=lambda record: record[METRIC], default={})
 
 
-def _all(trials: Sequence[Trial], columns: Sequence[str]) -> Table:
+def _all(trials: Sequence[Trial], columns: Sequence[str], place: Path) -> Table:
+    """A name leads to the run's own page where there is one."""
     rows = []
     for trial in sorted(trials, key=lambda trial: (trial.variant, trial.seed)):
         record = _record(trial)
         scores = [number(record.get(f"dev/{name}")) for name in columns]
-        place = f"{trial.step}/{trial.steps}" if trial.steps else "–"
-        rows.append([_name(trial.variant), trial.status, str(trial.seed), *scores, place])
+        reached = f"{trial.step}/{trial.steps}" if trial.steps else "–"
+        name = to_run(_name(trial.variant), trial.folder, place)
+        rows.append([name, trial.status, str(trial.seed), *scores, reached])
     return Table(["variant", "status", "seed", *columns, "steps"], rows, text_columns=2)
 
 

@@ -1,12 +1,12 @@
 """The page of runs compared: in what they differ, their curves over each other, and scores with intervals."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from minbert.data.task import Task
 from minbert.tuning.report.facts import facts, span
+from minbert.tuning.report.links import to_run
 from minbert.tuning.report.page import (
     COLOURS,
     Chart,
@@ -16,14 +16,13 @@ from minbert.tuning.report.page import (
     Table,
     escaped,
     figure,
-    link,
     seeds_curve,
     setting,
 )
 from minbert.tuning.runs_compared import Compared, Group
 
 MOST = 6  # groups that the head names
-AXES = {"loss": {"type": "log"}, "tokens_per_second": {"tickformat": ","}}
+AXES = {"loss": {"type": "log"}, "dev_loss": {"type": "log"}, "tokens_per_second": {"tickformat": ","}}
 FACTS = ("Model", "Data", "Code", "Date", "Duration")
 
 
@@ -130,14 +129,10 @@ def _intervals(found: Compared) -> list[Chart]:
 
 def _curves(groups: Sequence[Group], metrics: Sequence[str]) -> list[Chart]:
     named = {f"dev/{name}": f"Dev score: {name}" for name in reversed(metrics)}
-    losses = dict.fromkeys(
-        name
-        for group in groups
-        for record in group.runs[0].read_metrics()
-        for name in record
-        if name.startswith("loss/")
-    )
-    named |= {name: f"Training loss: {name.partition('/')[2]}" for name in losses}
+    logged = [record for group in groups for record in group.runs[0].read_metrics()]
+    for prefix, title in (("loss/", "Training loss"), ("dev_loss/", "Dev loss")):
+        losses = dict.fromkeys(name for record in logged for name in record if name.startswith(prefix))
+        named |= {name: f"{title}: {name.removeprefix(prefix)}" for name in losses}
     named |= {"lr": "Learning rate of the encoder", "tokens_per_second": "Tokens a second"}
     charts = []
     for name, title in named.items():
@@ -165,8 +160,7 @@ def _runs(groups: Sequence[Group], place: Path) -> list[Table]:
     for group in groups:
         for run, config in zip(group.runs, group.configs):
             known = dict(facts(run.path, config, *span(run)))
-            page = run.path / "report.html"
-            name = link(str(run.path), os.path.relpath(page, place)) if page.exists() else str(run.path)
+            name = to_run(str(run.path), run.path, place)
             rows.append([name, group.name, str(config.seed), *(known.get(fact, "–") for fact in FACTS)])
             started.append([str(run.path), known.get("Command", "–"), known["Not the default"]])
     return [

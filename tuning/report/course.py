@@ -2,11 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
+
+from markupsafe import Markup
 
 from minbert.data.clock import clock
 from minbert.tuning.again import candidates, verdict
 from minbert.tuning.report.found import Found
+from minbert.tuning.report.links import to_run
 from minbert.tuning.report.page import COLOURS, GREY, RED, Chart, Table, escaped, figure, number, of_trial
 from minbert.tuning.trial import METRIC, Trial
 
@@ -193,8 +197,9 @@ def _costs(found: Found) -> Table:
     return Table(("what became of them", "trials", cost_unit(every), "share", "each"), rows, title="What they cost")
 
 
-def seeds(found: Found) -> list[Any]:
-    """The best trials of the search with the seeds that it did not have."""
+def seeds(found: Found, place: Path) -> list[Any]:
+    """The best trials of the search with the seeds that it did not have, for a page in the folder `place`. A score
+    leads to the page of its run where there is one."""
     import plotly.graph_objects as go
 
     again = candidates(found.trials, found.runs)
@@ -236,7 +241,9 @@ def seeds(found: Found) -> list[Any]:
     rows = []
     for each in again:
         difference = each.to(first) if each is not first else None
-        scores = ", ".join(f"{score:.3f}" for score in each.scores.values())
+        folders = {run.seed: run.folder for run in found.runs if run.variant == each.trial.name}
+        links = [to_run(f"{score:.3f}", folders[seed], place) for seed, score in each.scores.items()]
+        scores = Markup(", ").join(links)
         cells = [number(each.trial.score), str(each.spread), number(each.flattery, sign=True), scores]
         rows.append((each.trial.name, *cells, str(difference or "")))
     header = (

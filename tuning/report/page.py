@@ -84,6 +84,7 @@ class Page:
     sections: Sequence[Section]
     warnings: Sequence[str] = ()
     facts: Sequence[tuple[str, str]] = ()  # what it is about: names and values
+    above: str = ""  # a link to what it is a part of
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from minbert.tuning.report.page import (
 )
 
 MOST_POINTS = 2000  # of a scatter plot
+FEW = 40  # points of a curve that are each seen
 
 
 def run_report(run: RunFolder, config: RunConfig, split: Split = "dev", mistakes: int = 10) -> Report:
@@ -81,18 +82,26 @@ def _summary(run: RunFolder, found: Sequence[Answers], split: Split) -> list[Any
 
 
 def _curves(records: Sequence[dict], perplexities: Sequence[str]) -> list[Chart]:
-    charts = []
     names = list(dict.fromkeys(name for record in records for name in record))
     scores = [name for name in names if name.startswith("dev/") and name not in perplexities]
-    groups = [
+    scored = [
         ("Score on dev while training", scores, "score", False),
         ("Perplexity on held-out text while training", perplexities, "perplexity", True),
-        ("Training loss", [name for name in names if name.startswith("loss/")], "mean loss since the last line", True),
+    ]
+    others = [
         ("Learning rates", [name for name in names if name in ("lr", "head_lr")], "learning rate", False),
         ("Gradient norm before clipping", ["grad_norm"], "norm", True),
         ("Weights of the tasks", [name for name in names if name.startswith("weight/")], "weight", False),
         ("Throughput", ["tokens_per_second"], "tokens a second", False),
     ]
+    tasks = [name.removeprefix("loss/") for name in names if name.startswith("loss/")]
+    losses = [_loss(records, task) for task in tasks]
+    return [*_measured(records, scored), *losses, *_measured(records, others)]
+
+
+def _measured(records: Sequence[dict], groups: Sequence[tuple[str, Sequence[str], str, bool]]) -> list[Chart]:
+    """Of each group, what was measured of it: title, names, what the axis says, and whether it is logarithmic."""
+    charts = []
     for title, members, label, logarithmic in groups:
         curves = {name: _curve(records, name) for name in members}
         curves = {name: curve for name, curve in curves.items() if curve[0]}
@@ -103,6 +112,43 @@ def _curves(records: Sequence[dict], perplexities: Sequence[str]) -> list[Chart]
             axis |= {"tickformat": ","} if title == "Throughput" else {}
             charts.append(Chart(title, _lines(curves, axis)))
     return charts
+
+
+def _loss(records: Sequence[dict], task: str) -> Chart:
+    """What a task's training loss does, and that of its dev split, where evaluations have one."""
+    import plotly.graph_objects as go
+
+    (steps, losses), (evaluated, dev) = (_curve(records, f"{name}/{task}") for name in ("loss", "dev_loss"))
+    blue, orange = COLOURS[:2]
+    every, traces = {"x": steps, "y": losses, "mode": "lines", "name": "train"}, []
+    if len(steps) < FEW:
+        traces.append(go.Scatter(**every, line={"color": blue, "width": 1.6}))
+    else:
+        traces.append(go.Scatter(**every, line={"color": blue, "width": 1}, opacity=0.35))
+        line = {"color": blue, "width": 1.8}
+        traces.append(go.Scatter(x=steps, y=smoothed(losses), mode="lines", name="train, smoothed", line=line))
+    if evaluated:
+        line = {"color": orange, "width": 1.6}
+        traces.append(go.Scatter(x=evaluated, y=dev, mode="lines+markers", marker={"size": 6}, line=line, name="dev"))
+    layout = {"xaxis": {"title": {"text": "step"}}, "yaxis": {"title": {"text": "loss"}, "type": "log"}}
+    drawn = figure(*traces, **layout, hovermode="x unified", showlegend=len(traces) > 1)
+    note = "Train: the mean since the last line, with dropout and all that is added to the loss."
+    return Chart(f"Loss: {task}", drawn, note + " Dev: the plain loss." if evaluated else note)
+
+
+def smoothed(values: Sequence[float | None]) -> list[float | None]:
+    """The exponential mean of what came before, over a twentieth of the values; a gap stays one.
+
+    It starts unbiased, with the first value (Kingma and Ba 2015, section 3).
+    """
+    decay = 1 - 1 / max(1.0, len(values) / 20)
+    found: list[float | None] = []
+    total = weight = 0.0
+    for value in values:
+        if value is not None:
+            total, weight = decay * total + value, decay * weight + 1
+        found.append(None if value is None else total / weight)
+    return found
 
 
 def _curve(records: Sequence[dict], name: str) -> tuple[list[int], list[float]]:
@@ -118,7 +164,7 @@ def _lines(curves: dict[str, tuple[Sequence[int], Sequence[float]]], axis: dict[
         go.Scatter(
             x=steps,
             y=values,
-            mode="lines+markers" if len(steps) < 40 else "lines",
+            mode="lines+markers" if len(steps) < FEW else "lines",
             marker={"size": 4},
             line={"color": COLOURS[place % len(COLOURS)], "width": 1.6},
             name=name.partition("/")[2] or name,

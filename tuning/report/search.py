@@ -11,6 +11,7 @@ from minbert.tuning.report.by_option import against, importance, parallel
 from minbert.tuning.report.course import cost, cost_unit, curves, history, seeds, timeline
 from minbert.tuning.report.facts import facts
 from minbert.tuning.report.found import Found, best_record
+from minbert.tuning.report.links import to_run
 from minbert.tuning.report.page import Page, Report, Section, Table, link, number, setting
 from minbert.tuning.search import Search
 from minbert.tuning.space import Choice, Distribution, LogUniform
@@ -19,8 +20,9 @@ from minbert.tuning.trial import METRIC, Trial
 SHOWN = 10  # trials in the table of the best
 
 
-def search_report(folder: Path) -> Report:
-    """The report of the search in `folder`, over or not. Raises UserError if no trial has a score yet."""
+def search_report(folder: Path, place: Path) -> Report:
+    """The report, for the folder `place`, of the search in `folder`, over or not. Raises UserError if no trial has a
+    score yet."""
     found = Found.read(folder)
     search, trials = found.search, found.trials
     if not found.scored:
@@ -29,14 +31,14 @@ def search_report(folder: Path) -> Report:
     sections = [
         Section("The search", [_summary(found), _settings(search)]),
         Section("Best configurations", _best(found, folder, chosen)),
-        *([Section("The best again, with other seeds", seeds(found))] if search.again or found.runs else []),
+        *([Section("The best again, with other seeds", seeds(found, place))] if search.again or found.runs else []),
         Section("Best so far", [history(found.scored)]),
         Section("Timeline and cost", timeline(found)),
         Section("Score against each hyperparameter", against(found)),
         Section("Importance", importance(found)),
         Section("Parallel coordinates", [parallel(found)]),
         Section("Learning curves", [curves(found.scored)]),
-        Section("All trials", [_all(found, folder)]),
+        Section("All trials", [_all(found, place)]),
     ]
     began = min((trial.started for trial in trials if trial.started), default=None)
     ended = max((trial.ended for trial in (*trials, *found.runs) if trial.ended), default=None)
@@ -128,15 +130,14 @@ def _best(found: Found, folder: Path, chosen: Trial) -> list[Any]:
     ]
 
 
-def _all(found: Found, folder: Path) -> Table:
+def _all(found: Found, place: Path) -> Table:
     """A name leads to the trial's own page where there is one."""
     rows = []
     for trial in found.trials:
-        place = f"{trial.step}/{trial.steps}" if trial.steps else "–"
-        page = trial.folder / "report.html"
-        name = link(trial.name, page.relative_to(folder).as_posix()) if page.exists() else trial.name
+        reached = f"{trial.step}/{trial.steps}" if trial.steps else "–"
+        name = to_run(trial.name, trial.folder, place)
         took = [clock(trial.seconds), f"{cost(trial):.3g}"] if trial.turns else ["–", "–"]
-        rows.append([name, trial.status, number(trial.score), place, *took, *found.row(trial)])
+        rows.append([name, trial.status, number(trial.score), reached, *took, *found.row(trial)])
     header = ["trial", "status", "overall", "steps", "trained", cost_unit(found.trials), *found.header]
     return Table(header, rows, text_columns=2, trials=[trial.name for trial in found.trials])
 

@@ -25,7 +25,7 @@ from minbert.trainer.run.standing import Heartbeat, Standing, here, read_standin
 
 numbers = st.floats(-1e9, 1e9) | st.integers(-(10**6), 10**6) | st.none()
 names = st.sampled_from(
-    ["loss/sst", "dev/sst", "dev/quora", "dev/overall", "loss/sts", "tokens_per_second", "lr", "head_lr", "conflicts"]
+    ["loss/sst", "dev/sst", "dev/quora", "dev/overall", "dev_loss/sst", "loss/sts", "lr", "head_lr", "conflicts"]
 )
 records = st.lists(
     st.fixed_dictionaries({"step": st.integers(0, 10**6)}).flatmap(
@@ -59,7 +59,7 @@ def test_numbers_have_their_places_from_the_beginning():
     view.take(
         {"step": 1200, "loss/sst": 1.25, "lr": 2e-5, "head_lr": 1e-3, "tokens_per_second": 12345.6, "conflicts": 0.5}
     )
-    view.take({"step": 1200, "dev/sst": 0.5, "dev/quora": 0.75, "dev/overall": 0.625})
+    view.take({"step": 1200, "dev/sst": 0.5, "dev/quora": 0.75, "dev/overall": 0.625, "dev_loss/sst": 1.5})
     after = panel(view, 80).plain.split("\n")
     assert [len(text) for text in before[:2]] == [len(text) for text in after[:2]]
     assert all(len(text) <= 80 for text in after)
@@ -69,6 +69,8 @@ def test_numbers_have_their_places_from_the_beginning():
     assert after[5].split() == ["overall", "0.625", "0.625", "at", "1200"]
     told = "step   1200/5000  loss sst 1.250  dev sst 0.500 quora 0.750 overall 0.625  12346 tokens/s"
     assert line(view).startswith(told) and "left 31m40s" in line(view)
+    shown = as_json(view)
+    assert shown["losses"] == {"sst": 1.25} and shown["dev_losses"] == {"sst": 1.5}
 
 
 @pytest.mark.parametrize(

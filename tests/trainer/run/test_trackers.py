@@ -1,6 +1,7 @@
 """Trackers themselves, where they are installed: one run stays one run, and nobody waits for them."""
 
 import json
+import sqlite3
 from threading import Event
 
 import pytest
@@ -54,6 +55,23 @@ def test_wandb_without_a_key_is_offline_and_one_run_over_two_starts(tmp_path, mo
     assert tracked(tmp_path / "run", ["wandb"], [3]) == first
     folders = [path.name for path in (tmp_path / "run" / "wandb").glob("offline-run-*")]
     assert folders and all(name.endswith(first["wandb"]) for name in folders)
+
+
+def test_trackio_has_one_run_over_two_starts_and_keeps_its_configuration(tmp_path, monkeypatch, capsys):
+    """The second one where its folder is not named. Its own reader tells what it holds."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    pytest.importorskip("trackio")  # which looks at the folder once
+    first = tracked(tmp_path / "run", ["trackio"], [1, 2])
+    monkeypatch.delenv("TRACKIO_DIR")
+    assert tracked(tmp_path / "run", ["trackio"], [3]) == first
+    assert first["trackio_dir"] == str(tmp_path / "trackio")
+    assert capsys.readouterr().out == ""  # where a line of JSON may be wanted
+    from trackio import Api
+
+    (run,) = Api().runs("metrics")
+    assert run.name == first["trackio"] and run.config["lr"] == "0.001"
+    with sqlite3.connect(tmp_path / "trackio" / "metrics.db") as database:
+        assert database.execute("SELECT step FROM metrics ORDER BY id").fetchall() == [(1,), (2,), (3,)]
 
 
 class Slow(GeneralTracker):
