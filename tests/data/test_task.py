@@ -14,6 +14,7 @@ from sklearn.metrics import f1_score, matthews_corrcoef
 from small_runs import CORPUS, minbert, outside
 
 from minbert.data.errors import DataError, UserError
+from minbert.data.sources.examples import parse_label
 from minbert.data.sources.loading import load_examples
 from minbert.data.task import Task, resolve_task
 from minbert.launch.main import main
@@ -137,6 +138,30 @@ def test_rows_of_ones_own_are_read(tmp_path, kind):
         load_examples("builtin", task, "dev")
 
 
+@pytest.mark.parametrize(
+    ("classes", "raw", "label"),
+    [
+        (["1", "2", "5"], 5.0, 2),  # a whole column of a table is of floats where one is missing
+        (["1", "2", "5"], "5", 2),
+        (["1", "2", "5"], 0, "label 0 is no class (1, 2, 5)"),
+        (["1", "2", "5"], "x", "label 'x' is not a number and no class (1, 2, 5)"),
+        (["bad", "fair", "good"], 2.0, 2),
+        (["true", "false"], True, 0),
+        (["False", "True"], True, 1),
+        (["true", "unknown"], False, "label False is no class (true, unknown)"),
+        (["no", "yes"], True, 1),
+    ],
+)
+def test_a_label_that_names_a_class_is_not_taken_for_its_number(classes, raw, label):
+    task = Task.model_validate(MOOD | {"classes": classes})
+    if isinstance(label, int):
+        assert parse_label(task, raw) == label
+        return
+    with pytest.raises(ValueError) as error:
+        parse_label(task, raw)
+    assert str(error.value) == label
+
+
 def test_broken_files_of_ones_own_are_located(tmp_path):
     task = resolve_task(str(declare(tmp_path, files={"train": "t.jsonl", "dev": "d.parquet"})))
     (tmp_path / "t.jsonl").write_text('{"text": "x", "verdict": 0}\n{"text": 7, "verdict": 0}\n[1]\n{broken\n')
@@ -217,6 +242,24 @@ def corpus(folder: Path) -> Path:
             rows.append({"text": f"the {thing} was {word} , {number}", "verdict": mood})
         write_rows(folder / f"{split}.csv", rows if split != "test" else [{"text": row["text"]} for row in rows])
     return declare(folder)
+
+
+def test_the_test_split_may_be_missing_and_is_looked_at_before_a_run(tmp_path, capfd):
+    corpus(tmp_path)
+    train = ["train", "--run", tmp_path / "run", "--steps", 2, "--batch-size", 4, "--trackers"]
+    write_rows(tmp_path / "test.csv", [{"text": ""}])
+    assert minbert(*train, "--tasks", tmp_path / "mood.yaml") == 2
+    assert "test.csv:2: text is empty" in capfd.readouterr().err and not (tmp_path / "run").exists()
+
+    declare(tmp_path, files={"train": "train.csv", "dev": "dev.csv"})
+    for _ in range(2):  # the second start has nothing to do
+        assert minbert(*train, "--tasks", tmp_path / "mood.yaml") == 0
+        assert [path.name for path in (tmp_path / "run" / "predictions").glob("*.csv")] == ["mood-dev-output.csv"]
+    assert main(["predict", str(tmp_path / "run")]) == 0
+    capfd.readouterr()
+    for command in ("predict", "--splits", "test"), ("evaluate", "--split", "test"):
+        assert main([command[0], str(tmp_path / "run"), *command[1:]]) == 2
+        assert "the declaration of mood names no file in files.test" in capfd.readouterr().err
 
 
 @pytest.mark.xdist_group("ray")
