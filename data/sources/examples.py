@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from minbert.data.errors import DataError
+from minbert.data.errors import DataError, shown
 from minbert.data.task import Split, Task
 
 logger = logging.getLogger(__name__)
@@ -219,7 +219,18 @@ def _check(task: Task, row: Row, labelled: bool, first_place: dict[str, str]) ->
     for column, sentence in zip(task.sentences, row.sentences, strict=True):
         if not sentence:
             raise ValueError(f"{column} is empty")
+    for column, text in zip((task.id, *task.sentences), (row.id, *row.sentences), strict=True):
+        require_whole(text, column)
     return parse_label(task, row.label) if labelled else 0.0
+
+
+def require_whole(text: str, what: str) -> None:
+    r"""Raises ValueError for a text with half of a character, such as JSON's "\ud83d" without its other half: it is no
+    Unicode, and no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{what} has half of a character, {shown(text[error.start])}, at {error.start}") from None
 
 
 def _list(bad: list[BadRow]) -> str:

@@ -164,16 +164,36 @@ def test_a_label_that_names_a_class_is_not_taken_for_its_number(classes, raw, la
 
 def test_broken_files_of_ones_own_are_located(tmp_path):
     task = resolve_task(str(declare(tmp_path, files={"train": "t.jsonl", "dev": "d.parquet"})))
-    (tmp_path / "t.jsonl").write_text('{"text": "x", "verdict": 0}\n{"text": 7, "verdict": 0}\n[1]\n{broken\n')
+    (tmp_path / "t.jsonl").write_text(
+        '{"text": "x", "verdict": 0}\n{"text": 7, "verdict": 0}\n[1]\n{broken\n{"text": "\\ud83d", "verdict": 0}\n'
+    )
     with pytest.raises(DataError) as error:
         load_examples("builtin", task, "train")
-    for line in (r"t.jsonl:2: no text in text", "t.jsonl:3: no JSON object", "t.jsonl:4: no JSON: Expecting"):
+    for line in (
+        r"t.jsonl:2: no text in text",
+        "t.jsonl:3: no JSON object",
+        "t.jsonl:4: no JSON: Expecting",
+        "t.jsonl:5: text has half",
+    ):
         assert line in str(error.value)
     (tmp_path / "d.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(DataError, match=r"d\.parquet cannot be read as parquet"):
         load_examples("builtin", task, "dev")
     with pytest.raises(DataError, match=r"names no file for test: files\.test"):
         load_examples("builtin", task, "test")
+
+
+def test_long_documents_missing_ids_and_repeated_columns(tmp_path):
+    task = resolve_task(str(declare(tmp_path, files={"train": "t.csv", "dev": "d.jsonl"})))
+    (tmp_path / "t.csv").write_text(f"text,verdict\n{'long ' * 30000},good\n")
+    assert len(load_examples("builtin", task, "train").sentences[0][0]) == 149999
+    (tmp_path / "d.jsonl").write_text(
+        '{"id": null, "text": "x", "verdict": 0}\n{"id": "b", "text": "y", "verdict": 0}\n'
+    )
+    assert load_examples("builtin", task, "dev").ids == ["0", "b"]
+    (tmp_path / "t.csv").write_text("text,verdict,text\nx,good,y\n")
+    with pytest.raises(DataError, match=r"t\.csv:1: two columns are called 'text'; which is meant\?"):
+        load_examples("builtin", task, "train")
 
 
 def test_several_labels_from_names_or_lists(tmp_path):
@@ -207,6 +227,9 @@ def test_metrics_are_those_of_the_libraries():
     ):
         task = Task.model_validate(raw | {"metric": metric})
         assert score(task, torch.from_numpy(guesses).float(), labels.astype(np.float32)) == expected
+    alone = Task.model_validate(declared | {"kind": "multilabel", "classes": ["a"]})
+    column = torch.from_numpy(guess == 1).float()[:, None]
+    assert score(alone, column, (truth == 1).astype(np.float32)[:, None]) == f1_score(truth == 1, guess == 1)
     spearman = Task.model_validate(declared | {"kind": "regression", "range": [0, 5], "metric": "spearman"})
     x, y = random.random(50).astype(np.float32), random.integers(0, 6, 50).astype(np.float32)
     assert score(spearman, torch.from_numpy(x), y) == pytest.approx(spearmanr(x, y).statistic, abs=1e-12)

@@ -86,10 +86,10 @@ def evaluate(
 def score(task: Task, predicted: Tensor, labels: np.ndarray) -> float:
     """The task's metric of its predictions, always a number.
 
-    F1 is of the positive class of a binary task, and else the mean over the classes (macro); the accuracy of several
-    labels counts examples of which all are right. What is constant, but for rounding, correlates with nothing, and
-    neither does what is not finite: 0. So does a score without examples. Perplexity is exp of the mean over all hidden
-    tokens, and what is not finite as high as a number can be.
+    F1 is of the positive class of a binary task, and else the mean over the classes or the labels (macro); the accuracy
+    of several labels counts examples of which all are right. What is constant, but for rounding, correlates with
+    nothing, and neither does what is not finite: 0. So does a score without examples. Perplexity is exp of the mean
+    over all hidden tokens, and what is not finite as high as a number can be.
     """
     truth = torch.from_numpy(labels).double()
     if not len(truth):
@@ -106,8 +106,11 @@ def score(task: Task, predicted: Tensor, labels: np.ndarray) -> float:
 
         if task.metric == "matthews":
             return float(metrics.matthews_corrcoef(truth.numpy(), predicted.numpy()))
-        average = "binary" if task.kind == "binary" else "macro"
-        return float(metrics.f1_score(truth.numpy(), predicted.numpy(), average=average, zero_division=0))
+        if task.kind == "classification":
+            return float(metrics.f1_score(truth.numpy(), predicted.numpy(), average="macro", zero_division=0))
+        # Label by label: of a matrix with one column scikit-learn would take the mean over its 0s and its 1s.
+        columns = zip(truth.view(len(truth), -1).T.numpy(), predicted.view(len(truth), -1).T.numpy())
+        return float(np.mean([metrics.f1_score(*column, zero_division=0) for column in columns]))
     pair = torch.stack([predicted.double(), truth])
     spread = pair.amax(1) - pair.amin(1)
     if not pair.isfinite().all() or (spread <= ROUNDING * pair.abs().amax(1)).any():
