@@ -100,7 +100,7 @@ def parse_label(task: Task, raw: object) -> float | list[float]:
 
 
 def _parse_truth(task: Task, raw: bool) -> float:
-    """The truth values of jsonl and parquet stand for classes called true and false, in whatever case, or for 1 and 0."""
+    """Truth values, of jsonl and parquet, stand for classes called true and false, in whatever case, or for 1 and 0."""
     names = [name.lower() for name in task.classes]
     if "true" in names or "false" in names:
         if str(raw).lower() not in names:
