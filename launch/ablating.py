@@ -18,7 +18,7 @@ from minbert.trainer.config import parse_config
 from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.processes.stop import StopRequest
 from minbert.tuning.ablation import ABLATION_FILE, Ablation
-from minbert.tuning.background import BackgroundTraining, free_memory, telling_line, line_on_disk
+from minbert.tuning.background import BackgroundTraining, free_memory, line_on_disk, telling_line
 from minbert.tuning.trial import METRIC, Trial, better, score_of
 
 

@@ -48,9 +48,9 @@ def line_on_disk(text: str) -> str | None:
 
 
 def telling_line(text: str | None) -> str | None:
-    """Of an error, the line that says what happened: the last of a traceback, and the first of a message to a user, which
-    goes on with what to do. Processes of a trial's own print it after whatever else they have to say. None if there is
-    none."""
+    """Of an error, the line that says what happened; None if there is none. It is the last of a traceback, and the
+    first of a message to a user, which goes on with what to do, and before which processes of a trial's own may have
+    said more."""
     lines = [line.strip() for line in (text or "").splitlines() if line.strip()]
     if not lines or any(line.startswith("Traceback (most recent call last)") for line in lines):
         return lines[-1] if lines else None

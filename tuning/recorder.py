@@ -13,7 +13,7 @@ from ray.tune import Callback
 from minbert.data.errors import disk_trouble
 from minbert.trainer.processes.stop import StopRequest
 from minbert.trainer.run.folder import RunFolder
-from minbert.tuning.background import telling_line, line_on_disk
+from minbert.tuning.background import line_on_disk, telling_line
 from minbert.tuning.population import record_take_over
 from minbert.tuning.proposals import Proposals
 from minbert.tuning.space import Parameters
