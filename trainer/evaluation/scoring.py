@@ -106,11 +106,10 @@ def score(task: Task, predicted: Tensor, labels: np.ndarray) -> float:
 
         if task.metric == "matthews":
             return float(metrics.matthews_corrcoef(truth.numpy(), predicted.numpy()))
-        if task.kind == "classification":
-            return float(metrics.f1_score(truth.numpy(), predicted.numpy(), average="macro", zero_division=0))
-        # Label by label: of a matrix with one column scikit-learn would take the mean over its 0s and its 1s.
-        columns = zip(truth.view(len(truth), -1).T.numpy(), predicted.view(len(truth), -1).T.numpy())
-        return float(np.mean([metrics.f1_score(*column, zero_division=0) for column in columns]))
+        if truth.shape[1:] == (1,):  # of a matrix scikit-learn would take the mean over its 0s and its 1s
+            truth, predicted = truth[:, 0], predicted[:, 0]
+        average = "macro" if task.kind == "classification" or truth.ndim == 2 else "binary"
+        return float(metrics.f1_score(truth.numpy(), predicted.numpy(), average=average, zero_division=0))
     pair = torch.stack([predicted.double(), truth])
     spread = pair.amax(1) - pair.amin(1)
     if not pair.isfinite().all() or (spread <= ROUNDING * pair.abs().amax(1)).any():
