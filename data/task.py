@@ -256,6 +256,10 @@ class Task(Section):
     def is_pair(self) -> bool:
         return len(self.sentences) == 2
 
+    def has(self, split: Split) -> bool:
+        """Whether there are rows of the split: a declaration that names its files may name none for `test`."""
+        return self.files is None or self.files.name(split) is not None
+
     @property
     def couples_batch(self) -> bool:
         """Whether its loss compares the examples of a batch with each other."""

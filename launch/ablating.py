@@ -18,7 +18,7 @@ from minbert.trainer.config import parse_config
 from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.processes.stop import StopRequest
 from minbert.tuning.ablation import ABLATION_FILE, Ablation
-from minbert.tuning.background import BackgroundTraining, free_memory, last_line, line_on_disk
+from minbert.tuning.background import BackgroundTraining, free_memory, line_on_disk, telling_line
 from minbert.tuning.trial import METRIC, Trial, better, score_of
 
 
@@ -40,7 +40,7 @@ def run_here(ablation: Ablation, trials: Sequence[Trial]) -> int:
                 stop.exit_code = ExitCode.INTERRUPTED
                 return ExitCode.INTERRUPTED
             trial.status, trial.ended = "finished" if code == ExitCode.FINISHED else "failed", time.time()
-            trial.error = last_line(error)
+            trial.error = telling_line(error)
             trial.write()
             if code == ExitCode.USER_MISTAKE and not any(other.score is not None for other in trials):
                 raise UserError(error)  # the others would fail alike

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
+from minbert.data.errors import UserError
 from minbert.data.files import replacing, to_json
 from minbert.data.sequences.tokens import Tokenizer
 from minbert.data.task import Split, Task
@@ -34,7 +35,8 @@ REPORTED: tuple[Split, ...] = ("dev", "test")
 def is_reported(run: RunFolder) -> bool:
     """Whether all prediction files are there, and of the best model."""
     config = run.read_config()
-    names = [prediction_file_name(config, task, split) for task in predicted_tasks(config) for split in REPORTED]
+    tasks = predicted_tasks(config)
+    names = [prediction_file_name(config, task, split) for task in tasks for split in REPORTED if task.has(split)]
     files = [run.predictions / name for name in names]
     return all(file.exists() and file.stat().st_mtime >= run.best_model.stat().st_mtime for file in files)
 
@@ -117,8 +119,9 @@ def predict_splits(
     """Predict every task's `splits` with the best models of the runs, the mean of what several say; scores of those
     that are labelled. `config` is the first run's.
 
-    The files go to `folder`, if there is one; `console` shows how far it is. None if `stopped` said so, which is asked
-    before each batch. Raises UserError where data is missing.
+    The files go to `folder`, if there is one; `console` shows how far it is. A task that has no test split is left out
+    of it. None if `stopped` said so, which is asked before each batch. Raises UserError where data is missing, and if
+    no task has any of the splits.
     """
     if stopped():
         return None
@@ -127,11 +130,13 @@ def predict_splits(
     about = {"data": config.corpus.data} | about_models(members) if folder else {}
     predicted = {task.name for task in predicted_tasks(config)}
     parts = {
-        (split, name): [load_split(each.sees(config), name, split, each.tokenizer) for each in members]
+        (split, task.name): [load_split(each.sees(config), task.name, split, each.tokenizer) for each in members]
         for split in splits
-        for name in config.corpus.names
-        if name in predicted or split != "test"
+        for task in config.corpus.tasks
+        if task.has(split) and (task.name in predicted or split != "test")
     }
+    if splits == ("test",) and predicted and not parts:
+        raise UserError(f"no task has a test split: the declaration of {min(predicted)} names no file in files.test")
     results: dict[Split, dict[str, float]] = {split: {} for split in splits}
     total = sum(count_batches(tokenised) for each in parts.values() for tokenised in each)
     with PredictionProgress(total, console) as progress:

@@ -36,7 +36,7 @@ def prepare_and_submit(configs: Sequence[RunConfig], settings: JobSettings, fold
         raise UserError("the debug executor runs one run; use executor=local for a sweep")
     refuse_hopeless(settings, folder)
     with lock_runs([config.folder for config in configs]):
-        runs = [prepare(config, force).path for config in configs]
+        runs = [prepare(config, force, predicts=True).path for config in configs]
         steps = [total_steps(config) for config in configs]
         submit_tasks([run_task(run, step, force) for run, step in zip(runs, steps)], settings, folder)
 

@@ -24,6 +24,7 @@ from minbert.trainer.run.folder import RunFolder
 from minbert.tuning.trial import METRIC
 
 POLL = 0.03  # seconds between two looks at the metrics
+SPEAKS = "minbert: "  # before a command's message to a user
 
 # (configuration, request to stop, what is told the steps of the budget) -> (exit code, error)
 Train = Callable[[RunConfig, StopRequest, Callable[[int], None]], tuple[int, str]]
@@ -46,10 +47,14 @@ def line_on_disk(text: str) -> str | None:
     return next((line.strip() for line in reversed(text.splitlines()) if any(word in line for word in words)), None)
 
 
-def last_line(text: str | None) -> str | None:
-    """Of an error, the line that says most; None if there is none."""
-    lines = [line for line in (text or "").strip().splitlines() if line.strip()]
-    return lines[-1].strip() if lines else None
+def telling_line(text: str | None) -> str | None:
+    """Of an error, the line that says what happened; None if there is none. It is the last of a traceback, and the
+    first of a message to a user, which goes on with what to do, and before which processes of a trial's own may have
+    said more."""
+    lines = [line.strip() for line in (text or "").splitlines() if line.strip()]
+    if not lines or any(line.startswith("Traceback (most recent call last)") for line in lines):
+        return lines[-1] if lines else None
+    return next((line.removeprefix(SPEAKS) for line in lines if line.startswith(SPEAKS)), lines[0])
 
 
 class BackgroundTraining:

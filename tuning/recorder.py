@@ -13,7 +13,7 @@ from ray.tune import Callback
 from minbert.data.errors import disk_trouble
 from minbert.trainer.processes.stop import StopRequest
 from minbert.trainer.run.folder import RunFolder
-from minbert.tuning.background import last_line, line_on_disk
+from minbert.tuning.background import line_on_disk, telling_line
 from minbert.tuning.population import record_take_over
 from minbert.tuning.proposals import Proposals
 from minbert.tuning.space import Parameters
@@ -101,7 +101,7 @@ class Recorder(Callback):
         if line_on_disk(error):
             self._interrupt(ours, error)
             return
-        ours.error = last_line(error)
+        ours.error = telling_line(error)
         self._write(ours)
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
@@ -113,13 +113,13 @@ class Recorder(Callback):
 
     def _interrupt(self, ours: Trial, error: str) -> None:
         """A disk that is full is nobody's failure: the search stops, and goes on when there is room."""
-        self.no_room = self.no_room or f"{ours.folder}: {line_on_disk(error) or last_line(error)}"
+        self.no_room = self.no_room or f"{ours.folder}: {line_on_disk(error) or telling_line(error)}"
         ours.status = "pending"
         with self._room():
             ours.write()
 
     def _end(self, ours: Trial, status: str, error: str | None = None) -> None:
-        ours.status, ours.ended, ours.error = status, time.time(), last_line(error)
+        ours.status, ours.ended, ours.error = status, time.time(), telling_line(error)
         if ours.turns:
             ours.turns[-1][1] = ours.ended
         if error and status == "failed":

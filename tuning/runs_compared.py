@@ -17,6 +17,7 @@ import torch
 
 from minbert.data.errors import UserError
 from minbert.data.reading import read_json
+from minbert.data.sources.examples import parse_label
 from minbert.data.task import Task
 from minbert.trainer.config import INCIDENTAL, RunConfig, flatten
 from minbert.trainer.evaluation.prediction_files import RECORD, prediction_file_name
@@ -156,9 +157,9 @@ def _differences(first: Group, group: Group) -> tuple[dict[str, Difference], str
 
 
 def bootstrap(first: RunFolder, second: RunFolder, draws: int = DRAWS) -> dict[str, Difference]:
-    """Of two runs' best models: each task's difference of scores on its whole dev split, second less first, and the
-    overall one, with the 2.5% and 97.5% points over `draws` samples of the examples (Efron and Tibshirani 1993,
-    chapter 13), the same for both runs.
+    """Of two runs' best models: each task's difference of scores on its whole dev split, second less first, with the
+    2.5% and 97.5% points over `draws` samples of the examples (Efron and Tibshirani 1993, chapter 13), the same for
+    both runs. The overall one too, if all that it is the mean of has predictions in both.
 
     Raises UserError if the files of predictions are missing, or are of other examples.
     """
@@ -183,7 +184,8 @@ def bootstrap(first: RunFolder, second: RunFolder, draws: int = DRAWS) -> dict[s
             for side, predicted in enumerate((mine, theirs)):
                 drawn[side][name][draw] = score(task, torch.from_numpy(predicted[places]), labels[places])
     found = {}
-    for name in [*common, "overall"]:
+    complete = all(set(common) == _scored(run) for run in (first, second))
+    for name in [*common, "overall"] if complete else common:
         if name == "overall":
             values = [
                 np.array([overall(tasks, {n: side[n][i] for n in common}) for i in range(draws)]) for side in drawn
@@ -198,6 +200,11 @@ def bootstrap(first: RunFolder, second: RunFolder, draws: int = DRAWS) -> dict[s
     return found
 
 
+def _scored(run: RunFolder) -> set[str]:
+    """The tasks of which a run's overall score is the mean, and those of no weight that have predictions."""
+    return {task.name for task in run.read_config().corpus.tasks if task.weight or task.kind != "masked_lm"}
+
+
 Predicted = Mapping[str, tuple[Task, np.ndarray, np.ndarray, list[str]]]
 
 
@@ -210,21 +217,21 @@ def _predicted(run: RunFolder) -> Predicted:
     found = {}
     for task in config.corpus.tasks:
         path = run.predictions / prediction_file_name(config, task, "dev") if task.kind != "masked_lm" else None
-        if path is None or not path.is_file() or task.kind == "multilabel":
+        if path is None or not path.is_file():
             continue
         if record.get(path.name, {}).get("data") != corpus.data:
             continue  # of other data than the run's own
         if run.best_model.exists() and path.stat().st_mtime < run.best_model.stat().st_mtime:
             raise UserError(f"{path} is older than the best model: minbert predict {run.path}")
         examples = load_examples_of(config, task.name, "dev")
-        rows = [line.split(" , ") for line in path.read_text().splitlines()[1:]]
-        values = [value.strip() for _, value in rows]
-        if task.predictions.values in ("float", "index"):
-            numbers = [float(value) for value in values]
-        else:
-            numbers = [float(task.classes.index(value)) for value in values]
-        if [identifier for identifier, _ in rows] != examples.ids:
+        lines, starts = path.read_text().split("\n")[1:-1], [f"{each} , " for each in examples.ids]
+        if len(lines) != len(starts) or not all(map(str.startswith, lines, starts)):
             raise UserError(f"{path} does not fit the dev split of {corpus.data}")
+        values = [line[len(start) :].strip() for line, start in zip(lines, starts)]
+        if task.predictions.values in ("float", "index"):
+            numbers: list = [float(value) for value in values]
+        else:
+            numbers = [parse_label(task, value) for value in values]
         found[task.name] = (task, np.array(numbers), examples.labels, examples.ids)
     if not found:
         raise UserError(f"{run.path} has no prediction files: minbert predict {run.path}")

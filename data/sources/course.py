@@ -16,6 +16,8 @@ from minbert.data.task import SPLITS, Split, Task
 
 MOST_NAMES = 10  # of columns in a message
 
+csv.field_size_limit(1 << 30)  # characters; the module's own limit of 2 ** 17 is less than a long document
+
 
 def read_course(folder: Path, task: Task, split: Split, bad_rows: BadRows = "refuse") -> Examples:
     """Read one split from the folder of the course's files.
@@ -73,6 +75,8 @@ def _find_columns(
         comma = delimiter == "\t" and any("," in name for name in names)
         hint = " It looks comma-separated, and must be tab-separated." if comma else ""
         raise DataError(f"{path} has no column {', '.join(map(repr, missing))}; its columns are {found}.{hint}")
+    if twice := [name for name in wanted if names.count(name) > 1]:
+        raise DataError(f"{path}:1: two columns are called {shown(twice[0])}; which is meant? Rename the other")
     at = {name: names.index(name) for name in wanted if name in names}
     return at.get(task.id), [at[name] for name in task.sentences], at.get(task.label)
 

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from minbert.data.errors import DataError
+from minbert.data.errors import DataError, shown
 from minbert.data.task import Split, Task
 
 logger = logging.getLogger(__name__)
@@ -68,28 +68,52 @@ class Examples:
 def parse_label(task: Task, raw: object) -> float | list[float]:
     """The label as a number, of a multilabel task as one 0 or 1 per class.
 
+    Where classes are named by numbers (stars from 1 to 5), a number is a name, also as a table of floats has it (5.0).
     Raises ValueError, whose message is the reason, if it is none that the task allows.
     """
     if task.kind == "multilabel":
         return _parse_several(task, raw)
-    text = "" if raw is None else str(int(raw) if isinstance(raw, bool) else raw).strip()
+    text = "" if raw is None else str(raw).strip()
     if not text:
         raise ValueError("label is missing")
     if text in task.classes:
         return float(task.classes.index(text))
-    try:
-        value = float(text)
-    except ValueError:
+    if isinstance(raw, bool):
+        return _parse_truth(task, raw)
+    value = _number(text)
+    if value is None:
         classes = f" and no class ({', '.join(task.classes)})" if task.classes else ""
-        raise ValueError(f"label {text!r} is not a number{classes}") from None
-    low, high = task.label_range
+        raise ValueError(f"label {text!r} is not a number{classes}")
     if not math.isfinite(value):
         raise ValueError(f"label {text} is not finite")
+    numbers = [_number(name) for name in task.classes]
+    if any(number is not None and math.isfinite(number) for number in numbers):
+        if value not in numbers:
+            raise ValueError(f"label {text} is no class ({', '.join(task.classes)})")
+        return float(numbers.index(value))
+    low, high = task.label_range
     if not low <= value <= high:
         raise ValueError(f"label {text} is outside {low:g}..{high:g}")
     if task.classes and not value.is_integer():
         raise ValueError(f"label {text} is not a whole number")
     return value
+
+
+def _parse_truth(task: Task, raw: bool) -> float:
+    """Truth values, of jsonl and parquet, stand for classes called true and false, in whatever case, or for 1 and 0."""
+    names = [name.lower() for name in task.classes]
+    if "true" in names or "false" in names:
+        if str(raw).lower() not in names:
+            raise ValueError(f"label {raw} is no class ({', '.join(task.classes)})")
+        return float(names.index(str(raw).lower()))
+    return float(parse_label(task, int(raw)))  # type: ignore[arg-type]  # of one label
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def _parse_several(task: Task, raw: object) -> list[float]:
@@ -195,7 +219,18 @@ def _check(task: Task, row: Row, labelled: bool, first_place: dict[str, str]) ->
     for column, sentence in zip(task.sentences, row.sentences, strict=True):
         if not sentence:
             raise ValueError(f"{column} is empty")
+    for column, text in zip((task.id, *task.sentences), (row.id, *row.sentences), strict=True):
+        require_whole(text, column)
     return parse_label(task, row.label) if labelled else 0.0
+
+
+def require_whole(text: str, what: str) -> None:
+    r"""Raises ValueError for a text with half of a character, such as JSON's "\ud83d" without its other half: it is no
+    Unicode, and no tokenizer takes it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{what} has half of a character, {shown(text[error.start])}, at {error.start}") from None
 
 
 def _list(bad: list[BadRow]) -> str:

@@ -60,8 +60,9 @@ def _rows(
             columns = ", ".join(map(str, record))
             yield BadRow(where, f"no text in {' and '.join(missing)}; its columns are {columns}")
             continue
-        identifier = str(record.get(task.id, number)).strip()
-        yield Row(where, identifier, tuple(record[column].strip() for column in task.sentences), record.get(task.label))
+        identifier = record.get(task.id)
+        named = str(number if identifier is None else identifier).strip()
+        yield Row(where, named, tuple(record[column].strip() for column in task.sentences), record.get(task.label))
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any] | str]]:

@@ -34,7 +34,7 @@ def start(config: RunConfig, force: bool, apart: bool = False) -> int:
     if shape := known_shape(config):
         require_memory(config, shape, config.parallel.processes)
     with lock_runs([config.run]), reading_once() as data:
-        run = prepare(config, force)
+        run = prepare(config, force, predicts=True)
         say(f"Run folder: {run.path}", config)
         if config.parallel.processes == 1 and not apart:
             from minbert.launch.worker import work

@@ -14,6 +14,7 @@ from sklearn.metrics import f1_score, matthews_corrcoef
 from small_runs import CORPUS, minbert, outside
 
 from minbert.data.errors import DataError, UserError
+from minbert.data.sources.examples import parse_label
 from minbert.data.sources.loading import load_examples
 from minbert.data.task import Task, resolve_task
 from minbert.launch.main import main
@@ -137,18 +138,62 @@ def test_rows_of_ones_own_are_read(tmp_path, kind):
         load_examples("builtin", task, "dev")
 
 
+@pytest.mark.parametrize(
+    ("classes", "raw", "label"),
+    [
+        (["1", "2", "5"], 5.0, 2),  # a whole column of a table is of floats where one is missing
+        (["1", "2", "5"], "5", 2),
+        (["1", "2", "5"], 0, "label 0 is no class (1, 2, 5)"),
+        (["1", "2", "5"], "x", "label 'x' is not a number and no class (1, 2, 5)"),
+        (["bad", "fair", "good"], 2.0, 2),
+        (["true", "false"], True, 0),
+        (["False", "True"], True, 1),
+        (["true", "unknown"], False, "label False is no class (true, unknown)"),
+        (["no", "yes"], True, 1),
+    ],
+)
+def test_a_label_that_names_a_class_is_not_taken_for_its_number(classes, raw, label):
+    task = Task.model_validate(MOOD | {"classes": classes})
+    if isinstance(label, int):
+        assert parse_label(task, raw) == label
+        return
+    with pytest.raises(ValueError) as error:
+        parse_label(task, raw)
+    assert str(error.value) == label
+
+
 def test_broken_files_of_ones_own_are_located(tmp_path):
     task = resolve_task(str(declare(tmp_path, files={"train": "t.jsonl", "dev": "d.parquet"})))
-    (tmp_path / "t.jsonl").write_text('{"text": "x", "verdict": 0}\n{"text": 7, "verdict": 0}\n[1]\n{broken\n')
+    (tmp_path / "t.jsonl").write_text(
+        '{"text": "x", "verdict": 0}\n{"text": 7, "verdict": 0}\n[1]\n{broken\n{"text": "\\ud83d", "verdict": 0}\n'
+    )
     with pytest.raises(DataError) as error:
         load_examples("builtin", task, "train")
-    for line in (r"t.jsonl:2: no text in text", "t.jsonl:3: no JSON object", "t.jsonl:4: no JSON: Expecting"):
+    for line in (
+        r"t.jsonl:2: no text in text",
+        "t.jsonl:3: no JSON object",
+        "t.jsonl:4: no JSON: Expecting",
+        "t.jsonl:5: text has half",
+    ):
         assert line in str(error.value)
     (tmp_path / "d.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(DataError, match=r"d\.parquet cannot be read as parquet"):
         load_examples("builtin", task, "dev")
     with pytest.raises(DataError, match=r"names no file for test: files\.test"):
         load_examples("builtin", task, "test")
+
+
+def test_long_documents_missing_ids_and_repeated_columns(tmp_path):
+    task = resolve_task(str(declare(tmp_path, files={"train": "t.csv", "dev": "d.jsonl"})))
+    (tmp_path / "t.csv").write_text(f"text,verdict\n{'long ' * 30000},good\n")
+    assert len(load_examples("builtin", task, "train").sentences[0][0]) == 149999
+    (tmp_path / "d.jsonl").write_text(
+        '{"id": null, "text": "x", "verdict": 0}\n{"id": "b", "text": "y", "verdict": 0}\n'
+    )
+    assert load_examples("builtin", task, "dev").ids == ["0", "b"]
+    (tmp_path / "t.csv").write_text("text,verdict,text\nx,good,y\n")
+    with pytest.raises(DataError, match=r"t\.csv:1: two columns are called 'text'; which is meant\?"):
+        load_examples("builtin", task, "train")
 
 
 def test_several_labels_from_names_or_lists(tmp_path):
@@ -182,6 +227,9 @@ def test_metrics_are_those_of_the_libraries():
     ):
         task = Task.model_validate(raw | {"metric": metric})
         assert score(task, torch.from_numpy(guesses).float(), labels.astype(np.float32)) == expected
+    alone = Task.model_validate(declared | {"kind": "multilabel", "classes": ["a"]})
+    column = torch.from_numpy(guess == 1).float()[:, None]
+    assert score(alone, column, (truth == 1).astype(np.float32)[:, None]) == f1_score(truth == 1, guess == 1)
     spearman = Task.model_validate(declared | {"kind": "regression", "range": [0, 5], "metric": "spearman"})
     x, y = random.random(50).astype(np.float32), random.integers(0, 6, 50).astype(np.float32)
     assert score(spearman, torch.from_numpy(x), y) == pytest.approx(spearmanr(x, y).statistic, abs=1e-12)
@@ -217,6 +265,24 @@ def corpus(folder: Path) -> Path:
             rows.append({"text": f"the {thing} was {word} , {number}", "verdict": mood})
         write_rows(folder / f"{split}.csv", rows if split != "test" else [{"text": row["text"]} for row in rows])
     return declare(folder)
+
+
+def test_the_test_split_may_be_missing_and_is_looked_at_before_a_run(tmp_path, capfd):
+    corpus(tmp_path)
+    train = ["train", "--run", tmp_path / "run", "--steps", 2, "--batch-size", 4, "--trackers"]
+    write_rows(tmp_path / "test.csv", [{"text": ""}])
+    assert minbert(*train, "--tasks", tmp_path / "mood.yaml") == 2
+    assert "test.csv:2: text is empty" in capfd.readouterr().err and not (tmp_path / "run").exists()
+
+    declare(tmp_path, files={"train": "train.csv", "dev": "dev.csv"})
+    for _ in range(2):  # the second start has nothing to do
+        assert minbert(*train, "--tasks", tmp_path / "mood.yaml") == 0
+        assert [path.name for path in (tmp_path / "run" / "predictions").glob("*.csv")] == ["mood-dev-output.csv"]
+    assert main(["predict", str(tmp_path / "run")]) == 0
+    capfd.readouterr()
+    for command in ("predict", "--splits", "test"), ("evaluate", "--split", "test"):
+        assert main([command[0], str(tmp_path / "run"), *command[1:]]) == 2
+        assert "the declaration of mood names no file in files.test" in capfd.readouterr().err
 
 
 @pytest.mark.xdist_group("ray")

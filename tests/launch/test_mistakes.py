@@ -152,6 +152,7 @@ MISTAKES = [
     Mistake(f"{SST} --text one two", "--text has 2", "task sst takes 1 sentence", "quote each"),
     Mistake(f"{SST} --text words --csv {{tmp}}/header.csv", "not both", "--text or --csv", "give --text or --csv"),
     Mistake(f"{SST} --text words --out {{tmp}}/x.csv", "--text prints", "--out", "goes with --csv"),
+    Mistake(f"{SST} --text \udcff", "half of a character", "text 1", "write it in UTF-8"),
     Mistake(f"{SST} --text words --data {{tmp}}", "not with --text", "--data", "goes with the course's files"),
     Mistake("predict {run} --out {tmp}/x.csv", "need a folder", "--out {tmp}/x.csv", "a file goes with --csv"),
     Mistake("predict {run} --out -", "need a folder", "--out -", "a file goes with --csv"),

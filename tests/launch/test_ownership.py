@@ -270,7 +270,7 @@ def test_what_is_not_finite_is_null_in_every_file(tmp_path):
     }
     run = RunFolder(tmp_path)
     run.append_metrics({"step": 1, "loss/sst": math.nan})
-    run.rewind_metrics(1)
+    run.rewind(1)
     run.append_gramians({"step": 1, "gramians": [[math.inf]]})
     state = TrainingState(1, window={"losses": {"sst": [math.nan, 0.5]}})
     manifest = Manifest(1, "", 1, None, state, {}, {}, {}, {}, {}, {})

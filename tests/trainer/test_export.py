@@ -34,7 +34,7 @@ KINDS = {
     "mean": {"train_limit": 300},
     "cls": {"pooling": "cls", "features": "baseline", "hidden_layers": 0, "max_length": 32},
     "cosine": {"losses": ["sts=cosent"]},
-    "joint": {"pair_encoding": "joint", "hidden_layers": 2, "hidden_size": 24},
+    "joint": {"pair_encoding": "joint", "max_length": 16, "hidden_layers": 2, "hidden_size": 24},
     "sides": {"pair_encoding": "joint_sides", "hidden_size": 24},
 }
 
@@ -82,7 +82,8 @@ def test_heads_give_what_the_run_gives(exported):
     run, folder = exported
     loaded = _class_beside(folder).from_pretrained(str(folder))
     for name, about in loaded.tasks.items():
-        columns = (TEXTS, TEXTS[::-1]) if about["sentences"] == 2 else (TEXTS,)
+        # The last pair is of two that are too long: who keeps the odd token?
+        columns = ([*TEXTS, TEXTS[2]], [*TEXTS[::-1], TEXTS[2]]) if about["sentences"] == 2 else (TEXTS,)
         model, split = _split(run, name, columns)
         with torch.no_grad():
             theirs = loaded(name, list(zip(*columns)) if len(columns) == 2 else TEXTS)

@@ -17,7 +17,10 @@ from small_runs import CORPUS
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from minbert.data.errors import UserError
+from minbert.data.task import Task
 from minbert.launch.main import main
+from minbert.launch.results import write_record
+from minbert.trainer.evaluation.prediction_files import write_predictions
 from minbert.trainer.run.folder import RunFolder
 from minbert.tuning.ablation import Ablation
 from minbert.tuning.extensions import PAPER_BASELINE
@@ -275,6 +278,30 @@ def test_single_runs_are_compared_by_their_predictions_of_the_same_examples(seve
     said = capsys.readouterr().out
     assert "aggregator" in said and "pcgrad" in said and "second: the same dev examples, paired bootstrap" in said
     assert "batch_size" not in said and "paired bootstrap" in said
+
+
+def test_several_labels_count_in_the_overall_difference_and_what_cannot_be_drawn_leaves_it_out(several, tmp_path):
+    """The first run as one of two tasks, one with several labels; in the second run the other one is always wrong."""
+    tags = {"name": "tags", "kind": "multilabel", "sentences": ["text"], "label": "tags", "classes": ["a"]}
+    rows = "".join(json.dumps({"id": f"x , {n}", "text": "so", "tags": ["a"] * (n % 2)}) + "\n" for n in range(20))
+    (tmp_path / "dev.jsonl").write_text(rows)
+    tags = Task.model_validate(tags | {"files": {"train": tmp_path / "dev.jsonl", "dev": tmp_path / "dev.jsonl"}})
+    pair = []
+    for name, wrong in (("right", 0), ("wrong", 1)):
+        run = RunFolder(tmp_path / name)
+        shutil.copytree(several["first"], run.path)
+        config = run.read_config()
+        corpus = config.corpus.model_copy(update={"tasks": (config.corpus.tasks[0], tags)})
+        run.write_config(config.model_copy(update={"corpus": corpus}))
+        path = run.predictions / "tags-dev-output.csv"
+        write_predictions(path, tags, [f"x , {n}" for n in range(20)], [[(n + wrong) % 2] for n in range(20)])
+        write_record(run.predictions / "predictions.json", path.name, {"data": config.corpus.data})
+        pair.append(run)
+    found = bootstrap(*pair, draws=20)
+    assert (found["tags"].mean, found["sst"].mean, found["overall"].mean) == (-1, 0, -0.5)
+    for run in pair:
+        (run.predictions / "tags-dev-output.csv").unlink()
+    assert bootstrap(*pair, draws=20).keys() == {"sst"}
 
 
 def test_seeds_are_one_column_and_paired_by_the_t_test(several):

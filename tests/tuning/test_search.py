@@ -23,7 +23,7 @@ from minbert.launch.main import main
 from minbert.slurm.status import inspect_runs
 from minbert.trainer.checkpoint.format import published
 from minbert.trainer.run.folder import RunFolder, read_config_file
-from minbert.tuning.background import line_on_disk
+from minbert.tuning.background import line_on_disk, telling_line
 from minbert.tuning.cluster import _base, _family
 from minbert.tuning.search import Search
 from minbert.tuning.space import check_space, parse_space
@@ -181,6 +181,19 @@ def test_of_a_long_error_the_line_on_the_disk_is_told():
     said = "step 4 could not be saved: No space left on device\nThis was failure 3 in a row. Make room, then resume."
     assert line_on_disk(said) == "step 4 could not be saved: No space left on device"
     assert line_on_disk("Traceback\nValueError: no room for another word") is None
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        ("the last 3 steps were skipped: the gradient is not finite.\nA smaller lr may help.", "the last 3 steps were"),
+        ("step 2/9 sst 0.1\nminbert: (rank 0) 8 heads do not divide 9\nChoose others.", "(rank 0) 8 heads do"),
+        ("exit code 1\nTraceback (most recent call last):\n  File\nValueError: no such shape\n", "ValueError: no"),
+        ("the process that trained it was lost", "the process that trained it was lost"),
+    ],
+)
+def test_of_an_error_the_line_that_says_what_happened_is_told(error, told):
+    assert telling_line(error).startswith(told)
 
 
 @ray

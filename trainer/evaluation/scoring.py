@@ -116,10 +116,10 @@ def mean_loss(task: Task, raw: Tensor, labels: np.ndarray) -> float | None:
 def score(task: Task, predicted: Tensor, labels: np.ndarray) -> float:
     """The task's metric of its predictions, always a number.
 
-    F1 is of the positive class of a binary task, and else the mean over the classes (macro); the accuracy of several
-    labels counts examples of which all are right. What is constant, but for rounding, correlates with nothing, and
-    neither does what is not finite: 0. So does a score without examples. Perplexity is exp of the mean over all hidden
-    tokens, and what is not finite as high as a number can be.
+    F1 is of the positive class of a binary task, and else the mean over the classes or the labels (macro); the accuracy
+    of several labels counts examples of which all are right. What is constant, but for rounding, correlates with
+    nothing, and neither does what is not finite: 0. So does a score without examples. Perplexity is exp of the mean
+    over all hidden tokens, and what is not finite as high as a number can be.
     """
     truth = torch.from_numpy(labels).double()
     if not len(truth):
@@ -136,7 +136,9 @@ def score(task: Task, predicted: Tensor, labels: np.ndarray) -> float:
 
         if task.metric == "matthews":
             return float(metrics.matthews_corrcoef(truth.numpy(), predicted.numpy()))
-        average = "binary" if task.kind == "binary" else "macro"
+        if truth.shape[1:] == (1,):  # of a matrix scikit-learn would take the mean over its 0s and its 1s
+            truth, predicted = truth[:, 0], predicted[:, 0]
+        average = "macro" if task.kind == "classification" or truth.ndim == 2 else "binary"
         return float(metrics.f1_score(truth.numpy(), predicted.numpy(), average=average, zero_division=0))
     pair = torch.stack([predicted.double(), truth])
     spread = pair.amax(1) - pair.amin(1)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 Texts = Sequence[str] | Sequence[Sequence[str]]  # sentences, or pairs of them
 
@@ -83,11 +84,28 @@ class MultitaskEncoder(nn.Module):
 
     def _read(self, texts: Texts) -> tuple[Any, Any]:
         pairs = [(text,) if isinstance(text, str) else tuple(text) for text in texts]
+        fits: dict[str, Any] = {"truncation": True, "max_length": self.max_length}
         columns = [list(column) for column in zip(*pairs)]
-        batch = self.tokenizer(
-            *columns, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
-        ).to(self.encoder.device)
+        if len(columns) == 1:
+            batch = dict(self.tokenizer(*columns, padding=True, return_tensors="pt", **fits))
+        else:
+            tokens = [self.tokenizer(column, add_special_tokens=False, **fits)["input_ids"] for column in columns]
+            joined = [self._join(first, second) for first, second in zip(*tokens)]
+            # Zeros where the attention mask has them, too, so that no token is seen there.
+            batch = {key: pad_sequence([torch.tensor(row[key]) for row in joined], True) for key in joined[0]}
+        batch = {key: value.to(self.encoder.device) for key, value in batch.items()}
         return batch, self.encoder(**batch)
+
+    def _join(self, first: list[int], second: list[int]) -> dict[str, list[int]]:
+        """`[CLS] first [SEP] second [SEP]`, cut as in training: the longer sentence first, and where both are, the
+        first keeps the odd token. (Of the tokenizers of transformers, some leave it to the second.)"""
+        room = self.max_length - 3
+        kept = min(len(first), max(-(-room // 2), room - len(second)))
+        start, end = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
+        sides = [start, *first[:kept], end], [*second[: room - kept], end]
+        ids = [token for side in sides for token in side]
+        types = [0] * len(sides[0]) + [1] * len(sides[1])
+        return {"input_ids": ids, "token_type_ids": types, "attention_mask": [1] * len(ids)}
 
     def _features(self, about: dict[str, Any], u: Tensor, v: Tensor) -> Tensor:
         return torch.cat([u, v, (u - v).abs()] if about["features"] == "siamese" else [u, v], -1)

@@ -11,7 +11,7 @@ from minbert.data.errors import UserError
 from minbert.data.sequences.split import TokenisedSplit
 from minbert.data.sequences.texts import load_texts, training_texts
 from minbert.data.sequences.tokens import Tokenizer, default_cache_dir, load_tokenizer, tokenise
-from minbert.data.sources.examples import Examples, limit
+from minbert.data.sources.examples import Examples, limit, require_whole
 from minbert.data.sources.loading import load_examples
 from minbert.data.task import Split, Task
 from minbert.trainer.config import RunConfig
@@ -102,7 +102,13 @@ def tokenise_as(config: RunConfig, examples: Examples, tokenizer: Tokenizer) -> 
 
 def tokenise_texts(config: RunConfig, task: Task, columns: Sequence[list[str]], tokenizer: Tokenizer) -> TokenisedSplit:
     """Texts of no data set, one list of n for each of the task's sentences, as the run's model is to see them; kept in
-    no cache."""
+    no cache. Raises UserError for a text that is no Unicode."""
+    for column in columns:
+        for number, text in enumerate(column, 1):
+            try:
+                require_whole(text, f"text {number}")
+            except ValueError as error:
+                raise UserError(f"{error}; write it in UTF-8") from None
     config = config.model_copy(update={"corpus": config.corpus.model_copy(update={"cache": None})})
     ids = [str(row) for row in range(len(columns[0]))]
     return tokenise_as(config, Examples(task, "test", "", ids, tuple(columns), None), tokenizer)

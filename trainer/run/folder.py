@@ -188,11 +188,14 @@ class RunFolder:
             if all(isinstance(value, int | float | None) for value in record.values())
         ]
 
-    def rewind_metrics(self, step: int) -> None:
-        """Drop what was logged after `step`, which the run will log again."""
-        records = [record for record in self.read_metrics() if record["step"] <= step]
-        with replacing(self.metrics_file) as temporary:
-            temporary.write_text("".join(to_json(record) + "\n" for record in records))
+    def rewind(self, step: int) -> None:
+        """Drop what was logged and measured after `step`, which the run will do again."""
+        logs = [(self.metrics_file, self.read_metrics())]
+        if self.gramians_file.exists():
+            logs.append((self.gramians_file, read_json_lines(self.gramians_file)))
+        for file, records in logs:
+            with replacing(file) as temporary:
+                temporary.write_text("".join(to_json(record) + "\n" for record in records if record["step"] <= step))
 
 
 def read_config_file(path: Path) -> RunConfig:

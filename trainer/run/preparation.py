@@ -53,12 +53,13 @@ def in_folder(config: RunConfig) -> RunConfig:
     return config if config.run is not None else config.model_copy(update={"run": new_run_path(config)})
 
 
-def prepare(config: RunConfig, force: bool = False) -> RunFolder:
+def prepare(config: RunConfig, force: bool = False, predicts: bool = False) -> RunFolder:
     """Create or reopen the run folder for `config` (`run` set) and fill in what the processes will need. Who may have
     rivals has locked it. Nothing in it changes before all is known to be well.
 
     `force` lets other settings replace those that a run in the folder was started with, and names them; and it goes on
-    without checkpoints that are gone.
+    without checkpoints that are gone. `predicts`: the run will predict the test splits when it has trained, so what is
+    wrong with them is to be told now.
 
     Raises UserError if the folder holds a run with other settings or something else, or has lost checkpoints, or cannot
     be written, or the data, the model or a tracker cannot be had.
@@ -77,9 +78,11 @@ def prepare(config: RunConfig, force: bool = False) -> RunFolder:
     require_teachers(config)
     with _encoder(run, config) as encoder:
         tokenizer = load_tokenizer(encoder)
-        for name in config.corpus.names:
+        for task in config.corpus.tasks:
             for split in ("train", "dev"):
-                load_split(config, name, split, tokenizer)
+                load_split(config, task.name, split, tokenizer)
+            if predicts and task.has("test") and task.kind != "masked_lm":
+                load_examples_of(config, task.name, "test")
         _accept_loss(run)
         if encoder != run.encoder:
             shutil.rmtree(run.encoder, ignore_errors=True)

@@ -40,7 +40,7 @@ class Reporter:
             str(self.folder.path), config, total_steps, flops_per_token(config, read_config(self.folder.encoder))
         )
         if self.is_main:
-            self.folder.rewind_metrics(state.step)
+            self.folder.rewind(state.step)
             for record in self.folder.read_metrics():
                 view.take(record)
             self.trackers.start(flatten(config), state.step, state.trackers)

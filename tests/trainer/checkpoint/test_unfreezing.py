@@ -101,6 +101,7 @@ def test_a_run_killed_in_between_ends_as_if_it_had_not_been(whole, tmp_path, cap
     start = "the heads alone" if step < 3 else f"the encoder from layer {1 if step < 5 else 0} up"
     assert f"step {step:>6}/12  trains {start if step < 8 else 'all of the encoder'}\n" in said
     assert logged(run) == logged(whole)
+    assert (run / "gramians.jsonl").read_text() == (whole / "gramians.jsonl").read_text()
     found, expected = (tensors_of(checkpoints(path)[12]) for path in (run, whole))
     assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
 
