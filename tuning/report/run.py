@@ -95,7 +95,7 @@ def _curves(records: Sequence[dict], perplexities: Sequence[str]) -> list[Chart]
         ("Throughput", ["tokens_per_second"], "tokens a second", False),
     ]
     tasks = [name.removeprefix("loss/") for name in names if name.startswith("loss/")]
-    losses = [_loss(records, task) for task in tasks]
+    losses = [_loss(records, task, is_first=task == tasks[0]) for task in tasks]
     return [*_measured(records, scored), *losses, *_measured(records, others)]
 
 
@@ -114,8 +114,9 @@ def _measured(records: Sequence[dict], groups: Sequence[tuple[str, Sequence[str]
     return charts
 
 
-def _loss(records: Sequence[dict], task: str) -> Chart:
-    """What a task's training loss does, and that of its dev split, where evaluations have one."""
+def _loss(records: Sequence[dict], task: str, is_first: bool) -> Chart:
+    """What a task's training loss does, and that of its dev split, where evaluations have one. The first chart says
+    what they are."""
     import plotly.graph_objects as go
 
     (steps, losses), (evaluated, dev) = (_curve(records, f"{name}/{task}") for name in ("loss", "dev_loss"))
@@ -133,7 +134,8 @@ def _loss(records: Sequence[dict], task: str) -> Chart:
     layout = {"xaxis": {"title": {"text": "step"}}, "yaxis": {"title": {"text": "loss"}, "type": "log"}}
     drawn = figure(*traces, **layout, hovermode="x unified", showlegend=len(traces) > 1)
     note = "Train: the mean since the last line, with dropout and all that is added to the loss."
-    return Chart(f"Loss: {task}", drawn, note + " Dev: the plain loss." if evaluated else note)
+    note += " Dev: the plain loss." if evaluated else ""
+    return Chart(f"Loss: {task}", drawn, note if is_first else "")
 
 
 def smoothed(values: Sequence[float | None]) -> list[float | None]:
