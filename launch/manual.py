@@ -68,7 +68,7 @@ class Help(Exception):
             wrapper.subsequent_indent = " " * len("usage: ")
             usage = wrapper.fill(plain)
         print(f"{usage}\n{shown}", end="")
-        raise SystemExit
+        raise SystemExit(0)
 
     def parser(self) -> ArgumentParser:
         """The same as a parser of the standard library, whose actions say what options there are."""

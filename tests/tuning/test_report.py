@@ -127,17 +127,6 @@ class Browser:
             keys.key_up(Keys.SHIFT)
         actions.perform()
 
-    def click(self, chart: str, x: float, y: float) -> None:
-        """With the mouse, on a point of a chart's axes. plotly looks for what is below it a moment after it has come."""
-        from selenium.webdriver import ActionChains
-
-        actions = ActionChains(self.driver)
-        actions.w3c_actions.pointer_action.move_to_location(*self.at(chart, x, y))
-        actions.perform()
-        self.wait(f"document.querySelector('{chart} .hoverlayer').children.length > 0")
-        actions = ActionChains(self.driver)
-        actions.click().perform()
-
     def headings(self) -> list[str]:
         return self.ask("[...document.querySelectorAll('h2')].map(h => h.textContent)")
 
@@ -552,11 +541,6 @@ def test_a_mouse_draws_boxes_on_charts_and_axes(search, browser):
     expect(those(hidden_layers=3))
     browser.drag(axes, (2.8, 0.2), (3.2, -0.05), shift=True)
     expect(those(hidden_layers=3, aggregator="sum"))
-    browser.driver.find_element(By.CSS_SELECTOR, ".selected button").click()
-    over = sorted(trials, key=lambda trial: (trial.ended or 0.0, trial.number))
-    best = max(over, key=lambda trial: trial.score)
-    browser.click("#best-so-far .drawing", 1 + over.index(best), best.score)  # the line of the best lies over it
-    expect({best.name})
 
 
 def test_importance_finds_the_option_that_matters_and_says_when_nothing_does():

@@ -40,20 +40,16 @@ def history(scored: Sequence[Trial]) -> Chart:
         marker={"color": GREY, "size": 7, "symbol": ["x" if trial.status == "stopped" else "circle" for trial in over]},
         name="a trial",
         customdata=[trial.name for trial in over],
-        text=[
-            f"{escaped(trial.name)}: {trial.score:.3f}<br>the best so far: {best:.3f}"
-            for trial, best in zip(over, best_so_far)
-        ],
+        text=[f"{escaped(trial.name)}: {trial.score:.3f}" for trial in over],
         hovertemplate="%{text}<extra></extra>",
     )
-    # It lies over the points of the best: without hover, a click is theirs.
     line = go.Scatter(
         x=places,
         y=best_so_far,
         mode="lines",
         line={"color": COLOURS[0], "width": 2, "shape": "hv"},
         name="the best so far",
-        hoverinfo="skip",
+        hovertemplate="best of %{x}: %{y:.3f}<extra></extra>",
     )
     drawn = figure(points, line, xaxis={"title": {"text": "trials that are over"}}, yaxis={"title": {"text": METRIC}})
     since = next((place for place, score in zip(places, best_so_far) if score == best_so_far[-1]), 0)

@@ -17,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from minbert.trainer import assembly
 from minbert.trainer import train as training
 from minbert.trainer.checkpoint.format import published, read_manifest
+from minbert.trainer.evaluation.scoring import Evaluation
 from minbert.trainer.processes.exit_codes import ExitCode
 
 SMALL = ["--data", CORPUS, "--train-limit", 120, "--eval-limit", 40, "--batch-size", 8]
@@ -251,7 +252,9 @@ def scores(monkeypatch, values: list[float]) -> None:
     """Let the evaluations give these overall scores, the last one from then on."""
     given = iter(values)
     last = [values[-1]]
-    monkeypatch.setattr(training, "evaluate", lambda *_, **__: {"sst": 0.5, "overall": next(given, last[0])})
+    monkeypatch.setattr(
+        training, "evaluate", lambda *_, **__: Evaluation({"sst": 0.5, "overall": next(given, last[0])}, {})
+    )
 
 
 def test_early_stopping_stays_stopped_and_can_be_lengthened(tmp_path, monkeypatch, capsys):

@@ -83,8 +83,11 @@ def test_weights_combine_to_torchjds_dense_result(name, kind, tasks, seed):
 def test_the_update_conflicts_with_no_task(name, kind, tasks, seed):
     rows = jacobian(kind, tasks, seed)
     gramian = rows @ rows.T
-    tolerance = 2e-2 if name == "mgda" else 1e-3  # MGDA is an iteration that stops at a precision of 1e-3
-    assert (gramian @ weights(name, gramian) >= -tolerance * gramian.diagonal().max()).all()
+    found = weights(name, gramian)
+    tolerance = {"mgda": 2e-2, "nash_mtl": 1e-3}.get(name, 1e-12)  # of what iterates, MGDA to a precision of 1e-3
+    if name in ("upgrad", "dualproj"):  # torchjd solves for this, so that the problem has a solution always
+        gramian = gramian + 1e-4 * gramian.trace() * torch.eye(tasks, dtype=gramian.dtype)
+    assert (gramian @ found >= -tolerance * gramian.diagonal().max()).all()
 
 
 @pytest.mark.parametrize("name", DETERMINISTIC)
