@@ -14,11 +14,11 @@ from rich.console import Console
 from minbert.data.errors import UserError
 from minbert.data.files import replacing, to_json
 from minbert.data.sequences.tokens import Tokenizer
-from minbert.data.task import Split, Task
+from minbert.data.task import Split
 from minbert.trainer.checkpoint.saving import now
 from minbert.trainer.config import RunConfig
 from minbert.trainer.evaluation.averaging import mean_predictions
-from minbert.trainer.evaluation.prediction_files import RECORD, prediction_file_name, write_predictions
+from minbert.trainer.evaluation.prediction_files import RECORD, predicted_tasks, prediction_file_name, write_predictions
 from minbert.trainer.evaluation.scoring import beside, count_batches, outputs, overall, score
 from minbert.trainer.model.multitask import MultitaskModel
 from minbert.trainer.processes.stop import StopRequest
@@ -69,11 +69,6 @@ def report(run: RunFolder, stop: StopRequest) -> None:
     else:
         text = f"For --model, and for transformers: {run.pretrained}"
     console.print(text, highlight=False, soft_wrap=True)
-
-
-def predicted_tasks(config: RunConfig) -> list[Task]:
-    """Tasks of which there are prediction files: a masked language model predicts for nobody."""
-    return [task for task in config.corpus.tasks if task.kind != "masked_lm"]
 
 
 def whole_splits(config: RunConfig, data: str | None = None) -> RunConfig:

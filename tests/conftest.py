@@ -9,8 +9,9 @@ import signal
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["DS_ACCELERATOR"] = "cpu"
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+if "MINBERT_GPU_TESTS" not in os.environ:
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # every process that tests start would compile all modules anew
 
@@ -48,6 +49,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return LONGEST.index(mark.args[0]) if mark.args[0] in LONGEST else len(LONGEST)
 
     items.sort(key=turn)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tests marked `gpu`, or `gpu(count)`, are skipped where there are too few."""
+    if (mark := item.get_closest_marker("gpu")) is None:
+        return
+    import torch
+
+    (count,) = mark.args or (1,)
+    if torch.cuda.device_count() < count:
+        pytest.skip(f"needs {count} GPU{'s' * (count > 1)} and MINBERT_GPU_TESTS=1")
 
 
 def _shares_what_its_module_makes(item: pytest.Item) -> bool:

@@ -20,7 +20,7 @@ from minbert.data.reading import read_json
 from minbert.data.sources.examples import parse_label
 from minbert.data.task import Task
 from minbert.trainer.config import INCIDENTAL, RunConfig, flatten
-from minbert.trainer.evaluation.prediction_files import RECORD, prediction_file_name
+from minbert.trainer.evaluation.prediction_files import RECORD, predicted_tasks, prediction_file_name
 from minbert.trainer.evaluation.scoring import overall, score
 from minbert.trainer.run.data import load_examples_of
 from minbert.trainer.run.folder import RunFolder
@@ -215,9 +215,9 @@ def _predicted(run: RunFolder) -> Predicted:
     config = config.model_copy(update={"corpus": corpus})
     record = read_json(run.predictions / RECORD) if run.predictions.is_dir() else {}
     found = {}
-    for task in config.corpus.tasks:
-        path = run.predictions / prediction_file_name(config, task, "dev") if task.kind != "masked_lm" else None
-        if path is None or not path.is_file():
+    for task in predicted_tasks(config):
+        path = run.predictions / prediction_file_name(config, task, "dev")
+        if not path.is_file():
             continue
         if record.get(path.name, {}).get("data") != corpus.data:
             continue  # of other data than the run's own

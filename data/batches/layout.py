@@ -7,6 +7,7 @@ must be known of that order is worked out here, on the host, when the batch is m
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -101,7 +102,7 @@ class Layout:
     def __len__(self) -> int:
         return sum(count for count, _ in self.groups)
 
-    @property
+    @cached_property
     def longest(self) -> int:
         return max(length for _, length in self.groups)
 

@@ -51,8 +51,8 @@ def main(arguments: list[str]) -> int:
         raise UserError(
             f"{folder} is no run, search or ablation: it has no config.yaml, {SEARCH_FILE} or {ABLATION_FILE}"
         )
-    report = _of_run(folder, options)
-    _write(_below(report, folder, out), out)
+    report = _below(_of_run(folder, options), folder, out)
+    _write(report, out)
     above = owner(folder)
     if above is not None and out.absolute() == (folder / PAGE).absolute():
         try:  # so that it leads here, and this page there
@@ -60,7 +60,8 @@ def main(arguments: list[str]) -> int:
         except UserError as problem:
             print(f"The page of {above} is not written: {problem}")
         else:
-            _write(_below(report, folder, out), out, say=False)
+            if not report.page.above:  # it had no page to lead to
+                _write(_below(report, folder, out), out, say=False)
     return ExitCode.FINISHED
 
 

@@ -1,4 +1,4 @@
-"""Runs on GPUs beside the same run on a CPU: `pytest -m gpu tests/trainer/test_device.py` where there are some.
+"""Runs on GPUs beside the same run on a CPU: `MINBERT_GPU_TESTS=1 pytest -m gpu` where there are some.
 
 One case is of the CPU, whose shards it compares: so that the comparison itself is run everywhere.
 """
@@ -17,14 +17,8 @@ from minbert.trainer.run.data import build_plan, load_splits
 from minbert.trainer.run.folder import RunFolder
 from minbert.trainer.run.preparation import prepare
 
-GPUS = torch.cuda.device_count()
 SMALL = f"--data {CORPUS} --batch-size 6 --log-every 1 --eval-limit 10 --evaluations 1 --trackers"
 SAME = "--encoder-dropout 0 --head-dropout 0"  # a GPU draws other numbers
-
-
-def on_gpus(*values: object, count: int = 1):
-    skip = pytest.mark.skipif(count > GPUS, reason=f"needs {count} GPU{'s' * (count > 1)}")
-    return pytest.param(*values, marks=[pytest.mark.gpu, skip])
 
 
 def train(run: Path, options: str) -> list[dict]:
@@ -66,7 +60,7 @@ ON_GPUS = [  # options, GPUs, and how far rounding takes the first step's number
     ("options", "aggregator", "tolerance"),
     [("--device cpu --zero-stage 2", "pcgrad", 1e-4)]
     + [
-        on_gpus(f"--device cuda {options}", aggregator, tolerance, count=count)
+        pytest.param(f"--device cuda {options}", aggregator, tolerance, marks=pytest.mark.gpu(count))
         for options, count, tolerance in ON_GPUS
         for aggregator in ("sum", "pcgrad", "upgrad")
     ],
@@ -84,7 +78,6 @@ def test_losses_gradients_and_conflicts_are_those_of_a_cpu(on_cpu, tmp_path, opt
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not GPUS, reason="needs a GPU")
 @pytest.mark.parametrize("options", ["", "--precision bf16 --aggregator pcgrad", "--zero-stage 2"])
 def test_a_run_that_was_resumed_ends_the_same_to_the_bit(tmp_path, options):
     options = f"--device cuda --deterministic --lr-schedule constant --warmup 0 {options}"
@@ -96,7 +89,6 @@ def test_a_run_that_was_resumed_ends_the_same_to_the_bit(tmp_path, options):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not GPUS, reason="needs a GPU")
 @pytest.mark.parametrize("aggregator", ["sum", "pcgrad"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_nothing_is_waited_for_between_logged_steps(tmp_path, aggregator, precision):

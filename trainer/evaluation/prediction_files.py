@@ -11,6 +11,11 @@ from minbert.trainer.config import RunConfig
 RECORD = "predictions.json"  # beside them: what was predicted from what, by which model
 
 
+def predicted_tasks(config: RunConfig) -> list[Task]:
+    """Tasks of which there are prediction files: a masked language model predicts for nobody."""
+    return [task for task in config.corpus.tasks if task.kind != "masked_lm"]
+
+
 def prediction_file_name(config: RunConfig, task: Task, split: Split) -> str:
     """`sst-dev-output.csv` of a multitask run; a run of one sentence classifier alone is the course's first part,
     whose files are named after what was trained: `pretrain-sst-dev-out.csv` (the head only) or `finetune-...`."""

@@ -10,6 +10,7 @@ import yaml
 
 from minbert.data.task import Task
 from minbert.trainer.config import RunConfig, flatten
+from minbert.trainer.evaluation.prediction_files import predicted_tasks
 from minbert.trainer.model.multitask import MultitaskModel
 from minbert.trainer.model.weights import is_hub_name
 from minbert.trainer.run.folder import RunFolder
@@ -40,7 +41,7 @@ def model_card(
     seeds: Mapping[int, Mapping[str, float]] = {},
 ) -> str:
     """README.md with the front matter that the hub reads; `scores` on dev at `step`, and those of other `seeds`."""
-    tasks = [task for task in config.corpus.tasks if task.kind != "masked_lm"]
+    tasks = predicted_tasks(config)
     parts = [
         f"---\n{yaml.safe_dump(_front_matter(config, tasks, scores), sort_keys=False)}---",
         f"# {_title(config, tasks)}",

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from minbert.data.files import replacing
 from minbert.trainer.config import RunConfig
+from minbert.trainer.evaluation.prediction_files import predicted_tasks
 from minbert.trainer.export import multitask_encoder
 from minbert.trainer.export.card import model_card
 from minbert.trainer.model.multitask import MultitaskModel
@@ -33,7 +34,7 @@ def export_model(run: RunFolder, folder: Path, seeds: Mapping[int, Mapping[str, 
     config = run.read_config()
     decoder = next((head.state_dict() for head in model.decoders.values()), None)
     save_checkpoint(folder, model.bert.config, model.bert.state_dict(), run.encoder, decoder)
-    tasks = [task for task in config.corpus.tasks if task.kind != "masked_lm"]
+    tasks = predicted_tasks(config)
     if tasks:
         heads = {name: head for name, head in model.heads.items() if name not in model.decoders}
         state = {f"{name}.{key}": value for name, head in heads.items() for key, value in head.state_dict().items()}

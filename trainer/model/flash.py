@@ -30,13 +30,12 @@ def serves(qkv: Tensor, heads: int) -> bool:
 def attend_flat(qkv: Tensor, offsets: Tensor, longest: int, heads: int, dropout: float) -> Tensor:
     """softmax(q k^T / sqrt(d)) v within each sequence and head: (N, 3 H) -> (N, H).
 
-    `offsets` (S + 1,) int32 are the rows where the sequences begin, in order, and N; `longest` is the length of none
-    exceeded.
+    `offsets` (S + 1,) int32 are the rows where the sequences begin, in order, and N; `longest` is the largest length.
     """
     q, k, v = qkv.view(len(qkv), 3, heads, -1).unbind(1)
-    dense = False, False  # neither causal, nor a mask to look at afterwards
-    arguments = q, k, v, offsets, offsets, longest, longest, dropout, *dense
-    return torch.ops.aten._flash_attention_forward(*arguments)[0].flatten(1)
+    arguments = q, k, v, offsets, offsets, longest, longest, dropout
+    found = torch.ops.aten._flash_attention_forward(*arguments, is_causal=False, return_debug_mask=False)
+    return found[0].flatten(1)
 
 
 @cache

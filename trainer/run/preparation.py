@@ -26,6 +26,7 @@ from minbert.data.sequences.texts import training_texts
 from minbert.data.sequences.tokens import build_vocabulary, default_cache_dir, load_tokenizer, write_vocabulary
 from minbert.trainer.checkpoint.format import SAVED, damaged, folder_name, lost, published, remember, step_of
 from minbert.trainer.config import MAY_CHANGE, OPTIONS, RunConfig, flatten
+from minbert.trainer.evaluation.prediction_files import predicted_tasks
 from minbert.trainer.model.bert import BertConfig
 from minbert.trainer.model.weights import TINY, find_checkpoint, is_hub_name, read_config, shape_here, write_shape
 from minbert.trainer.run.budget import Budget
@@ -78,10 +79,11 @@ def prepare(config: RunConfig, force: bool = False, predicts: bool = False) -> R
     require_teachers(config)
     with _encoder(run, config) as encoder:
         tokenizer = load_tokenizer(encoder)
-        for task in config.corpus.tasks:
+        for name in config.corpus.names:
             for split in ("train", "dev"):
-                load_split(config, task.name, split, tokenizer)
-            if predicts and task.has("test") and task.kind != "masked_lm":
+                load_split(config, name, split, tokenizer)
+        for task in predicted_tasks(config) if predicts else ():
+            if task.has("test"):
                 load_examples_of(config, task.name, "test")
         _accept_loss(run)
         if encoder != run.encoder:

@@ -102,7 +102,7 @@ def test_a_cpu_and_fp32_do_without():
     assert not flash.serves(torch.zeros(4, 3 * 64, device="meta"), 2)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_gpu_attends_as_a_cpu_does():
     torch.manual_seed(0)
     bert = Bert(SMALL).eval()
@@ -110,7 +110,8 @@ def test_a_gpu_attends_as_a_cpu_does():
     ids = np.random.default_rng(0).integers(5, 60, lengths.sum())
     sentences = Sentences.lay(Ragged(ids, ends([lengths])), np.zeros_like(ids))
     expected = bert(sentences)
-    moved = Sentences(sentences.input_ids.cuda(), sentences.token_type_ids.cuda(), sentences.layout.to("cuda"))
+    layout = sentences.layout.to(torch.device("cuda"))
+    moved = Sentences(sentences.input_ids.cuda(), sentences.token_type_ids.cuda(), layout)
     with torch.autocast("cuda", torch.bfloat16):
         found = bert.cuda()(moved)
     assert flash.serves(torch.zeros(4, 3 * 16, dtype=torch.bfloat16, device="cuda"), 2)
