@@ -6,12 +6,12 @@ import os
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 from small_runs import COMMAND, CORPUS
 from tiny_marian import write_models
+from waiting import PATIENCE, until
 
 from minbert.data.augmentation.apertium import DATA
 from minbert.launch.main import main
@@ -124,10 +124,7 @@ def test_kill_and_go_on(models, tmp_path):
     words += ["--filters", "empty", "--sample", "--variants", "2", "--batch-size", "16", "--output"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
     process = subprocess.Popen([*COMMAND, *words, str(killed)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 240
-    while not (killed.is_dir() and shards(killed)):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+    until(lambda: killed.is_dir() and shards(killed), "a first shard", process, pause=0.02)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     kept = shards(killed)
@@ -159,7 +156,7 @@ def test_two_commands_at_once_share_the_work(tmp_path, course_data):
     both = [
         subprocess.Popen([*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in "ab"
     ]
-    output = [process.communicate(timeout=280)[0] for process in both]
+    output = [process.communicate(timeout=PATIENCE)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], output
     texts = [
         json.loads(line)[0]
@@ -177,7 +174,7 @@ def test_real_rows_from_augmentation_to_training(tmp_path, course_data, capfd):
     output = tmp_path / "out"
     words = ["augment", "sts", "sst", "--data", str(course_data), "--translator", "apertium", "--pivot", "es"]
     words += ["--train-limit", "150", "--processes", "2", "--bad-rows", "skip", "--output", str(output)]
-    done = subprocess.run([*COMMAND, *words], capture_output=True, text=True, timeout=280)
+    done = subprocess.run([*COMMAND, *words], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     assert "sentences, " in done.stderr and " a second, " in done.stderr and "dropped: leakage" in done.stdout
     new = rows(output / "sts.tsv")

@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from known_tasks import MLM, QUORA, SST, STS
 from safetensors.torch import load_file
 from small_runs import minbert, outside, started
 from transformers import AutoModel, AutoTokenizer, BertForMaskedLM
+from waiting import until
 
 from minbert.data.batches.layout import Sentences
 from minbert.data.sequences.tokens import load_tokenizer
@@ -102,9 +102,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(lines, tmp_path, capfd,
     assert minbert("pretrain", "--run", tmp_path / "whole", *options) == 0
     parts = ["pretrain", "--run", tmp_path / "parts", *options]
     with started(*parts, stdout=subprocess.DEVNULL, start_new_session=True) as process:
-        deadline = time.monotonic() + 200
-        while time.monotonic() < deadline and not (tmp_path / "parts" / SAVED).exists():
-            time.sleep(0.02)
+        until((tmp_path / "parts" / SAVED).exists, "a checkpoint", process, pause=0.02)
         os.killpg(process.pid, signal.SIGKILL)
     capfd.readouterr()
     assert minbert(*parts) == 0

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from safetensors.torch import load_file
 from small_runs import CORPUS, logged, minbert, outside, started
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModel, AutoTokenizer
+from waiting import PATIENCE, until
 
 from minbert.data.sources.loading import load_examples
 from minbert.launch.commands.rerun import as_words
@@ -143,12 +143,14 @@ def test_predict_text_and_csv_agree(trained, tmp_path, capsys):
 def stopped_after(steps: int, run: Path, arguments: list) -> subprocess.Popen:
     """Start a run and interrupt it once it has logged `steps` steps."""
     process = started("train", "--run", run, *arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 300
-    while not any(record["step"] >= steps for record in RunFolder(run).read_metrics()):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+    until(
+        lambda: any(record["step"] >= steps for record in RunFolder(run).read_metrics()),
+        f"step {steps}",
+        process,
+        pause=0.02,
+    )
     process.send_signal(signal.SIGINT)
-    process.stdout_text, process.stderr_text = process.communicate(timeout=300)
+    process.stdout_text, process.stderr_text = process.communicate(timeout=PATIENCE)
     return process
 
 

@@ -4,11 +4,11 @@ import json
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 from small_runs import CORPUS, started
+from waiting import until
 
 from minbert.launch.main import main
 from minbert.launch.watching import ManyRuns, WatchedRun, table
@@ -18,14 +18,6 @@ from minbert.trainer.run.standing import read_standings
 
 SMALL = ["--data", CORPUS, "--train-limit", 60, "--eval-limit", 20, "--batch-size", 4, "--log-every", 1, "--trackers"]
 SMALL += ["--eval-every", 30]
-
-
-def eventually(condition, what: str, seconds: float = 150.0):
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, f"waited too long for {what}"
-        time.sleep(0.1)
-    return found
 
 
 @pytest.fixture
@@ -49,13 +41,13 @@ def test_a_process_that_stands_still_is_named_and_the_run_is_watched_to_its_end(
         found = read_standings(run / "logs")
         return len(found) == 2 and (run / "metrics.jsonl").exists()
 
-    eventually(both_train, "two processes")
+    until(both_train, "two processes")
     asleep = read_standings(run / "logs")[1]
     os.kill(asleep.pid, signal.SIGSTOP)
     monkeypatch.setattr("minbert.slurm.timeline.SILENT", 7.0)
     monkeypatch.setattr(standings, "SLOW", 0.0)
     waiting = lambda: read_standings(run / "logs")[0].waits and read_standings(run / "logs")[1].age > 7.0  # noqa: E731
-    eventually(waiting, "rank 0 to notice")
+    until(waiting, "rank 0 to notice")
     assert main(["why", str(run), "--patience", "2"]) == 75
     said = capsys.readouterr().out
     assert "It seems to hang" in said and "Look at rank 1, which gives no sign of life" in said

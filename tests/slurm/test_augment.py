@@ -2,9 +2,9 @@
 
 import json
 import shutil
-import time
 
 import pytest
+from waiting import until
 
 from minbert.data.augmentation.apertium import DATA
 from minbert.launch.main import main
@@ -30,12 +30,13 @@ def test_an_array_of_translations(devcluster, monkeypatch, tmp_path, course_data
     assert main([*words, str(array), "--slurm", "--elements", "2", "--processes", "1", "--time", "10m"]) == 0
     assert "Element: " in capsys.readouterr().out
     elements = [array / "elements" / number for number in "01"]
-    deadline = time.monotonic() + 300
-    while not all(report.finished for report in inspect_runs(elements)):
+
+    def over() -> bool:
         reports = inspect_runs(elements)
         assert all(report.active or report.finished for report in reports), [report.summary for report in reports]
-        assert time.monotonic() < deadline, [report.summary for report in reports]
-        time.sleep(1)
+        return all(report.finished for report in reports)
+
+    until(over, "the end of both elements", pause=1)
     assert main([*words, str(here), "--processes", "1"]) == 0
     assert (array / "sts.tsv").read_bytes() == (here / "sts.tsv").read_bytes()
     texts = [

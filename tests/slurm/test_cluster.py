@@ -21,6 +21,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_runs import CORPUS, logged
+from waiting import until
 
 from minbert.launch.main import main
 from minbert.slurm.endings import Ending
@@ -34,7 +35,6 @@ SMALL = ["--data", CORPUS, "--train-limit", 120, "--eval-limit", 40, "--batch-si
 # Long enough to be caught on the way: for two processes, and for one, which is faster.
 LONG = [*SMALL, "--steps", 80, "--eval-every", 40, "--save-every", 10]
 LONGER = [*SMALL, "--steps", 240, "--eval-every", 80, "--save-every", 20]
-PATIENCE = 150.0
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -80,11 +80,7 @@ def report(run: Path) -> Report:
 
 
 def eventually(condition: Callable[[], object], what: str, run: Path) -> None:
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        if time.monotonic() > end:
-            raise AssertionError(f"waited too long for {what}\n{report(run)}\n{output(run)}")
-        time.sleep(0.5)
+    until(condition, what, seen=lambda: f"{report(run)}\n{output(run)}", pause=0.5)
 
 
 def has_reached(run: Path, step: int) -> bool:
@@ -104,16 +100,16 @@ def held(step: int, *runs: Path) -> Iterator[None]:
     SLURM wakes those that it warns or asks to end.
     """
     waiting = set(runs)
-    end = time.monotonic() + PATIENCE
+
+    def all_held() -> bool:
+        for run in [run for run in waiting if any(r["step"] >= step for r in RunFolder(run).read_metrics())]:
+            for process in processes(run):
+                process.suspend()
+            waiting.remove(run)
+        return not waiting
+
     try:
-        while waiting:
-            for run in [run for run in waiting if any(r["step"] >= step for r in RunFolder(run).read_metrics())]:
-                for process in processes(run):
-                    process.suspend()
-                waiting.remove(run)
-            if time.monotonic() > end:
-                raise AssertionError("\n".join(f"step {step} was waited for\n{output(run)}" for run in waiting))
-            time.sleep(0.05)
+        until(all_held, f"step {step}", seen=lambda: "\n".join(map(output, waiting)))
         yield
     finally:
         for run in runs:

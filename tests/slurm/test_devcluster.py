@@ -6,11 +6,10 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from waiting import until
 
 from minbert.data.errors import UserError
 from minbert.slurm.devcluster import DevCluster, cluster
@@ -34,14 +33,6 @@ with DevCluster.start(Path(sys.argv[1])) as cluster:
 """
 
 
-def wait_until(ready: Callable[[], bool], what: str, seen: Callable[[], str] = str) -> None:
-    """Fails after minutes, with what is `seen` then."""
-    deadline = time.monotonic() + 150
-    while not ready():
-        assert time.monotonic() < deadline, f"waited in vain for {what}\n{seen()}"
-        time.sleep(0.3)
-
-
 def submit(slurm: DevCluster, *arguments: str) -> str:
     return slurm.run("sbatch", "--parsable", "--output=/dev/null", "--chdir=/", *arguments)
 
@@ -56,13 +47,13 @@ def await_state(slurm: DevCluster, state: str, *jobs: str) -> None:
         shown = [slurm.run("scontrol", "show", "job", job) for job in jobs]
         return "\n".join([*shown, slurm.run("scontrol", "show", "node"), *log[-40:]])
 
-    wait_until(lambda: set(states(slurm, *jobs)) == {state}, f"{state} of jobs {jobs}", seen)
+    until(lambda: set(states(slurm, *jobs)) == {state}, f"{state} of jobs {jobs}", seen=seen, pause=0.3)
 
 
 def await_accounting(slurm: DevCluster, job: str, *expected: str) -> None:
     """The job's runs, the first one first; the accounting lags a few seconds behind."""
     command = ["sacct", "-nPX", "--duplicates", "-j", job, "-o", "State,ExitCode"]
-    wait_until(lambda: slurm.run(*command).splitlines() == list(expected), f"{expected} in sacct of job {job}")
+    until(lambda: slurm.run(*command).splitlines() == list(expected), f"{expected} in sacct of job {job}", pause=0.3)
 
 
 def listening(config: Config) -> set[str]:
@@ -111,7 +102,7 @@ def test_accounting_knows_how_jobs_ended(devcluster):
 
 def test_array(devcluster):
     job = submit(devcluster, "--array=0-2", "--wrap", "exit $SLURM_ARRAY_TASK_ID")
-    wait_until(lambda: sorted(states(devcluster, job)) == ["COMPLETED", "FAILED", "FAILED"], "the array")
+    until(lambda: sorted(states(devcluster, job)) == ["COMPLETED", "FAILED", "FAILED"], "the array")
 
 
 @pytest.mark.skipif(not listens_at_one_address(), reason="this host's name stands for an address like 127.0.1.1")
@@ -139,7 +130,7 @@ def ended(devcluster) -> dict[str, str]:
     devcluster.kill_node("n2")
     # Asked for all nodes: what slurmctld answers about a single one may be as old as the last question about all.
     nodes = ["sinfo", "--noheader", "--Node", "--format=%N %t"]
-    wait_until(lambda: "n2 down*" in devcluster.run(*nodes), "the node's death to be seen")
+    until(lambda: "n2 down*" in devcluster.run(*nodes), "the node's death to be seen")
     devcluster.start_node("n2")
     yield jobs
     devcluster.run("scancel", *jobs.values())
@@ -190,7 +181,7 @@ def test_a_killed_starter_leaves_nothing(folder):
         await_state(slurm, "RUNNING", "1")
         processes = {process for process in slurm.daemons().values() if process} | members(slurm.config.slurm_conf)
         starter.send_signal(signal.SIGKILL)
-    wait_until(lambda: not folder.exists(), "the end of the cluster")
+    until(lambda: not folder.exists(), "the end of the cluster")
     assert_nothing_left(slurm.config, processes)
 
 

@@ -1,10 +1,10 @@
 """Jobs without SLURM: in the background of this machine, and in this process."""
 
 import json
-import time
 from pathlib import Path
 
 from small_runs import CORPUS
+from waiting import until
 
 from minbert.launch.main import main
 from minbert.slurm.records import Records
@@ -19,11 +19,8 @@ def submit(*arguments: object) -> int:
     return main(["submit", *map(str, arguments)])
 
 
-def waits(run: Path, seconds: float = 200.0) -> None:
-    end = time.monotonic() + seconds
-    while inspect_runs([run])[0].active:
-        assert time.monotonic() < end, (inspect_runs([run]), list((run / "slurm").glob("*.out")))
-        time.sleep(0.2)
+def waits(run: Path) -> None:
+    until(lambda: not inspect_runs([run])[0].active, f"the end of {run}", seen=lambda: inspect_runs([run]), pause=0.2)
 
 
 def test_the_local_executor(tmp_path, capsys):
@@ -47,10 +44,7 @@ def test_the_local_executor(tmp_path, capsys):
 def test_a_cancelled_local_job_has_saved_and_goes_on_when_submitted_again(tmp_path, capsys):
     run = tmp_path / "run"
     assert submit("--run", run, *SMALL, "--steps", 4000, "--eval-every", 4000, "--executor", "local") == 0
-    end = time.monotonic() + 120
-    while not RunFolder(run).read_metrics():
-        assert time.monotonic() < end
-        time.sleep(0.1)
+    until(lambda: RunFolder(run).read_metrics(), "a first step")
     assert main(["cancel", str(run)]) == 0
     waits(run)
     report = inspect_runs([run])[0]

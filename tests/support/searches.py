@@ -3,10 +3,10 @@
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from small_runs import CORPUS
+from waiting import PATIENCE, until
 
 from minbert.tuning.trial import Trial, read_trials
 
@@ -23,7 +23,7 @@ def small_search(folder: Path, *words: str) -> list[str]:
 
 
 def ended(words: list[str], code: int) -> subprocess.CompletedProcess:
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == code, done.stdout + done.stderr
     return done
 
@@ -39,14 +39,12 @@ def refused(words: list[str]) -> str:
 
 
 def await_trials(folder: Path, process: subprocess.Popen, reached) -> list[Trial]:
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline:
-        assert process.poll() is None, process.stdout.read()
-        trials = trials_of(folder)
-        if reached(trials):
-            return trials
-        time.sleep(0.2)
-    raise AssertionError("the search got nowhere")
+    """The trials, once they have `reached` what is asked; of a search in this process."""
+
+    def there() -> list[Trial] | None:
+        return trials if reached(trials := trials_of(folder)) else None
+
+    return until(there, "trials", process, seen=lambda: trials_of(folder), pause=0.2)
 
 
 def trials_of(folder: Path) -> list[Trial]:

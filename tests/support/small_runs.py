@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from waiting import PATIENCE
 
 from minbert.launch.main import main
 from minbert.trainer.run.folder import RunFolder
@@ -30,7 +31,7 @@ def started(*words: object, **options) -> subprocess.Popen:
 
 def outside(*words: object, code: int = 0, **options) -> subprocess.CompletedProcess:
     """The same, ended with this exit code, and what it said. `options`: of `subprocess.run`."""
-    done = subprocess.run([*COMMAND, *map(str, words)], capture_output=True, text=True, timeout=300, **options)
+    done = subprocess.run([*COMMAND, *map(str, words)], capture_output=True, text=True, timeout=PATIENCE, **options)
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 

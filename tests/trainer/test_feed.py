@@ -2,22 +2,15 @@
 
 import gc
 import threading
-import time
 
 import pytest
 import torch
 from small_model import build_batch
+from waiting import until
 
 from minbert.trainer.feed import Feed
 
 CPU = torch.device("cpu")
-
-
-def eventually(condition) -> bool:
-    deadline = time.monotonic() + 60
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return condition()
 
 
 def test_what_follows_is_made_in_a_thread_and_once():
@@ -58,11 +51,11 @@ def test_the_thread_ends_with_the_feed():
 
     feed, thread = started()
     feed.close()
-    assert eventually(lambda: not thread.is_alive())
+    until(lambda: not thread.is_alive(), "the thread's end")
     feed, thread = started()
     del feed
     gc.collect()
-    assert eventually(lambda: not thread.is_alive())
+    until(lambda: not thread.is_alive(), "the thread's end")
 
 
 def test_elsewhere_a_batch_comes_packed():

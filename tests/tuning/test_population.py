@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +15,9 @@ from hypothesis import strategies as st
 from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import TrialScheduler
 from safetensors.torch import load_file
-from searches import TINY, trials_of
+from searches import TINY, await_trials, trials_of
 from small_runs import CORPUS
+from waiting import PATIENCE
 
 from minbert.launch.main import main
 from minbert.trainer.checkpoint.format import MANIFEST, published, read_manifest
@@ -259,14 +259,10 @@ def test_a_population_that_is_killed_goes_on_and_ends_with_one_trial_at_a_time(t
     words += ["--samples", "3", "--epochs", "8", "--grace", "0.2", "--space", "lr=loguniform(1e-6,5e-3)"]
     words += ["hidden_layers=1,2", "--cpus", str(len(os.sched_getaffinity(0)))]
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 240
-    while not any(trial.taken_over for trial in trials_of(folder)):
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    await_trials(folder, process, lambda trials: any(trial.taken_over for trial in trials))
     process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
-    done = subprocess.run(words, capture_output=True, text=True, timeout=240)
+    process.communicate(timeout=PATIENCE)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout + done.stderr
     trials = trials_of(folder)
     assert [trial.status for trial in trials] == ["finished"] * 3

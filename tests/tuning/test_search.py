@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import psutil
@@ -18,6 +17,7 @@ import yaml
 from filelock import FileLock
 from memory_disk import fill, memory_disk
 from searches import TINY, await_trials, command, finish, refused, small_search, trials_of
+from waiting import PATIENCE, until
 
 from minbert.launch.main import main
 from minbert.slurm.status import inspect_runs
@@ -46,14 +46,9 @@ def kill(process: subprocess.Popen, what: str) -> None:
 
 
 def vanished(processes: list[psutil.Process], folder: Path) -> bool:
-    """Whether Ray's processes, and its folder, have gone within reasonable time."""
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        alive = [process for process in processes if process.is_running() and process.status() != "zombie"]
-        if not alive and not list(_base().glob(f"{_family(folder)}-*")):
-            return True
-        time.sleep(0.2)
-    return False
+    """Whether Ray's processes, and its folder, have gone."""
+    alive = [process for process in processes if process.is_running() and process.status() != "zombie"]
+    return not alive and not list(_base().glob(f"{_family(folder)}-*"))
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +70,9 @@ def test_a_search_that_is_killed_ends_as_if_it_had_not_been(tmp_path, undisturbe
     )
     started = psutil.Process(process.pid).children(recursive=True)
     kill(process, what)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert "Traceback" not in output and "\x1b[" not in output
-    assert vanished(started, folder)
+    until(lambda: vanished(started, folder), "the end of Ray's processes and of its folder", pause=0.2)
     if what == "worker":  # the search goes on by itself
         assert process.returncode == 0, output
         assert "goes on from step" in output
@@ -113,10 +108,7 @@ def existing(tmp_path):
         process = subprocess.Popen(
             [str(Path(sys.executable).with_name("ray")), *words], env=environment, stdout=output.open("w")
         )
-        deadline = time.monotonic() + 60
-        while "Ray runtime started" not in output.read_text():
-            assert process.poll() is None and time.monotonic() < deadline, output.read_text()
-            time.sleep(0.2)
+        until(lambda: "Ray runtime started" in output.read_text(), "Ray", process, seen=output.read_text)
         yield f"127.0.0.2:{port}"
         children = psutil.Process(process.pid).children(recursive=True)
         process.terminate()
@@ -159,12 +151,13 @@ def test_a_search_on_an_existing_cluster(tmp_path, existing, monkeypatch):
     assert read_config_file(run / "config.yaml").corpus.max_length == 64
     assert (run / "predictions").exists()
 
-    long = small_search(tmp_path / "long", "--samples", "2", "--epochs", "200", "--address", existing)
+    words = ["--samples", "2", "--epochs", "200", "--eval-every", "10", "--address", existing]
+    long = small_search(tmp_path / "long", *words)
     process = subprocess.Popen(long, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     await_trials(tmp_path / "long", process, lambda trials: any(trial.step for trial in trials))
     head = next(p for p in psutil.process_iter() if p.name() == "gcs_server" and existing_port(p) in existing)
     head.kill()
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 75, output  # Ray itself would end it, later and with another code
     assert f"--search {tmp_path / 'long'} --address {existing}" in output
     assert "Traceback" not in output
@@ -203,7 +196,7 @@ def test_a_full_disk_stops_a_search_and_fails_no_trial(disk):
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     await_trials(folder, process, lambda trials: any(trial.step for trial in trials))
     ballast = fill(disk)
-    said = process.communicate(timeout=240)[0]
+    said = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 2, said
     assert "No space left on device" in said and str(folder) in said and "Make room" in said
     assert "Traceback" not in said
@@ -224,11 +217,11 @@ def test_a_search_that_is_asked_to_stop_saves_and_goes_on_with_tpe_and_several_p
     before = await_trials(folder, process, lambda trials: trials and trials[0].step)
     started = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGTERM)  # as `timeout` and job managers send it, to the whole group
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == 75, output
     assert "To go on: minbert tune --search" in output
     assert "Traceback" not in output
-    assert vanished(started, folder)
+    until(lambda: vanished(started, folder), "the end of Ray's processes and of its folder", pause=0.2)
     for trial in before:
         saved = published(trial.folder / "checkpoints")
         assert Trial.read(trial.folder).over or (saved and int(saved[-1].name.removeprefix("step-")) >= trial.step)

@@ -3,10 +3,10 @@
 import os
 import shutil
 import signal
-import time
 
 import psutil
 import pytest
+from waiting import until
 
 from minbert.data.augmentation.apertium import DATA, Apertium
 from minbert.data.augmentation.recipe import Decoding
@@ -94,12 +94,12 @@ def test_nothing_of_it_is_left_running(translator):
     group = pipe.process.pid
     translator.close()
     alive = {psutil.STATUS_RUNNING, psutil.STATUS_SLEEPING}
-    deadline = time.monotonic() + 10
-    while left := [each for each in psutil.process_iter(["status"]) if _group(each) == group]:
-        if not any(each.info["status"] in alive for each in left):
-            break  # what is dead waits for init
-        assert time.monotonic() < deadline, left
-        time.sleep(0.05)
+
+    def left() -> list[psutil.Process]:
+        members = [each for each in psutil.process_iter(["status"]) if _group(each) == group]
+        return [each for each in members if each.info["status"] in alive]  # what is dead waits for init
+
+    until(lambda: not left(), "the end of all of it", seen=left)
 
 
 def _group(process: psutil.Process) -> int | None:

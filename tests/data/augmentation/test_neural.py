@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from tiny_marian import SENTENCES, write_models
+from waiting import PATIENCE
 
 from minbert.data.augmentation.neural import NeuralModels
 from minbert.data.augmentation.recipe import Decoding
@@ -86,7 +87,7 @@ def test_a_model_for_one_direction_is_refused_for_both(models):
 def test_a_name_of_the_hub_without_a_network(monkeypatch, tmp_path):
     command = [sys.executable, "-m", "minbert.launch.main", "augment", "sts", "--output", str(tmp_path / "out")]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "the model Helsinki-NLP/opus-mt-en-zh, which translates en to zh, is not here" in done.stderr
     assert "hf download Helsinki-NLP/opus-mt-en-zh --local-dir models/en-zh" in done.stderr
@@ -113,7 +114,7 @@ def converted(models, tmp_path_factory) -> Path:
             str(models / direction),
         ]
         command += ["--output_dir", str(folder / direction), "--copy_files", *files]
-        subprocess.run(command, check=True, capture_output=True, timeout=300)
+        subprocess.run(command, check=True, capture_output=True, timeout=PATIENCE)
     return folder
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small_runs import CORPUS, logged, minbert, started, tensors_of
+from waiting import PATIENCE, until
 
 from minbert.launch.options import parse_run_config
 from minbert.launch.processes import launch
@@ -136,7 +137,7 @@ def test_what_deepspeed_saved_becomes_a_checkpoint(deepspeed, tmp_path, capsys, 
         convert = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
         workers = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
         folders = ["--input_folder", str(folder / "global_step3"), "--output_folder", str(tmp_path / "universal")]
-        subprocess.run([*convert, *workers, *folders], check=True, capture_output=True, timeout=100)
+        subprocess.run([*convert, *workers, *folders], check=True, capture_output=True, timeout=PATIENCE)
         folder = tmp_path / "universal"
     run = tmp_path / "run"
     assert minbert("checkpoint", "convert", folder, run, *SMALL, "--freeze", 1) == 0
@@ -205,12 +206,12 @@ def one_process_per_task(run: Path, size: int) -> list[subprocess.Popen]:
     ]
 
 
-def wait_for_step(run: Path, step: int, process: subprocess.Popen, meanwhile=lambda: time.sleep(0.05)) -> None:
-    end = time.monotonic() + 200
-    while not any(record["step"] >= step for record in RunFolder(run).read_metrics()):
-        assert process.poll() is None, "it ended before it was stopped"
-        assert time.monotonic() < end, f"it has not reached step {step}"
+def wait_for_step(run: Path, step: int, process: subprocess.Popen, meanwhile=lambda: None) -> None:
+    def reached() -> bool:
         meanwhile()
+        return any(record["step"] >= step for record in RunFolder(run).read_metrics())
+
+    until(reached, f"step {step}", process)
 
 
 def test_a_signal_to_the_launcher_saves_on_all_processes(tmp_path):
@@ -219,7 +220,7 @@ def test_a_signal_to_the_launcher_saves_on_all_processes(tmp_path):
     process = launched(run, "--processes", 2, "--steps", 5000, "--eval-every", 5000)
     wait_for_step(run, 2, process)
     process.send_signal(signal.SIGUSR1)
-    said, _ = process.communicate(timeout=100)
+    said, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == ExitCode.INTERRUPTED, said
     last = RunFolder(run).read_metrics()[-1]["step"]
     assert read_manifest(published(run / "checkpoints")[-1]).step == last  # not one step is lost
@@ -237,7 +238,7 @@ def test_a_lost_terminal_saves_on_all_processes(tmp_path, terminal, processes):
 
     wait_for_step(run, 2, process, read)
     outside.close()
-    assert process.wait(timeout=100) == ExitCode.INTERRUPTED
+    assert process.wait(timeout=PATIENCE) == ExitCode.INTERRUPTED
     last = RunFolder(run).read_metrics()[-1]["step"]
     assert read_manifest(published(run / "checkpoints")[-1]).step == last
 
@@ -258,7 +259,7 @@ def test_with_one_process_per_task_a_signal_to_one_stops_all(tmp_path):
     workers = one_process_per_task(run.path, 2)
     wait_for_step(run.path, 2, workers[0])
     workers[1].send_signal(signal.SIGUSR2)
-    assert [worker.wait(timeout=100) for worker in workers] == [ExitCode.INTERRUPTED] * 2
+    assert [worker.wait(timeout=PATIENCE) for worker in workers] == [ExitCode.INTERRUPTED] * 2
     assert read_manifest(published(run.checkpoints)[-1]).step == run.read_metrics()[-1]["step"]
 
 
@@ -269,7 +270,7 @@ def test_a_second_signal_leaves_at_once_and_what_was_saved_stays(tmp_path):
     for _ in range(2):
         time.sleep(0.3)
         process.send_signal(signal.SIGTERM)
-    process.wait(timeout=100)
+    process.wait(timeout=PATIENCE)
     assert process.returncode in (ExitCode.LEFT_AT_ONCE, ExitCode.INTERRUPTED)  # the first may have been enough
     newest = published(run / "checkpoints")[-1]
     assert verify(newest, read_manifest(newest)) == []

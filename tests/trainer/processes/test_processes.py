@@ -4,11 +4,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from waiting import PATIENCE, until
 
 from minbert.data.errors import UserError
 from minbert.data.machine import bf16_units
@@ -95,7 +95,7 @@ class Run:
 
     def wait(self) -> tuple[int, str]:
         try:
-            output, _ = self.process.communicate(timeout=200)
+            output, _ = self.process.communicate(timeout=PATIENCE)
         finally:
             self.process.kill()
         return self.process.returncode, output
@@ -103,18 +103,11 @@ class Run:
     def notes(self, name: str) -> list[str]:
         """What every worker wrote under this name, once all have."""
         paths = [self.folder / f"{name}-{rank}" for rank in range(self.processes)]
-        _eventually(lambda: all(path.exists() for path in paths))
+        until(lambda: all(path.exists() for path in paths), f"{paths}")
         return [path.read_text() for path in paths]
 
     def pids(self, *names: str) -> list[int]:
         return [int(pid) for name in names for pid in self.notes(name)]
-
-
-def _eventually(condition, seconds: float = 150.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.02)
 
 
 def _alive(pid: int) -> bool:
@@ -126,7 +119,7 @@ def _alive(pid: int) -> bool:
 
 
 def _gone(pids: list[int]) -> None:
-    _eventually(lambda: not any(map(_alive, pids)))
+    until(lambda: not any(map(_alive, pids)), f"the end of {pids}")
 
 
 def test_workers_compute_together_and_rank_0_is_seen(tmp_path, capfd):
