@@ -541,6 +541,12 @@ def test_a_mouse_draws_boxes_on_charts_and_axes(search, browser):
     expect(those(hidden_layers=3))
     browser.drag(axes, (2.8, 0.2), (3.2, -0.05), shift=True)
     expect(those(hidden_layers=3, aggregator="sum"))
+    browser.driver.find_element(By.CSS_SELECTOR, ".selected button").click()
+    best = max(trials, key=lambda trial: trial.score)
+    place = sorted(trials, key=lambda trial: (trial.ended or 0.0, trial.number)).index(best) + 1
+    click = (place, best.score)  # the line of the best so far goes through that point
+    browser.drag("#best-so-far .drawing", click, click)
+    expect({best.name})
 
 
 def test_importance_finds_the_option_that_matters_and_says_when_nothing_does():

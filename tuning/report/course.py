@@ -31,7 +31,7 @@ def history(scored: Sequence[Trial]) -> Chart:
     import plotly.graph_objects as go
 
     over = sorted((trial for trial in scored if trial.over), key=lambda trial: (trial.ended or 0.0, trial.number))
-    best_so_far = list(accumulate((trial.score for trial in over), max))
+    leaders = list(accumulate(over, lambda leader, trial: max(leader, trial, key=lambda each: each.score)))
     places = list(range(1, len(over) + 1))
     points = go.Scatter(
         x=places,
@@ -45,14 +45,15 @@ def history(scored: Sequence[Trial]) -> Chart:
     )
     line = go.Scatter(
         x=places,
-        y=best_so_far,
+        y=[leader.score for leader in leaders],
         mode="lines",
         line={"color": COLOURS[0], "width": 2, "shape": "hv"},
         name="the best so far",
+        customdata=[leader.name for leader in leaders],  # the line lies over their points
         hovertemplate="best of %{x}: %{y:.3f}<extra></extra>",
     )
     drawn = figure(points, line, xaxis={"title": {"text": "trials that are over"}}, yaxis={"title": {"text": METRIC}})
-    since = next((place for place, score in zip(places, best_so_far) if score == best_so_far[-1]), 0)
+    since = next((place for place, leader in zip(places, leaders) if leader is leaders[-1]), 0)
     note = f"In the order in which they ended; a cross was stopped early. The best was number {since} of {len(over)}."
     return Chart("The best score over the search", drawn, note if over else "No trial is over yet.", wide=True)
 
