@@ -21,6 +21,7 @@ from minbert.trainer.run.display import View, as_json, is_ascii, may_live
 from minbert.trainer.run.folder import RunFolder
 from minbert.trainer.run.progress import QUIET
 from minbert.trainer.run.standing import read_standings
+from minbert.tuning.again import runs_in_all
 from minbert.tuning.search import SEARCH_FILE, Search
 from minbert.tuning.trial import LOCK
 
@@ -100,8 +101,8 @@ class ManyRuns:
         if not self.asked or now - self.asked > self._patience():
             runs = [run for run in find_runs([self.folder]) if (run / "config.yaml").exists()]
             self.reports, self.asked = inspect_runs(runs), now
-            if self.samples is None and (self.folder / SEARCH_FILE).exists():
-                self.samples = Search.read(self.folder).runs
+            if (self.folder / SEARCH_FILE).exists():
+                self.samples = runs_in_all(Search.read(self.folder), self.folder)
         for report in self.reports:
             watched = self.watched.setdefault(report.run, WatchedRun(report.run))
             if is_under_way(report) or watched.seen != report.state:

@@ -33,6 +33,16 @@ def runs_again(search: Search, folder: Path, trials: Sequence[Trial]) -> list[Tr
     return runs
 
 
+def runs_in_all(search: Search, folder: Path) -> int:
+    """How many trials and runs with other seeds it has at its end. Before its trials are over that is the most: one
+    without a score is not trained again."""
+    trials = search.trials(folder)
+    runs = runs_again(search, folder, trials)
+    if len(trials) < search.samples or any(not trial.over for trial in trials):
+        return max(search.samples, len(trials)) + max(search.again * len(search.seeds), len(runs))
+    return len(trials) + len(runs)
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One of the best trials, and its scores with the other seeds."""

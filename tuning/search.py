@@ -185,11 +185,6 @@ class Search(BaseModel):
             return self.model_copy(update={"samples": samples})
         return self
 
-    @property
-    def runs(self) -> int:
-        """How many runs it has at its end."""
-        return self.samples + self.again * len(self.seeds)
-
     def options(self, parameters: Mapping[str, Any]) -> Parameters:
         """All options of a trial but its folder."""
         return {"seed": self.seed} | self.base | dict(parameters)

@@ -7,7 +7,7 @@ import pytest
 
 from minbert.data.errors import UserError
 from minbert.launch.main import main
-from minbert.tuning.again import candidates, runs_again, verdict, winner
+from minbert.tuning.again import candidates, runs_again, runs_in_all, verdict, winner
 from minbert.tuning.search import Search
 from minbert.tuning.space import check_space, parse_space
 from minbert.tuning.trial import Trial
@@ -39,13 +39,21 @@ def test_the_best_are_trained_with_every_seed_when_all_trials_are_over(search, t
     runs = runs_again(search, tmp_path, trials)
     assert [run.name for run in runs] == [f"trial-000{n},seed={s}" for s in (1, 2) for n in (4, 3)]
     assert [run.folder for run in runs[:1]] == [tmp_path / "again" / "trial-0004" / "seed-1"]
-    assert runs[0].parameters == trials[4].parameters and search.runs == 9
+    assert runs[0].parameters == trials[4].parameters and runs_in_all(search, tmp_path) == 9
     finish(runs, [0.1, 0.2, 0.3, 0.4])
     assert [run.score for run in runs_again(search, tmp_path, trials)] == [0.1, 0.2, 0.3, 0.4]
     trials[0].status = "pending"
     assert len(runs_again(search, tmp_path, trials)) == 4  # those that are there stay
     more = search.model_copy(update={"samples": 6})
-    assert all(run.over for run in runs_again(more, tmp_path, trials))
+    assert all(run.over for run in runs_again(more, tmp_path, trials)) and runs_in_all(more, tmp_path) == 10
+
+
+def test_trials_without_a_score_are_not_counted_as_ones_to_come_again(search, tmp_path):
+    for trial in search.trials(tmp_path)[1:]:
+        trial.status, trial.score = "failed", None
+        trial.write()
+    assert runs_in_all(search, tmp_path) == 5 + 2
+    assert runs_in_all(search.model_copy(update={"samples": 6}), tmp_path) == 6 + 4
 
 
 def test_a_better_trial_that_came_later_is_trained_again_beside_those_of_before(search, tmp_path):

@@ -19,7 +19,8 @@ class Found:
 
     search: Search
     trials: Sequence[Trial]
-    runs: Sequence[Trial]  # of the best ones with other seeds
+    runs: Sequence[Trial]  # of the best ones with other seeds, that have begun
+    missing: int  # of those, how many are not over or have not begun, once all trials are over
     scored: Sequence[Trial]  # the best first
     values: Mapping[str, Parameters]  # of a trial, by name: of all options that were ever searched
     inside: Mapping[str, Parameters]  # those of the trials that lie in the newest space
@@ -29,13 +30,14 @@ class Found:
         """Of the search in `folder`, over or not. Raises UserError if there is none."""
         search = Search.read(folder)
         trials = search.trials(folder)
-        runs = [run for run in runs_again(search, folder, trials) if run.folder.exists()]
+        asked_for = runs_again(search, folder, trials)
+        runs, missing = [run for run in asked_for if run.folder.exists()], sum(not run.over for run in asked_for)
         interrupted([*trials, *runs], folder)
         scored = [trial for trial in ranked(trials) if trial.steps and trial.earned()]
         values = {t.name: search.values(t.parameters) if search.earlier else t.parameters for t in trials}
         points = {trial.name: search.point(trial.number, trial.parameters) for trial in trials}
         inside = {name: point for name, point in points.items() if point is not None}
-        return cls(search, trials, runs, scored, values, inside)
+        return cls(search, trials, runs, missing, scored, values, inside)
 
     @property
     def options(self) -> list[str]:

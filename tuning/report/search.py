@@ -54,8 +54,8 @@ def _warnings(found: Found) -> list[str]:
         warnings.append(
             f"The search is not over: {left} of {found.search.samples} trials are still to be trained or finished."
         )
-    elif left := found.search.runs - found.search.samples - sum(run.over for run in found.runs):
-        warnings.append(f"{left} runs with other seeds are still to be trained or finished.")
+    elif found.missing:
+        warnings.append(f"{found.missing} runs with other seeds are still to be trained or finished.")
     if failed := [trial for trial in (*found.trials, *found.runs) if trial.status == "failed"]:
         lines = [f"{trial.name}: {trial.error}" for trial in failed[:SHOWN]]
         lines += [f"and {len(failed) - SHOWN} more"] if len(failed) > SHOWN else []
