@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from minbert.data.batches.layout import Layout, Sentences
-from minbert.trainer.model.flash import attend_flat, serves
+from minbert.trainer.model.attention import attend
 from minbert.trainer.model.tokenwise import Embedding, LayerNorm, Linear, linear
 
 _Size = Annotated[int, Field(ge=1, lt=2**31)]
@@ -37,27 +37,6 @@ class BertConfig:
     attention_probs_dropout_prob: _Share = 0.1
     initializer_range: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.02
     pad_token_id: Annotated[int, Field(ge=0)] = 0
-
-
-def attend(qkv: Tensor, layout: Layout, heads: int, dropout: float) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v within each sequence and head: (N, 3 H) -> (N, H)."""
-    if layout.offsets is not None and serves(qkv, heads):
-        return attend_flat(qkv, layout.offsets, layout.longest, heads, dropout)
-    if layout.cells is None or layout.mask is None:
-        # split, not slices: the backward of a slice fills a whole matrix with zeros for each group.
-        parts = zip(qkv.split([count * length for count, length in layout.groups]), layout.groups)
-        return torch.cat([_attention(part.view(*shape, -1), heads, dropout, None) for part, shape in parts])
-    count, longest = len(layout), layout.longest
-    padded = qkv.new_zeros(count * longest, qkv.shape[1]).index_copy(0, layout.cells, qkv)
-    return _attention(padded.view(count, longest, -1), heads, dropout, layout.mask)[layout.cells]
-
-
-def _attention(qkv: Tensor, heads: int, dropout: float, mask: Tensor | None) -> Tensor:
-    """(S, L, 3 H) -> (S L, H), every head attending over the L tokens that `mask` leaves."""
-    sequences, length, width = qkv.shape
-    q, k, v = qkv.view(sequences, length, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4)
-    context = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-    return context.transpose(1, 2).reshape(sequences * length, width // 3)
 
 
 class WordEmbedding(Embedding):

@@ -22,7 +22,7 @@ from minbert.data.sequences.split import TokenisedSplit
 from minbert.launch.options import parse_run_config
 from minbert.trainer.engine.base import Engine, build_accelerator
 from minbert.trainer.engine.optimizer import build_optimizer
-from minbert.trainer.model import bert, tokenwise
+from minbert.trainer.model import attention, tokenwise
 from minbert.trainer.model.bert import BertConfig
 from minbert.trainer.model.multitask import Forward, MultitaskModel
 from minbert.trainer.options import EncoderConfig, HeadsConfig, OptimizerConfig
@@ -73,7 +73,7 @@ def lower(monkeypatch) -> None:
 
 def attend_flat(monkeypatch) -> None:
     """As a GPU with the flash kernel does."""
-    monkeypatch.setattr(bert, "serves", lambda qkv, heads: qkv.dtype == torch.bfloat16)
+    monkeypatch.setattr(attention, "serves", lambda qkv, heads: qkv.dtype == torch.bfloat16)
 
 
 def build_step(aggregator: str, monkeypatch) -> TrainingStep:

@@ -15,13 +15,13 @@ from known_tasks import QUORA
 from transformers import AutoModel, BertModel, BertTokenizer
 
 from minbert.data.batches.batch import Portion, make_batch
-from minbert.data.batches.layout import Layout, Sentences
+from minbert.data.batches.layout import Sentences
 from minbert.data.errors import UserError
 from minbert.data.sequences.ragged import Ragged, ends
 from minbert.data.sequences.tokens import load_tokenizer, tokenise
 from minbert.data.sources.examples import Examples
 from minbert.launch.options import parse_run_config
-from minbert.trainer.model.bert import Bert, BertConfig, attend, mean_pool, pool_sides
+from minbert.trainer.model.bert import Bert, BertConfig, mean_pool, pool_sides
 from minbert.trainer.model.linear import _OneDnnLinear
 from minbert.trainer.model.weights import (
     find_checkpoint,
@@ -126,20 +126,6 @@ def test_sentences_do_not_see_each_other(lengths, seed):
                 torch.testing.assert_close(own, expected, atol=1e-12, rtol=0)
             means = torch.stack([part.mean(0) for part in alone])
             torch.testing.assert_close(mean_pool(hidden, layout), means, atol=1e-12, rtol=0)
-
-
-def test_attention_is_the_formula():
-    """softmax(q k^T / sqrt(d)) v, heads concatenated, written out."""
-    lengths, heads, width = [3, 5], 2, 8
-    qkv = torch.randn(sum(lengths), 3 * width, dtype=torch.float64)
-    expected = []
-    for sentence in qkv.split(lengths):  # the shortest first, as they are laid out
-        q, k, v = (part.unflatten(-1, (heads, -1)).transpose(0, 1) for part in sentence.chunk(3, dim=-1))
-        probabilities = torch.softmax(q @ k.transpose(-1, -2) / (width / heads) ** 0.5, dim=-1)
-        expected.append((probabilities @ v).transpose(0, 1).flatten(1))
-    plain = Layout.of(np.array(lengths))
-    for layout in (plain, plain.in_one()):
-        torch.testing.assert_close(attend(qkv, layout, heads, 0.0), torch.cat(expected), atol=1e-12, rtol=0)
 
 
 def test_dropout_acts_in_training_only():

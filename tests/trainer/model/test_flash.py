@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from minbert.data.batches.layout import Sentences
 from minbert.data.sequences.ragged import Ragged, ends
-from minbert.trainer.model import bert as module
+from minbert.trainer.model import attention as module
 from minbert.trainer.model import flash
 from minbert.trainer.model.bert import Bert, BertConfig
 
