@@ -31,6 +31,11 @@ def _listed(given: Any) -> Any:
     return (given,) if isinstance(given, str | Path | int | float) else given
 
 
+def _numbers(given: Any) -> Any:
+    """The same for numbers, which may stand in one text, `5 0 0`, where an option has one word."""
+    return given.split() if isinstance(given, str) else _listed(given)
+
+
 Folder = Annotated[Path, AfterValidator(_usable)]
 Source = Annotated[str, AfterValidator(_usable)]  # of data or weights: a folder, or a name
 Count = Annotated[int, Field(ge=1, lt=2**31)]
@@ -234,7 +239,8 @@ class ObjectiveConfig(Section):
     teacher_change: Annotated[float, Field(ge=0, le=1)] = 0.1
     """Share of the planned steps after which the later one holds."""
 
-    _one_is_enough = field_validator(*BY_TASK, "teachers", mode="before")(_listed)
+    _one_is_enough = field_validator("teachers", mode="before")(_listed)
+    _in_one_word = field_validator(*BY_TASK, mode="before")(_numbers)
 
 
 class BatchConfig(Section):

@@ -47,6 +47,8 @@ def test_unknown_extensions_are_refused_with_those_that_exist(word, message):
 def test_extensions_can_be_defined():
     assert extension("slow=lr:1.0e-6,warmup:0.2", []) == ("slow", {"lr": 1e-6, "warmup": 0.2})
     assert extension("more=augmented:new.tsv", []) == ("more", {"augmented": "new.tsv"})  # one of several
+    _, change = extension("more=smart_weight:5 0 0", [])  # one for each task
+    assert parse_config(PAPER_BASELINE | change, "variant").objective.smart_weight == (5.0, 0.0, 0.0)
 
 
 def test_extensions_take_what_stands_behind_their_name():
