@@ -45,6 +45,7 @@ def whole_or_gone(folder: Path, new: bool = False) -> Iterator[None]:
     Raises UserError where it cannot be made or may not be written to, and where another command writes there.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
+    was_empty = False  # and all that is there now is ours
     with ExitStack() as ours:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -53,17 +54,19 @@ def whole_or_gone(folder: Path, new: bool = False) -> Iterator[None]:
             try:
                 ours.enter_context(holding(folder / LOCK))
             except BlockingIOError:
-                made, new = [], False  # what is there is the other's
+                made = []  # what is there is the other's
                 raise UserError(f"another command writes into {folder}; wait for it, or name another folder") from None
             except OSError as error:
                 if error.filename is not None:  # else it is a file system without locks, which does without
                     raise
             if new and any(entry.name != LOCK for entry in folder.iterdir()):
-                new = False
                 raise UserError(f"{folder} exists and is not an empty folder; name a new one")
+            was_empty = new and not made
             yield
         except BaseException as error:
-            for path in [folder] if made else folder.iterdir() if new and folder.is_dir() else ():
+            if made:
+                shutil.rmtree(folder, ignore_errors=True)
+            for path in folder.iterdir() if was_empty else ():
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
             for parent in made[1:]:
                 if parent.is_dir() and not any(parent.iterdir()):
