@@ -60,6 +60,7 @@ def whole_or_gone(folder: Path, new: bool = False) -> Iterator[None]:
                 if error.filename is not None:  # else it is a file system without locks, which does without
                     raise
             if new and any(entry.name != LOCK for entry in folder.iterdir()):
+                made = []  # somebody has been faster
                 raise UserError(f"{folder} exists and is not an empty folder; name a new one")
             was_empty = new and not made
             yield
