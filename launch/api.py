@@ -7,12 +7,14 @@ its signals, and an interrupt saves the run.
 
 import io
 import json
+import signal
+import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -28,9 +30,30 @@ if TYPE_CHECKING:
 
     from minbert.tuning.runs_compared import Compared
 
+P, T = ParamSpec("P"), TypeVar("T")
 Path_ = str | Path
 WIDTH = 100  # of a table, in columns
 COUNTERS = ("step", "time")  # of a line of metrics.jsonl: where it stands, not what was measured
+
+
+def _on_pytorch(function: Callable[P, T]) -> Callable[P, T]:
+    """Import PyTorch before the first call. It cannot be imported a second time in a process, so an interrupt waits
+    until it is whole: otherwise no later cell of the notebook could use it."""
+
+    @wraps(function)
+    def call(*arguments: P.args, **options: P.kwargs) -> T:
+        if "torch" not in sys.modules and threading.current_thread() is threading.main_thread():
+            heard: list[int] = []
+            before = signal.signal(signal.SIGINT, lambda number, frame: heard.append(number))
+            try:
+                import torch  # noqa: F401
+            finally:
+                signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+            if heard and callable(before):
+                before(heard[0], None)
+        return function(*arguments, **options)
+
+    return call
 
 
 class Unfinished(Exception):
@@ -136,6 +159,7 @@ class Run:
             raise UserError("run.resume() goes on in the run's own folder; minbert.train(run=...) starts another")
         return _train({"run": self.path} | options, force)
 
+    @_on_pytorch
     def evaluate(self, split: Split = "dev", data: str | None = None) -> dict[str, float]:
         """Scores of the best model on a whole split that is labelled, perhaps of other data. Raises UserError."""
         from minbert.launch.results import predict_splits, whole_splits
@@ -147,6 +171,7 @@ class Run:
             raise UserError(f"the {split} split of {config.corpus.data} has no labels; run.predict() predicts texts")
         return scores
 
+    @_on_pytorch
     def predict(self, texts: Sequence[str | tuple[str, str]], task: str | None = None) -> np.ndarray:
         """What the best model says of n texts, or pairs of texts: (n,) classes by number, 0 or 1, or similarities; of a
         task with several labels (n, labels) 0 or 1. `task` may be left out of a run that has one. Raises UserError."""
@@ -154,6 +179,7 @@ class Run:
 
         return predictions(*self._outputs(texts, task)).numpy()
 
+    @_on_pytorch
     def probabilities(self, texts: Sequence[str | tuple[str, str]], task: str | None = None) -> np.ndarray:
         """(n, classes) probabilities of a classifier, or (n, labels) of a task with several labels, each for itself."""
         from minbert.tuning.report.answers import probabilities
@@ -163,12 +189,14 @@ class Run:
             raise UserError(f"{about.name} is a regression: it has no classes; run.predict() tells its values")
         return probabilities(about, raw)
 
+    @_on_pytorch
     def export(self, folder: Path_) -> Path:
         """`minbert export`: a folder for transformers, sentence-transformers, and `model=`. Raises UserError."""
         from minbert.launch.commands.export import export
 
         return export(self.folder, Path(folder))
 
+    @_on_pytorch
     def report(self, out: Path_ | None = None) -> Path:
         """`minbert report`: writes a page, by default report.html in the folder; returns where. Raises UserError."""
         from minbert.launch.commands.report import main
@@ -252,6 +280,7 @@ def runs(folder: Path_ = "runs") -> list[Run]:
     return [Run(path) for path in sorted(found, key=lambda path: ((path / "config.yaml").stat().st_mtime, path.name))]
 
 
+@_on_pytorch
 def compare(*compared: Run | Path_) -> Comparison:
     """`minbert compare`: two runs or more, or their folders. Raises UserError."""
     from minbert.tuning.runs_compared import compare_runs
@@ -261,6 +290,7 @@ def compare(*compared: Run | Path_) -> Comparison:
     return Comparison(compare_runs([run.path if isinstance(run, Run) else Path(run) for run in compared]))
 
 
+@_on_pytorch
 def _train(options: dict[str, Any], force: bool) -> Run:
     from minbert.launch.commands.train import start
     from minbert.trainer.run.preparation import in_folder

@@ -3,12 +3,13 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from minbert.data.errors import UserError, disk_trouble
-from minbert.data.files import replacing
+from minbert.data.files import holding, replacing
 
+LOCK = ".lock"  # in a folder that a command fills, as long as it does
 # What nobody writes but the run itself.
 OF_A_RUN = {"config.yaml", "best.safetensors", "metrics.jsonl", "gramians.jsonl", "environment.json"}
 
@@ -37,23 +38,40 @@ def writing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_or_gone(folder: Path) -> Iterator[None]:
-    """Make a folder, unless it is there; remove it, and the parents made for it, if the block fails that fills it.
+def whole_or_gone(folder: Path, new: bool = False) -> Iterator[None]:
+    """Make a folder, unless it is there, and keep other commands out of it; remove it, and the parents made for it, if
+    the block fails that fills it. `new`: one that is there must be empty, and is again if the block fails.
 
-    Raises UserError where it cannot be made or may not be written to.
+    Raises UserError where it cannot be made or may not be written to, and where another command writes there.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise UserError(f"cannot write to {folder}: it may not be written to")
-        yield
-    except BaseException as error:
-        for path in made[:1]:
-            shutil.rmtree(path, ignore_errors=True)
-        for parent in made[1:]:
-            if parent.is_dir() and not any(parent.iterdir()):
-                parent.rmdir()
-        if isinstance(error, OSError) and error.filename in (str(path) for path in (folder, *folder.parents)):
-            raise UserError(f"cannot write to {folder}: {error.strerror}; name another folder") from None
-        raise
+    was_empty = False  # and all that is there now is ours
+    with ExitStack() as ours:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise UserError(f"cannot write to {folder}: it may not be written to")
+            try:
+                ours.enter_context(holding(folder / LOCK))
+            except BlockingIOError:
+                made = []  # what is there is the other's
+                raise UserError(f"another command writes into {folder}; wait for it, or name another folder") from None
+            except OSError as error:
+                if error.filename is not None:  # else it is a file system without locks, which does without
+                    raise
+            if new and any(entry.name != LOCK for entry in folder.iterdir()):
+                made = []  # somebody has been faster
+                raise UserError(f"{folder} exists and is not an empty folder; name a new one")
+            was_empty = new and not made
+            yield
+        except BaseException as error:
+            if made:
+                shutil.rmtree(folder, ignore_errors=True)
+            for path in folder.iterdir() if was_empty else ():
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+            for parent in made[1:]:
+                if parent.is_dir() and not any(parent.iterdir()):
+                    parent.rmdir()
+            if isinstance(error, OSError) and error.filename in (str(path) for path in (folder, *folder.parents)):
+                raise UserError(f"cannot write to {folder}: {error.strerror}; name another folder") from None
+            raise

@@ -61,6 +61,7 @@ class Submission:
     cancelled: bool = False
     token: str = ""  # in the job's comment, by which it is found if sbatch's answer is lost
     element: int | None = None  # of the job array
+    run: str = ""  # the folder that the job trains in
 
     def job_settings(self) -> JobSettings:
         return JobSettings(**self.settings)
@@ -83,6 +84,22 @@ class Records:
             return None
         parse_settings(submission.settings, str(self.file))
         return submission
+
+    @property
+    def copied(self) -> bool:
+        """Whether the folder is a copy of the one that was submitted, which is still there: the job is not the copy's.
+        Raises UserError if a record is damaged."""
+        submission = self.submission()
+        if submission is None or not submission.run:
+            return False
+        original = Records(Path(submission.run))
+        try:
+            if self.folder.samefile(original.folder):
+                return False
+        except OSError:
+            return False  # it was moved, or is called otherwise here
+        theirs = original.submission()
+        return theirs is not None and theirs.token == submission.token
 
     def write_submission(self, submission: Submission | None) -> None:
         """None takes an earlier record back."""

@@ -78,6 +78,8 @@ class _Known:
         records = Records(run)
         attempts, problems = records.read_attempts()
         try:
+            if records.copied:
+                return cls(run, trial=read_trial(run))
             submission = records.submission()
             trial = read_trial(run) if submission is None else {}
         except (UserError, OSError) as error:

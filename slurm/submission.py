@@ -82,6 +82,7 @@ def _submit_part(
             earlier_attempts=before.earlier_attempts if again and before else len(Records(run).attempts()),
             token=token,
             element=None if len(runs) == 1 else index,
+            run=str(run),
         )
         for index, (run, task, before) in enumerate(zip(runs, tasks, earlier))
     ]

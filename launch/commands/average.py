@@ -34,9 +34,7 @@ def main(arguments: list[str]) -> int:
     if options.out is None:
         raise UserError("say with --out FOLDER where the model goes")
     configs = [run.read_config() for run in runs]
-    with whole_or_gone(options.out):
-        if any(options.out.iterdir()):
-            raise UserError(f"{options.out} exists and is not an empty folder; name a new one")
+    with whole_or_gone(options.out, new=True):
         from minbert.trainer.run.soup import write_soup
 
         write_soup(runs, options.out)

@@ -15,7 +15,7 @@ from minbert.data.errors import UserError
 from minbert.launch.options import asks_for_help, parse, parse_run_config, read_run_options
 from minbert.launch.outputs import require_place
 from minbert.launch.ownership import lock_runs
-from minbert.trainer.checkpoint.format import MANIFEST, Damaged, damaged, published, read_manifest, verify
+from minbert.trainer.checkpoint.format import MANIFEST, Damaged, Manifest, damaged, published, read_manifest, verify
 from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.run.folder import RunFolder
 
@@ -60,6 +60,8 @@ def show(arguments: list[str]) -> int:
         try:
             manifest = read_manifest(path)
         except Damaged as damage:
+            if not path.exists():  # the run goes on, and has removed it meanwhile
+                continue
             table.add_row(path.name.removeprefix("step-").lstrip("0"), "damaged", style="red")
             problems.append(str(damage))
             continue
@@ -89,6 +91,8 @@ def check(arguments: list[str]) -> int:
             problems = verify(path, manifest)
         except Damaged as damage:
             problems = [str(damage)]
+        if problems and not path.exists():  # the run goes on, and has removed it meanwhile
+            continue
         print(f"{path.name}: {'damaged' if problems else f'intact ({_size(manifest.bytes)})'}")
         for problem in problems:
             print(f"  {problem}")
@@ -124,18 +128,18 @@ def convert(arguments: list[str]) -> int:
         return ExitCode.USER_MISTAKE
     source, target, *options = Path(arguments[0]), Path(arguments[1]), *arguments[2:]
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would look for a GPU, and print that there is none
-    from minbert.trainer.run.conversion import from_deepspeed, to_safetensors
+    from minbert.trainer.run.conversion import from_deepspeed
 
     if target.suffix == ".safetensors":
         if options:
             raise UserError(f"what is {options[0]!r}? Writing a model takes no options")
-        if not (checkpoints := _checkpoints(source)):
+        if not _checkpoints(source):
             raise UserError(f"{source} has no checkpoints")
         mends = target.absolute() == RunFolder(source).best_model.absolute() and _damage(target) is not None
         if not mends:
             require_place(target)
         with lock_runs([source]) if mends else nullcontext():
-            manifest = to_safetensors(checkpoints[-1], target)
+            manifest = _newest_to_safetensors(source, target)
         print(f"Wrote the weights of step {manifest.step} to {target}")
         return ExitCode.FINISHED
     from minbert.trainer.run.preparation import prepare
@@ -149,6 +153,20 @@ def convert(arguments: list[str]) -> int:
         print(f"Not in {source}, and as the run would start: {', '.join(missing)}")
     print(f"Wrote {checkpoint}. To go on from it: minbert resume {target}")
     return ExitCode.FINISHED
+
+
+def _newest_to_safetensors(source: Path, target: Path) -> Manifest:
+    """The newest checkpoint that is still there once it has been read: a run that goes on removes old ones. Raises
+    UserError if there is none, or it is damaged."""
+    from minbert.trainer.run.conversion import to_safetensors
+
+    while checkpoints := _checkpoints(source):
+        try:
+            return to_safetensors(checkpoints[-1], target)
+        except UserError:
+            if checkpoints[-1].exists():
+                raise
+    raise UserError(f"{source} has no checkpoints")
 
 
 def _checkpoints(folder: Path) -> list[Path]:

@@ -46,9 +46,7 @@ def main(arguments: list[str]) -> int:
 def export(run: RunFolder, folder: Path, seeds: Sequence[Path] = ()) -> Path:
     """Write the run's best model into a new or empty folder; `seeds` are runs that differ in their seed only. Raises
     UserError."""
-    with whole_or_gone(folder):
-        if any(folder.iterdir()):
-            raise UserError(f"{folder} exists and is not an empty folder; name a new one")
+    with whole_or_gone(folder, new=True):
         from minbert.trainer.export.folder import export_model
 
         export_model(run, folder, _scores_by_seed(run, seeds) if seeds else {})

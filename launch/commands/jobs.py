@@ -3,7 +3,7 @@
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -105,9 +105,12 @@ def resubmit(reports: Sequence[Report]) -> None:
     for report in reports:
         if report.active or report.finished:
             continue
-        submission = Records(report.run).submission()
+        records = Records(report.run)
+        submission = records.submission()
         is_run = (report.run / "config.yaml").exists()  # a search goes on by `minbert tune --slurm`
         if submission and is_run:
+            if records.copied:  # the files of its job are its own
+                submission = replace(submission, folder=str(records.folder.absolute()))
             key = json.dumps([submission.folder, submission.settings], sort_keys=True)
             groups.setdefault(key, []).append((report.run, submission))
     if not groups:

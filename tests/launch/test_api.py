@@ -138,3 +138,28 @@ def test_importing_it_imports_nothing_else():
         "assert not {'torch', 'numpy', 'pydantic', 'rich'} & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+INTERRUPTED = """
+import os, signal, sys
+import minbert
+
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch.nn":
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupt())
+for _ in range(2):
+    try:
+        minbert.train(learning_rate=1e-3)
+    except (KeyboardInterrupt, minbert.UserError) as error:
+        print(type(error).__name__)
+"""
+
+
+def test_an_interrupt_while_pytorch_is_imported_leaves_it_whole():
+    """Which it would not be in this process any more."""
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True)
+    assert done.stdout.split() == ["KeyboardInterrupt", "UserError"], done.stderr

@@ -1,6 +1,7 @@
 """`minbert pretrain` from outside: what it declares, a model that gets better, and the folder that it leaves."""
 
 import os
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -88,6 +89,17 @@ def test_other_runs_take_the_folder(pretrained, tmp_path, capsys):
     assert "start at random" not in "".join(capsys.readouterr())
     found, expected = (load_file(run.best_model) for run in (RunFolder(tmp_path / "on"), pretrained))
     assert all(torch.allclose(found[name], expected[name], atol=1e-7) for name in expected)
+
+
+def test_a_run_goes_on_without_the_folder_that_it_began_with(pretrained, tmp_path, capsys):
+    """Its checkpoints hold the weights, and its own folder the encoder's shape and vocabulary."""
+    model, run = shutil.copytree(pretrained.pretrained, tmp_path / "model"), tmp_path / "run"
+    common = ["--eval-limit", 40, "--train-limit", 100, "--tasks", "sst", "--trackers"]
+    assert minbert("train", "--run", run, "--model", model, *common, "--steps", 1) == 0
+    shutil.rmtree(model)
+    assert minbert("resume", run, "--steps", 2) == 0
+    assert minbert("train", "--run", tmp_path / "new", "--model", model, *common) == 2
+    assert f"model folder {model} does not exist" in capsys.readouterr().err
 
 
 def test_a_checkpoint_without_the_head_starts_it_at_random_and_says_so(minilm, tmp_path, capsys):

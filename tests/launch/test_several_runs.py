@@ -2,6 +2,7 @@
 
 import csv
 import json
+import resource
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from small_runs import CORPUS, minbert
 
 from minbert.data.batches.batch import Portion, make_batch
 from minbert.data.sources.loading import load_examples
+from minbert.launch.outputs import whole_or_gone
 from minbert.trainer.evaluation.averaging import mean_predictions
 from minbert.trainer.evaluation.scoring import score
 from minbert.trainer.run.data import load_split
@@ -115,3 +117,33 @@ def test_one_models_predictions_are_its_own_and_cosines_mix_with_heads():
     assert torch.equal(mean_predictions(TASKS["quora"], [outputs]), torch.tensor([1.0, 0.0, 1.0]))
     assert torch.equal(mean_predictions(TASKS["quora"], [outputs, -2 * outputs]), torch.tensor([0.0, 1.0, 0.0]))
     assert mean_predictions(COSENT, [outputs, outputs]).tolist() == pytest.approx([1.5, 0.0, 5.0])
+
+
+def test_no_two_commands_fill_a_folder_at_once(runs, tmp_path, capsys):
+    """One would leave the model of one run with the heads of another; the loser takes nothing away."""
+    one, other = runs["one"].path, runs["other"].path
+    for command in (["export", one], ["average", one, other, "--out"], ["predict", one, "--out"]):
+        out = tmp_path / str(command[0])
+        with whole_or_gone(out):
+            assert minbert(*command, out) == 2
+            assert f"another command writes into {out}; wait for it" in capsys.readouterr().err
+            assert out.is_dir()
+        assert list(out.iterdir()) == []
+        assert minbert(*command, out) == 0
+        assert not (out / ".lock").exists()
+
+
+def test_an_empty_folder_that_a_full_disk_has_failed_is_empty_again(runs, tmp_path, capsys):
+    """So that the same command goes on, once there is room."""
+    out = tmp_path / "out"
+    out.mkdir()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for command in (["export", runs["one"].path], ["average", runs["one"].path, runs["other"].path, "--out"]):
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))
+            assert minbert(*command, out) == 2
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert "File too large" in capsys.readouterr().err
+        assert list(out.iterdir()) == []
+    assert minbert("export", runs["one"].path, out) == 0

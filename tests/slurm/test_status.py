@@ -112,6 +112,24 @@ def test_a_submission_whose_answer_was_lost_is_looked_up_by_its_token(tmp_path, 
     assert (report.state, report.active, report.exit_code) == ("not submitted", False, 75)
 
 
+def test_the_job_of_a_run_is_not_that_of_its_copy(tmp_path, monkeypatch, capsys):
+    """To cancel the copy's would end the run's, and the copy could not be trained as long as the run is."""
+    run, copy, cancelled = tmp_path / "run", tmp_path / "copy", []
+    records = records_of(run)
+    records.write_submission(replace(records.submission(), run=str(run), token="abc"))
+    shutil.copytree(run, copy)
+    monkeypatch.setattr("minbert.slurm.controller.cancel", cancelled.append)
+    assert stand(run, records, "RUNNING", monkeypatch).active
+    assert (report := inspect_runs([copy])[0]).job_id == "" and not report.active
+    assert main(["cancel", str(copy)]) == 2
+    assert f"no run in {copy} has a job" in capsys.readouterr().err and cancelled == []
+    link = tmp_path / "link"
+    link.symlink_to(run)
+    assert is_active(link)
+    shutil.rmtree(run)
+    assert is_active(copy)  # a run that was moved still has its job
+
+
 def test_a_job_that_is_not_the_latest_submission_does_nothing(tmp_path, capsys):
     """The latest one leaves its id, and finds its task, although sbatch's answer was lost."""
     records = records_of(tmp_path)

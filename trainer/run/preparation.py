@@ -178,8 +178,13 @@ def left_to_encoder(config: RunConfig) -> dict[str, Any]:
 
 def _pin_weights(run: RunFolder, config: RunConfig) -> RunConfig:
     """Say which commit of a hub name's weights the run has: that of the run in the folder, or else the one that the hub
-    names now. The processes then need not ask, and cannot be told different ones."""
+    names now. The processes then need not ask, and cannot be told different ones. Of a run with checkpoints, which hold
+    its weights, the model need not be there any more."""
     model, revision = config.encoder.model, config.encoder.revision
+    if _has_checkpoints(run) and run.config_file.exists():
+        saved = run.read_config().encoder
+        if saved.model == model and revision in (None, saved.revision):
+            return config.model_copy(update={"encoder": config.encoder.model_copy(update={"revision": saved.revision})})
     if not is_hub_name(model):
         if revision is not None:
             raise UserError(f"revision={revision} is for a model of the hub, and {model} is here; leave one out")

@@ -7,6 +7,7 @@ from dataclasses import replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from threading import Barrier
+from types import ModuleType
 
 import hypothesis.strategies as st
 import pytest
@@ -17,6 +18,7 @@ from small_runs import CORPUS, minbert
 from torch.distributed import HashStore, TCPStore
 
 from minbert.data.errors import UserError
+from minbert.launch.commands import checkpoint as commands
 from minbert.trainer.checkpoint.format import (
     MANIFEST,
     Damaged,
@@ -38,6 +40,7 @@ from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.processes.messages import LostProcess, Messages
 from minbert.trainer.processes.random_state import random_state, seed_everything, set_random_state
 from minbert.trainer.processes.world import World
+from minbert.trainer.run import conversion
 from minbert.trainer.run.folder import RunFolder
 
 SMALL = ["--data", CORPUS, "--train-limit", 120, "--eval-limit", 40, "--batch-size", 8]
@@ -337,6 +340,33 @@ def test_list_and_verify_tell_what_there_is(run, capsys):
     assert "1 process" in said and "at 3" in said and "manifest.json is missing" in said
     assert minbert("checkpoint", "verify", run / "checkpoints" / "step-00000003") == 0
     assert "step-00000003: intact" in capsys.readouterr().out
+
+
+def test_what_a_run_that_goes_on_removes_meanwhile_is_not_damaged(run, tmp_path, monkeypatch, capsys):
+    """It keeps the newest checkpoints only, while others list, verify or convert those that were there."""
+    checkpoints = run / "checkpoints"
+
+    def goes_on(module: ModuleType, name: str, step: int) -> None:
+        """Before `module` reads a checkpoint, the run saves `step`, and removes all others."""
+        read = getattr(module, name)
+
+        def interposed(checkpoint: Path) -> object:
+            if not (new := checkpoints / folder_name(step)).exists():
+                shutil.copytree(published(checkpoints)[-1], new)
+                prune(checkpoints, 1, None, ())
+            return read(checkpoint)
+
+        monkeypatch.setattr(module, name, interposed)
+
+    goes_on(commands, "read_manifest", 4)
+    assert minbert("checkpoint", "verify", run) == 0
+    assert "damaged" not in capsys.readouterr().out
+    goes_on(commands, "read_manifest", 5)
+    assert minbert("checkpoint", "list", run) == 0
+    assert "damaged" not in capsys.readouterr().out
+    goes_on(conversion, "read_weights", 6)
+    assert minbert("checkpoint", "convert", run, tmp_path / "model.safetensors") == 0
+    assert load_file(tmp_path / "model.safetensors")
 
 
 @pytest.mark.parametrize(
