@@ -12,9 +12,9 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, wraps
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, get_args
 
 import numpy as np
 
@@ -84,6 +84,7 @@ class Run:
 
     def __init__(self, path: Path_):
         self.folder = RunFolder.existing(Path(path))
+        self._loaded: tuple[int | None, tuple[Any, Any, Any]] | None = None  # when it was written, and what it is
 
     def __repr__(self) -> str:
         scores = self.scores if self.folder.best_model.exists() else {}
@@ -164,6 +165,8 @@ class Run:
         """Scores of the best model on a whole split that is labelled, perhaps of other data. Raises UserError."""
         from minbert.launch.results import predict_splits, whole_splits
 
+        if split not in get_args(Split):
+            raise UserError(f"there is no split {split!r}; there are {', '.join(get_args(Split))}")
         config = whole_splits(self.config, data)
         found = predict_splits([self.folder], config, (split,), None, _silent())
         scores = found[split] if found else {}
@@ -205,13 +208,16 @@ class Run:
         main([str(self.path), f"--out={path}"])
         return path
 
-    @cached_property
-    def _loaded(self) -> tuple[Any, Any, Any]:
+    def _load(self) -> tuple[Any, Any, Any]:
+        """The best model, its tokenizer and the world; read again only where training has written another one."""
         from minbert.trainer.processes.world import World, pick_device
         from minbert.trainer.run.saved_model import load_model
 
-        world = World(0, 1, pick_device(self.config.parallel))
-        return *load_model(self.folder, world.device)[:2], world
+        written = self.folder.best_model.stat().st_mtime_ns if self.folder.best_model.exists() else None
+        if self._loaded is None or self._loaded[0] != written:
+            world = World(0, 1, pick_device(self.config.parallel))
+            self._loaded = written, (*load_model(self.folder, world.device)[:2], world)
+        return self._loaded[1]
 
     def _outputs(self, texts: Sequence[str | tuple[str, str]], name: str | None) -> tuple[Task, Any]:
         """The task, and the model's raw outputs (n, outputs)."""
@@ -220,14 +226,17 @@ class Run:
         from minbert.trainer.run.data import tokenise_texts
 
         task = find_task(self.folder, name)
-        rows = [(text,) if isinstance(text, str) else tuple(text) for text in texts]
+        rows = [tuple(text) if isinstance(text, list | tuple) else (text,) for text in texts]
         if isinstance(texts, str) or any(len(row) != len(task.sentences) for row in rows):
             wanted = "a list of pairs of sentences" if task.is_pair else "a list of sentences"
             raise UserError(f"task {task.name} takes {wanted}")
         if not rows:
             raise UserError("there is no text to predict")
+        for number, row in enumerate(rows):
+            if wrong := [text for text in row if not isinstance(text, str)]:
+                raise UserError(f"text {number} is {wrong[0]!r}, not a text")
         columns = [list(column) for column in zip(*rows)]
-        model, tokenizer, world = self._loaded
+        model, tokenizer, world = self._load()
         return task, outputs(model, task, tokenise_texts(self.config, task, columns, tokenizer), world)
 
 

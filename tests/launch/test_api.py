@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -77,6 +78,15 @@ def test_a_run_agrees_with_the_commands(there, capsys):
     assert (each.argmax(1) == run.predict(["a good film"] * 3, "sst")).all()
 
 
+def test_a_model_that_training_has_written_meanwhile_is_the_one_that_answers(there, tmp_path):
+    run = minbert.Run(shutil.copytree("runs/notebook", tmp_path / "run"))
+    before = run.probabilities(["a good film"], "sst")
+    shutil.copyfile(there["other"].folder.best_model, run.folder.best_model)
+    after = run.probabilities(["a good film"], "sst")
+    assert not np.array_equal(before, after)
+    np.testing.assert_array_equal(after, minbert.Run(run.path).probabilities(["a good film"], "sst"))
+
+
 def test_curves_are_all_that_was_logged(there):
     run = there["run"]
     total = sum(len(curve.steps) for curve in run.curves.values())
@@ -103,7 +113,10 @@ def test_runs_of_a_folder_are_in_the_order_they_were_made(there):
         (lambda run: run.predict("a film", "sst"), "list of sentences"),
         (lambda run: run.predict([], "sst"), "no text"),
         (lambda run: run.probabilities([("a", "b")], "sts"), "regression"),
+        (lambda run: run.predict(["a", float("nan")], "sst"), "text 1 is nan, not a text"),
+        (lambda run: run.predict([("a", None)], "sts"), "text 0 is None, not a text"),
         (lambda run: run.evaluate("test"), "no labels"),
+        (lambda run: run.evaluate("development"), "there is no split 'development'; there are train, dev, test"),
     ],
 )
 def test_mistakes_are_told_as_by_the_commands(there, mistake, words):
