@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from minbert.data.errors import UserError, disk_trouble
@@ -39,39 +39,47 @@ def writing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_or_gone(folder: Path, new: bool = False) -> Iterator[None]:
-    """Make a folder, unless it is there, and keep other commands out of it; remove it, and the parents made for it, if
-    the block fails that fills it. `new`: one that is there must be empty, and is again if the block fails.
+    """Make a folder, unless it is there, and keep other commands out of it. If the block fails that fills it, it is as
+    it was: empty, or gone with the parents made for it; files that lay there before stay. `new`: there must be none.
 
     Raises UserError where it cannot be made or may not be written to, and where another command writes there.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    was_empty = False  # and all that is there now is ours
-    with ExitStack() as ours:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(folder, os.W_OK | os.X_OK):
-                raise UserError(f"cannot write to {folder}: it may not be written to")
-            try:
-                ours.enter_context(holding(folder / LOCK))
-            except BlockingIOError:
-                made = []  # what is there is the other's
-                raise UserError(f"another command writes into {folder}; wait for it, or name another folder") from None
-            except OSError as error:
-                if error.filename is not None:  # else it is a file system without locks, which does without
-                    raise
-            if new and any(entry.name != LOCK for entry in folder.iterdir()):
-                made = []  # somebody has been faster
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(f"cannot write to {folder}: it may not be written to")
+        with _alone_in(folder):
+            was_empty = not _content(folder)
+            if new and not was_empty:
                 raise UserError(f"{folder} exists and is not an empty folder; name a new one")
-            was_empty = new and not made
-            yield
-        except BaseException as error:
-            if made:
-                shutil.rmtree(folder, ignore_errors=True)
-            for path in folder.iterdir() if was_empty else ():
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-            for parent in made[1:]:
-                if parent.is_dir() and not any(parent.iterdir()):
-                    parent.rmdir()
-            if isinstance(error, OSError) and error.filename in (str(path) for path in (folder, *folder.parents)):
-                raise UserError(f"cannot write to {folder}: {error.strerror}; name another folder") from None
-            raise
+            try:
+                yield
+            except BaseException:
+                for path in _content(folder) if was_empty else ():
+                    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+                raise
+    except BaseException as error:
+        for path in missing:
+            with suppress(OSError):  # not empty, or never made
+                path.rmdir()
+        if isinstance(error, OSError) and error.filename in (str(path) for path in (folder, *folder.parents)):
+            raise UserError(f"cannot write to {folder}: {error.strerror}; name another folder") from None
+        raise
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    with ExitStack() as held:
+        try:
+            held.enter_context(holding(folder / LOCK))
+        except BlockingIOError:
+            raise UserError(f"another command writes into {folder}; wait for it, or name another folder") from None
+        except OSError as error:
+            if error.filename is not None:  # else it is a file system without locks, which does without
+                raise
+        yield
+
+
+def _content(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.name != LOCK]
