@@ -21,6 +21,7 @@ from minbert.trainer.run.display import View, as_json, is_ascii, may_live
 from minbert.trainer.run.folder import RunFolder
 from minbert.trainer.run.progress import QUIET
 from minbert.trainer.run.standing import read_standings
+from minbert.tuning.ablation import ABLATION_FILE, Ablation
 from minbert.tuning.again import runs_in_all
 from minbert.tuning.search import SEARCH_FILE, Search
 from minbert.tuning.trial import LOCK
@@ -94,7 +95,7 @@ class ManyRuns:
     watched: dict[Path, WatchedRun] = field(default_factory=dict)
     reports: Sequence[Report] = ()
     asked: float = 0.0
-    samples: int | None = None
+    planned: int | None = None  # runs that there will be, of a search or an ablation
 
     def look(self) -> "ManyRuns":
         now = time.monotonic()
@@ -102,7 +103,9 @@ class ManyRuns:
             runs = [run for run in find_runs([self.folder]) if (run / "config.yaml").exists()]
             self.reports, self.asked = inspect_runs(runs), now
             if (self.folder / SEARCH_FILE).exists():
-                self.samples = runs_in_all(Search.read(self.folder), self.folder)
+                self.planned = runs_in_all(Search.read(self.folder), self.folder)
+            elif (self.folder / ABLATION_FILE).exists():
+                self.planned = len(Ablation.read(self.folder).trials(self.folder))
         for report in self.reports:
             watched = self.watched.setdefault(report.run, WatchedRun(report.run))
             if is_under_way(report) or watched.seen != report.state:
@@ -138,7 +141,7 @@ class ManyRuns:
         failed = sum(report.state in (Ending.FAILED, Ending.KILLED, Ending.LOST) for report in self.reports)
         over = len(self.reports) - sum(count.values())
         best = max(self.rows, key=lambda row: row[1].best.get("overall", float("-inf")), default=None)
-        parts = [f"{over}/{self.samples or len(self.reports)} over", f"{count[State.RUNNING]} running"]
+        parts = [f"{over}/{self.planned or len(self.reports)} over", f"{count[State.RUNNING]} running"]
         parts += [f"{count[State.PENDING]} pending"] if count[State.PENDING] else []
         parts += [f"{failed} failed"] if failed else []
         if best and "overall" in best[1].best:
@@ -155,7 +158,7 @@ class ManyRuns:
         return f"{self.summary}" + (f"; {', '.join(running)}" if running else "")
 
     def as_json(self) -> dict[str, Any]:
-        return {"folder": str(self.folder), "runs": [as_json(view) for _, view in self.rows], "samples": self.samples}
+        return {"folder": str(self.folder), "runs": [as_json(view) for _, view in self.rows], "planned": self.planned}
 
 
 def table(runs: ManyRuns, width: int, height: int, ascii_only: bool = False) -> Text:

@@ -143,7 +143,10 @@ def is_active(run: Path) -> bool:
     return (run / "slurm").exists() and inspect_runs([run])[0].active
 
 
-def find_runs(folders: Iterable[Path], depth: int = 3) -> list[Path]:
+DEEPEST = 4  # folders below another in which runs are looked for: ABLATION/runs/VARIANT/seed-0
+
+
+def find_runs(folders: Iterable[Path], depth: int = DEEPEST) -> list[Path]:
     """Run folders, and those of searches with a job, among `folders` and below them, each before what lies in it.
 
     Raises UserError for a folder that is not there.

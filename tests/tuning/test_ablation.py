@@ -1,6 +1,7 @@
 """Ablations: extensions by name, variants that are trained once, differences with their intervals."""
 
 import json
+import shutil
 
 import pytest
 from hypothesis import given
@@ -112,6 +113,12 @@ def test_an_ablation_here_goes_on_and_compares(tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[-1].split()[2:] == ["ended"]
     written = {path: path.stat().st_mtime_ns for path in folder.glob("runs/*/*/metrics.jsonl")}
     assert len(written) == 8
+    assert main(["jobs", str(tmp_path), "--json"]) == 0  # from the folder above
+    assert {row["run"] for row in json.loads(capsys.readouterr().out)} == {str(path.parent) for path in written}
+    shutil.move(folder / "runs/unfrozen", tmp_path / "kept")
+    assert main(["watch", "--once", str(folder)]) == 0
+    assert capsys.readouterr().out.startswith("6/8 over, 0 running")  # of those that there will be
+    shutil.move(tmp_path / "kept", folder / "runs/unfrozen")
 
     lost = folder / "runs" / "unfrozen" / "seed-1"
     trial = Trial.read(lost)
