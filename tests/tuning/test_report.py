@@ -26,7 +26,7 @@ from minbert.tuning.ablation import Ablation
 from minbert.tuning.extensions import PAPER_BASELINE
 from minbert.tuning.report.answers import BINS, calibrate
 from minbert.tuning.report.importance import importances, scores_at_equal_share
-from minbert.tuning.report.page import DARK, DIVERGING, RISING
+from minbert.tuning.report.page import DARK, DIVERGING, RISING, setting
 from minbert.tuning.report.run import smoothed
 from minbert.tuning.runs_compared import _predicted, bootstrap, compare_runs
 from minbert.tuning.search import Search
@@ -260,6 +260,13 @@ def several(run, tmp_path_factory) -> dict[str, Path]:
             for step in (5, 10):
                 each.append_metrics({"step": step, "dev/sst": score, "dev/overall": score - 0.01 * (step == 5)})
     return found
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(None, "not set"), ((), "none"), ((5.0, 0.0), "5, 0"), (5e-5, "5e-05"), (True, "True")]
+)
+def test_what_an_option_is_stands_in_tables_as_it_is_typed(value, shown):
+    assert setting(value) == shown
 
 
 def test_single_runs_are_compared_by_their_predictions_of_the_same_examples(several, capsys):

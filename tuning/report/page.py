@@ -210,9 +210,9 @@ def setting(value: Any) -> str:
     """The value of an option for a table."""
     if value is None:
         return "not set"
-    if isinstance(value, bool) or not isinstance(value, float):
-        return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-    return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(setting, value)) or "none"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _source(environment: Environment, name: str) -> str:
