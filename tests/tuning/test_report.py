@@ -25,6 +25,7 @@ from minbert.trainer.run.folder import RunFolder
 from minbert.tuning.ablation import Ablation
 from minbert.tuning.extensions import PAPER_BASELINE
 from minbert.tuning.report.answers import BINS, calibrate
+from minbert.tuning.report.compared import _curves
 from minbert.tuning.report.importance import importances, scores_at_equal_share
 from minbert.tuning.report.page import DARK, DIVERGING, RISING, setting
 from minbert.tuning.report.run import smoothed
@@ -344,6 +345,19 @@ def test_the_page_of_runs_compared(several, browser, tmp_path, capsys):
     assert len(read_csv(tmp_path / "page.csv")) == 12
     assert main(["compare", str(several["first"])]) == 2
     assert "nothing to compare" in capsys.readouterr().err
+
+
+def test_runs_with_other_batch_sizes_are_drawn_over_the_examples_that_they_saw(several, tmp_path):
+    paths = [shutil.copytree(several[f"plain,seed={seed}"], tmp_path / str(seed)) for seed in (0, 1)]
+    other = RunFolder(paths[1])
+    config = other.read_config()
+    size = config.batch.batch_size
+    other.write_config(config.model_copy(update={"batch": config.batch.model_copy(update={"batch_size": 3 * size})}))
+    for found, step in (([several["plain,seed=0"], several["surgery,seed=0"]], 1), (paths, size)):
+        drawn = _curves(compare_runs(found).groups, ["sst"])[0].figure
+        assert list(drawn.data[0].x) == [5 * step, 10 * step]
+        assert ("examples" in drawn.layout.xaxis.title.text) == (found is paths)
+    assert list(drawn.data[1].x) == [15 * size, 30 * size]
 
 
 def test_a_page_is_readable_on_a_phone_and_in_the_dark(run, browser, tmp_path):

@@ -134,18 +134,22 @@ def _curves(groups: Sequence[Group], metrics: Sequence[str]) -> list[Chart]:
         losses = dict.fromkeys(name for record in logged for name in record if name.startswith(prefix))
         named |= {name: f"{title}: {name.removeprefix(prefix)}" for name in losses}
     named |= {"lr": "Learning rate of the encoder", "tokens_per_second": "Tokens a second"}
+    sizes = [group.configs[0].batch.batch_size for group in groups]
+    by_examples = len(set(sizes)) > 1  # steps of different size are not the same distance
     charts = []
     for name, title in named.items():
         traces = []
         for place, group in enumerate(groups):
             curves = [curve for run in group.runs if (curve := group.curve(run, name))]
+            if by_examples:
+                curves = [{step * sizes[place]: value for step, value in curve.items()} for curve in curves]
             if curves and set.intersection(*(set(curve) for curve in curves)):
                 dash = ("solid", "dash", "dot")[place // len(COLOURS) % 3]
                 traces.append(seeds_curve(group.name, curves, COLOURS[place % len(COLOURS)], dash))
         if traces:
             drawn = figure(
                 *traces,
-                xaxis={"title": {"text": "step"}},
+                xaxis={"title": {"text": "examples of a task (step x batch size)" if by_examples else "step"}},
                 yaxis=AXES.get(name.partition("/")[0], {}),
                 hovermode="closest",
                 showlegend=True,
