@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 
 from minbert.data.batches.layout import Layout
@@ -47,42 +46,49 @@ def _by_length(qkv: Tensor, groups: Sequence[tuple[int, int]], heads: int, dropo
 
 class _Dropped(torch.autograd.Function):
     """`_by_length` with dropout, for which PyTorch has no kernel on a CPU: its own way takes twice as many operations,
-    and there are dozens of groups. In bf16 it computes in fp32, as PyTorch does; products so small gain nothing by it.
+    and there are dozens of groups. Of bf16 it computes in fp32, as PyTorch does; products so small gain nothing by it.
     """
 
     @staticmethod
-    @custom_fwd(device_type="cpu", cast_inputs=torch.float32)
     def forward(ctx: Any, qkv: Tensor, groups: Sequence[tuple[int, int]], heads: int, dropout: float) -> Tensor:
         width = qkv.shape[1] // 3
         ctx.groups, ctx.heads, ctx.scale = groups, heads, (width // heads) ** -0.5
         rows = [count * length for count, length in groups]
         context, kept = qkv.new_empty(len(qkv), width), []
-        for part, result, (count, length) in zip(qkv.split(rows), context.split(rows), groups):
-            by_head = part.view(count, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
-            q, k, v = by_head.reshape(3, count * heads, length, -1).unbind()
-            shares = torch.baddbmm(q.new_empty(1, 1, 1), q, k.mT, beta=0, alpha=ctx.scale).softmax(-1)
-            keep = torch.empty_like(shares).bernoulli_(1 - dropout).mul_(1 / (1 - dropout))
-            found = torch.bmm(shares * keep, v)
-            result.view(count, length, heads, -1).copy_(found.view(count, heads, length, -1).transpose(1, 2))
-            kept += [q, k, v, shares, keep]
-        ctx.save_for_backward(*kept)
+        with torch.autocast("cpu", enabled=False):
+            for part, result, (count, length) in zip(qkv.split(rows), context.split(rows), groups):
+                q, k, v = _by_head(part, count, 3, heads)
+                shares = torch.baddbmm(q.new_empty(1, 1, 1), q, k.mT, beta=0, alpha=ctx.scale).softmax(-1)
+                keep = torch.empty_like(shares).bernoulli_(1 - dropout).mul_(1 / (1 - dropout))
+                found = torch.bmm(shares * keep, v)
+                result.view(count, length, heads, -1).copy_(found.view(count, heads, length, -1).transpose(1, 2))
+                kept += [shares, keep]
+        ctx.save_for_backward(qkv, *kept)
         return context
 
     @staticmethod
-    @custom_bwd(device_type="cpu")
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        rows, heads = [count * length for count, length in ctx.groups], ctx.heads
-        found, kept = gradient.new_empty(len(gradient), 3 * gradient.shape[1]), iter(ctx.saved_tensors)
-        for part, result, (count, length) in zip(gradient.split(rows), found.split(rows), ctx.groups):
-            q, k, v, shares, keep = (next(kept) for _ in range(5))
-            part = part.view(count, length, heads, -1).transpose(1, 2).reshape(count * heads, length, -1)
-            of_shares = torch.bmm(part, v.mT).mul_(keep)
-            of_scores = torch.ops.aten._softmax_backward_data(of_shares, shares, -1, shares.dtype)
-            dq = torch.baddbmm(q, of_scores, k, beta=0, alpha=ctx.scale)
-            dk = torch.baddbmm(k, of_scores.mT, q, beta=0, alpha=ctx.scale)
-            dv = torch.bmm((shares * keep).mT, part)
-            for place, each in enumerate((dq, dk, dv)):
-                into = result.view(count, length, 3, heads, -1)[:, :, place]
-                into.copy_(each.view(count, heads, length, -1).transpose(1, 2))
+        (qkv, *kept), heads = ctx.saved_tensors, ctx.heads
+        rows = [count * length for count, length in ctx.groups]
+        found, parts = torch.empty_like(qkv), zip(qkv.split(rows), gradient.split(rows), kept[::2], kept[1::2])
+        with torch.autocast("cpu", enabled=False):
+            for (inputs, part, shares, keep), result, (count, length) in zip(parts, found.split(rows), ctx.groups):
+                q, k, v = _by_head(inputs, count, 3, heads)
+                (of_context,) = _by_head(part, count, 1, heads)
+                of_shares = torch.bmm(of_context, v.mT).mul_(keep)
+                of_scores = torch.ops.aten._softmax_backward_data(of_shares, shares, -1, shares.dtype)
+                dq = torch.baddbmm(q, of_scores, k, beta=0, alpha=ctx.scale)
+                dk = torch.baddbmm(k, of_scores.mT, q, beta=0, alpha=ctx.scale)
+                dv = torch.bmm((shares * keep).mT, of_context)
+                for place, each in enumerate((dq, dk, dv)):
+                    into = result.view(count, length, 3, heads, -1)[:, :, place]
+                    into.copy_(each.view(count, heads, length, -1).transpose(1, 2))
         return found, None, None, None
+
+
+def _by_head(rows: Tensor, count: int, parts: int, heads: int) -> tuple[Tensor, ...]:
+    """(count L, parts H) -> for each part (count heads, L, d), in fp32 or what is finer."""
+    split = rows.view(count, len(rows) // count, parts, heads, -1).permute(2, 0, 3, 1, 4)
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    return split.to(dtype, copy=True, memory_format=torch.contiguous_format).flatten(1, 2).unbind()
