@@ -183,7 +183,8 @@ class Chaos:
             wrong.append(f"the newest checkpoint went back from step {newest_before} to {newest}")
         trained = life.trained()
         # What an earlier life logged beyond its last checkpoint was that one's loss.
-        lost = max(0, max(record["step"] for record in run.read_metrics()) - newest) if trained else 0
+        # It may have made the log, and not come to its first step.
+        lost = max(0, max((record["step"] for record in run.read_metrics()), default=0) - newest) if trained else 0
         # At a step that saves, the checkpoint of the last such step is complete, and this one may not be.
         if lost > (0 if kind == "SIGTERM" else 2 * options.save_every):
             wrong.append(f"{lost} steps lost")
