@@ -138,7 +138,8 @@ class Chaos:
         code = self.end(life)
         if code == ExitCode.FINISHED:
             self.late += self.wants_more() and newest < self.options.steps
-            has_predicted = all((run.predictions / path.name).exists() for path in self.reference.predictions.glob("*.csv"))
+            expected = [path.name for path in self.reference.predictions.glob("*.csv")]
+            has_predicted = all((run.predictions / name).exists() for name in expected)
             if not has_predicted and kind is None:
                 self.violations.append(f"{run.path.name}: a life that nobody killed finished without predictions")
             return has_predicted  # one that is asked to stop amid them leaves them to the next start
