@@ -105,7 +105,8 @@ class ManyRuns:
             if (self.folder / SEARCH_FILE).exists():
                 self.planned = runs_in_all(Search.read(self.folder), self.folder)
             elif (self.folder / ABLATION_FILE).exists():
-                self.planned = len(Ablation.read(self.folder).trials(self.folder))
+                ablation = Ablation.read(self.folder)
+                self.planned = len(ablation.variants) * len(ablation.seeds)
         for report in self.reports:
             watched = self.watched.setdefault(report.run, WatchedRun(report.run))
             if is_under_way(report) or watched.seen != report.state:

@@ -85,11 +85,9 @@ class Records:
         parse_settings(submission.settings, str(self.file))
         return submission
 
-    @property
-    def copied(self) -> bool:
-        """Whether the folder is a copy of the one that was submitted, which is still there: the job is not the copy's.
-        Raises UserError if a record is damaged."""
-        submission = self.submission()
+    def is_copy(self, submission: Submission | None) -> bool:
+        """Whether the folder, which has this `submission`, is a copy of the one that was submitted, and that is still
+        there: the job is not the copy's. Raises UserError if the other's record is damaged."""
         if submission is None or not submission.run:
             return False
         original = Records(Path(submission.run))

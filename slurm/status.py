@@ -78,9 +78,9 @@ class _Known:
         records = Records(run)
         attempts, problems = records.read_attempts()
         try:
-            if records.copied:
-                return cls(run, trial=read_trial(run))
             submission = records.submission()
+            if records.is_copy(submission):
+                return cls(run, trial=read_trial(run))
             trial = read_trial(run) if submission is None else {}
         except (UserError, OSError) as error:
             return cls(run, attempts=attempts, problems=[str(error)], unreadable=True)

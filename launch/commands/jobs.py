@@ -109,7 +109,7 @@ def resubmit(reports: Sequence[Report]) -> None:
         submission = records.submission()
         is_run = (report.run / "config.yaml").exists()  # a search goes on by `minbert tune --slurm`
         if submission and is_run:
-            if records.copied:  # the files of its job are its own
+            if records.is_copy(submission):  # the files of its job are its own
                 submission = replace(submission, folder=str(records.folder.absolute()))
             key = json.dumps([submission.folder, submission.settings], sort_keys=True)
             groups.setdefault(key, []).append((report.run, submission))

@@ -75,7 +75,7 @@ def files(run: Path, rank: int) -> list[Path]:
         return [path for path in [run / "logs" / f"rank-{rank}.log"] if path.exists()]
     records = Records(run)
     submission = records.submission()
-    if submission is None or records.copied:
+    if submission is None or records.is_copy(submission):
         return [path for path in [run / "logs" / "rank-0.log"] if path.exists()]
     jobs = dict.fromkeys([*(attempt.job_id for attempt in records.attempts()), submission.job_id])
     paths = [Path(submission.folder) / f"{job}_0_log.out" for job in jobs if job]

@@ -148,7 +148,8 @@ def figure(*traces: Any, **layout: Any) -> Any:
     for name, axis in (("x", found.layout.xaxis), ("y", found.layout.yaxis)):
         if axis.type == "log" and axis.ticktext is None:
             axis.tickformat = "~g"  # plotly's own are 2 and 5 for 0.2 and 50
-            values = [value for trace in found.data for value in trace[name] or () if value is not None and value > 0]
+            drawn = [trace[name] for trace in found.data if trace[name] is not None]
+            values = [value for each in drawn for value in each if value is not None and value > 0]
             if values and 5 < max(values) / min(values) < 100:
                 axis.dtick = "D2"  # plotly's own lie over each other
         if any(trace.type == "heatmap" for trace in found.data):
