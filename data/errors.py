@@ -32,6 +32,10 @@ class DataError(UserError):
     """A data set that cannot be read as declared: a missing file, a wrong column, a bad row."""
 
 
+class OutOfMemory(UserError):
+    """A step of training that does not fit into memory; in smaller parts it may."""
+
+
 def require_package(module: str, extra: str, purpose: str) -> None:
     """Raises UserError, saying which of our extras brings it, unless a package can be imported; it is not."""
     if importlib.util.find_spec(module) is None:

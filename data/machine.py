@@ -1,5 +1,8 @@
 """What this machine can do: how much memory there is for us, and whether the processor computes in bf16."""
 
+import ctypes
+import gc
+import sys
 from pathlib import Path
 
 GIB = 2**30
@@ -23,6 +26,16 @@ def cgroup_limit(proc: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys
         values = [_read(folder / parent / name).strip() for parent in (group, *group.parents)]
         limits += [float(value) for value in values if value.isdigit()]
     return min(limits)
+
+
+def free_memory() -> None:
+    """Give back what a run leaves in its process: models hold cycles, the C library keeps what lies between other
+    things, which after a few runs is more than one of them needs, and PyTorch keeps a GPU's memory for itself."""
+    gc.collect()
+    if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc
+        trim(0)
 
 
 def bf16_units(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minbert.data.errors import UserError
+from minbert.data.machine import free_memory
 from minbert.launch.many_runs import leave_without_ray
 from minbert.launch.trial import train_trial
 from minbert.launch.watching import watching
@@ -18,7 +19,7 @@ from minbert.trainer.config import parse_config
 from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.processes.stop import StopRequest
 from minbert.tuning.ablation import ABLATION_FILE, Ablation
-from minbert.tuning.background import BackgroundTraining, free_memory, line_on_disk, telling_line
+from minbert.tuning.background import BackgroundTraining, line_on_disk, telling_line
 from minbert.tuning.trial import METRIC, Trial, better, score_of
 
 

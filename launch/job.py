@@ -18,8 +18,8 @@ from minbert.launch.processes import ERROR_FILE, record_errors
 from minbert.slurm.allocation import Allocation
 from minbert.slurm.endings import Ending
 from minbert.slurm.records import Records
-from minbert.slurm.supervisor import hand_over
-from minbert.slurm.verdict import Error
+from minbert.slurm.supervisor import hand_over, in_smaller_parts
+from minbert.slurm.verdict import TOLD, Error, Next, Verdict
 from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.processes.stop import StopRequest
 
@@ -90,9 +90,19 @@ class RunJob:
             code = self._train(allocation, stop)
         except SystemExit as left:
             error = Error.read(self.run / "logs" / "rank-0.error")
-            if error and error.code != ExitCode.USER_MISTAKE:  # which was printed
+            if error and error.code not in TOLD:  # which was printed
                 print(error.text, file=sys.stderr)
-            records.end(attempt, Ending.FAILED, error.summary if error else "", left.code)
+            if error and error.code == ExitCode.OUT_OF_MEMORY:
+                verdict = Verdict(Ending.OUT_OF_MEMORY, Next.NOTHING, error.summary)
+                if len(before) < LOCAL_STARTS - 1:
+                    verdict = in_smaller_parts(self.run, verdict, allocation.tasks)
+                    print(verdict.detail, flush=True)
+            else:
+                verdict = Verdict(Ending.FAILED, Next.NOTHING, error.summary if error else "")
+            goes_on = verdict.next is Next.GO_ON
+            records.end(attempt, verdict.ending, verdict.detail, left.code, Ending.REQUEUED if goes_on else "")
+            if goes_on:
+                sys.exit(LOCAL_REQUEUE)
             if _debugging():
                 return left.code
             raise

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minbert.data.errors import UserError, disk_trouble
-from minbert.slurm.verdict import Error
+from minbert.data.errors import OutOfMemory, UserError, disk_trouble
+from minbert.slurm.verdict import TOLD, Error
 from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.processes.stop import leave_terminal, stop_signals
 
@@ -41,7 +41,8 @@ GUARD = 'while read -r group; do set -- "$@" "-$group"; done; kill -KILL "$@" 2>
 def record_errors() -> Iterator[None]:
     """Wraps a worker's main, as `with record_errors():` or as a decorator, and turns exceptions into exit codes.
 
-    A `UserError` becomes its message and exit code 2, Ctrl-C becomes 130, any other exception its traceback and 1.
+    A `UserError` becomes its message and exit code 2 (88 where memory ran out), Ctrl-C becomes 130, any other exception
+    its traceback and 1.
     Under `launch` the text is also left, whole or not at all, where the launcher finds it; rank 0 leaves its
     traceback to the launcher, which shares its terminal.
 
@@ -54,10 +55,11 @@ def record_errors() -> Iterator[None]:
     except Exception as error:
         mistake = error if isinstance(error, UserError) else disk_trouble(error)
         if mistake is not None:
-            _leave_error(ExitCode.USER_MISTAKE, str(mistake))
+            code = ExitCode.OUT_OF_MEMORY if isinstance(mistake, OutOfMemory) else ExitCode.USER_MISTAKE
+            _leave_error(code, str(mistake))
             with suppress(OSError):  # the log lies on the same disk
                 _say(f"minbert: {mistake}")
-            raise SystemExit(ExitCode.USER_MISTAKE) from None
+            raise SystemExit(code) from None
         text = traceback.format_exc()
         if not _leave_error(ExitCode.FAILED, text) or os.environ.get("RANK") != "0":
             with suppress(OSError):
@@ -292,9 +294,9 @@ def _outcome(workers: Sequence[Worker], forwarded: Sequence[int]) -> int:
         return max(codes.values())
     first = min(failed, key=Worker.guilt)
     code = codes[first.rank]
-    if code == ExitCode.USER_MISTAKE and codes[0] != code:  # rank 0 would have told the user itself
+    if code in TOLD and codes[0] != code:  # rank 0 would have told the user itself
         _say(f"minbert: (rank {first.rank}) {first.last_words()}")
-    elif code not in (ExitCode.USER_MISTAKE, ExitCode.LEFT_AT_ONCE):
+    elif code not in (*TOLD, ExitCode.LEFT_AT_ONCE):
         _report(first, code, [worker for worker in workers if worker is not first], codes)
     return code if code >= 0 else 128 - code
 

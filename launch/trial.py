@@ -43,8 +43,10 @@ def train_trial(config: RunConfig, stop: StopRequest, begin: Callable[[int], Non
             if config.parallel.processes > 1 or config.parallel.zero_stage is not None:
                 return _train_elsewhere(run, stop, lock)
             from minbert.launch.worker import work
+            from minbert.trainer.run.out_of_memory import once_here
 
-            return work(run, stop=stop, predictions=False), ""
+            code = once_here(run, lambda: work(run, stop=stop, predictions=False))
+            return (code, "") if code != ExitCode.OUT_OF_MEMORY else _train_elsewhere(run, stop, lock)
     except UserError as error:
         return ExitCode.USER_MISTAKE, str(error)
     except Exception:
@@ -102,11 +104,15 @@ def _train_elsewhere(run: RunFolder, stop: StopRequest, lock: int | None) -> tup
 
 def main(folder: Path) -> int:
     from minbert.launch.processes import launch
+    from minbert.trainer.run.out_of_memory import until_it_fits
 
     run = RunFolder.existing(folder)
     command = [sys.executable, "-m", "minbert.launch.worker", str(run.path), "--no-predictions", "--locked"]
-    return launch(command, run.read_config().parallel.processes, run.logs)
+    return until_it_fits(run, lambda: launch(command, run.read_config().parallel.processes, run.logs))
 
 
 if __name__ == "__main__":
-    leave(main(Path(sys.argv[1])))
+    from minbert.launch.processes import record_errors
+
+    with record_errors():
+        leave(main(Path(sys.argv[1])))

@@ -23,6 +23,7 @@ class Ending(StrEnum):
     STOPPED = "stopped", ExitCode.INTERRUPTED  # by a signal that nobody announced
     NODE_FAILURE = "node failure", ExitCode.NODE_FAILURE
     KILLED = "process killed", ExitCode.KILLED  # one of ours, as by the system when memory runs out
+    OUT_OF_MEMORY = "out of memory", ExitCode.OUT_OF_MEMORY  # says a process that wanted more
     LOST = "lost", ExitCode.LOST  # it never said why
     FAILED = "failed", ExitCode.FAILED
     CANCELLED = "cancelled", ExitCode.CANCELLED

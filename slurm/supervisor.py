@@ -24,6 +24,7 @@ from minbert.slurm.records import Attempt, Records, Submission
 from minbert.slurm.submission import kept_task, submit_anew
 from minbert.slurm.verdict import BEFORE_TRAINING, SCRIPT_KILLED, Error, Evidence, Next, Verdict, judge
 from minbert.trainer.processes.exit_codes import ExitCode
+from minbert.trainer.run.folder import RunFolder
 
 # srun about a task that ended by a signal: "srun: error: n2: task 3: Killed"
 KILLED = re.compile(r"^srun: error: (\S+): tasks? (\S+): (?!Exited)(.*)$", re.MULTILINE)
@@ -34,6 +35,7 @@ COMPLAINT = re.compile(
     re.MULTILINE,
 )
 PREEMPTED = re.compile(r"^slurmstepd\S*: error: \*\*\* JOB .* DUE TO PREEMPTION", re.MULTILINE)
+LOCK_PATIENCE = 60.0  # seconds in which a process that is on its way out may hold the run
 ACCOUNTED = {
     "NODE_FAIL": Ending.NODE_FAILURE,
     "PREEMPTED": Ending.PREEMPTED,
@@ -157,7 +159,11 @@ def end(run: Path, allocation: Allocation, status: int, script_killed: bool = Fa
         )
     )
     report(verdict, errors, allocation)
-    return go_on(run, records, attempt, bounded(verdict, records, attempt, settings.max_requeues))
+    verdict = bounded(verdict, records, attempt, settings.max_requeues)
+    if verdict.ending is Ending.OUT_OF_MEMORY and verdict.next is Next.GO_ON:
+        verdict = in_smaller_parts(run, verdict, allocation.tasks)
+        say(verdict.detail)
+    return go_on(run, records, attempt, verdict)
 
 
 def hand_over(run: Path, allocation: Allocation, code: int, signal_number: int | None) -> None:
@@ -184,6 +190,19 @@ def bounded(verdict: Verdict, records: Records, attempt: Attempt, most: int) -> 
     if verdict.ending in UNANNOUNCED and barren and records.newest_step() == attempt.first_step:
         return Verdict(verdict.ending, Next.NOTHING, f"{verdict.detail}; for the second time before any checkpoint")
     return verdict
+
+
+def in_smaller_parts(run: Path, verdict: Verdict, processes: int) -> Verdict:
+    """The verdict on a run whose steps did not fit into memory, once they are smaller; or that they cannot be."""
+    from minbert.trainer.run.out_of_memory import cut_further
+
+    folder = RunFolder(run)
+    try:
+        with folder.locked(LOCK_PATIENCE):
+            parts = cut_further(folder, processes)
+    except UserError as error:
+        return Verdict(verdict.ending, Next.NOTHING, f"{verdict.detail}; {error}")
+    return Verdict(verdict.ending, Next.GO_ON, f"{verdict.detail}; going on with accumulation={parts}")
 
 
 def go_on(run: Path, records: Records, attempt: Attempt, verdict: Verdict) -> int:

@@ -23,6 +23,8 @@ from minbert.trainer.processes.exit_codes import ExitCode
 BEFORE_TRAINING = {128 + number for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
 SCRIPT_KILLED = "the batch script was killed"
 
+TOLD = (ExitCode.USER_MISTAKE, ExitCode.OUT_OF_MEMORY)  # of which there is a message, not a traceback
+
 # What a process says when the other side of a connection is gone: a consequence, never the cause.
 LOST_PEER = re.compile(
     r"[Cc]onnection (was )?(closed|reset|refused)|LostProcess|[Rr]emote process exited|Broken pipe"
@@ -61,11 +63,11 @@ class Error:
     def summary(self) -> str:
         """The line that says most: of a message the first, of a traceback the last."""
         lines = self.text.strip().splitlines() or [f"exit code {self.code}"]
-        return lines[0] if self.code == ExitCode.USER_MISTAKE else f"rank {self.rank}: {lines[-1]}"
+        return lines[0] if self.code in TOLD else f"rank {self.rank}: {lines[-1]}"
 
     @property
     def lost_peer(self) -> bool:
-        return self.code != ExitCode.USER_MISTAKE and LOST_PEER.search(self.text) is not None
+        return self.code not in TOLD and LOST_PEER.search(self.text) is not None
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,8 @@ def _failed(evidence: Evidence) -> Verdict:
     causes = [error for error in evidence.errors if not error.lost_peer]
     if causes:
         first = causes[0]
+        if first.code == ExitCode.OUT_OF_MEMORY:
+            return Verdict(Ending.OUT_OF_MEMORY, Next.GO_ON, first.summary)
         return Verdict(Ending.FAILED, Next.NOTHING, first.summary, first.code)
     if evidence.down:
         return Verdict(Ending.NODE_FAILURE, Next.GO_ON, ", ".join(evidence.down))

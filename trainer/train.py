@@ -18,6 +18,7 @@ from minbert.trainer.result import StepResult
 from minbert.trainer.run.budget import Budget
 from minbert.trainer.run.data import build_plan, load_splits
 from minbert.trainer.run.folder import RunFolder
+from minbert.trainer.run.out_of_memory import telling
 from minbert.trainer.run.preparation import identity
 from minbert.trainer.run.reporting import Reporter
 from minbert.trainer.run.saving import RunSaving
@@ -133,7 +134,8 @@ class Training:
             rates, layers = self.training_step.rates(state.step), self.training_step.layers
             self.reporter.progress.trains(state.step, tuple(part for part in layers if rates[part]), layers)
         measured = every is not None and (state.step + 1) % every == 0
-        result = self.training_step(state.step, measured)
+        with telling(state.step + 1, self.world):
+            result = self.training_step(state.step, measured)
         state.step += 1
         self.window.add(result)
         self.latest.append(result)

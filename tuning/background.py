@@ -4,12 +4,9 @@ The evaluations are read from the run's metrics, whoever writes them, so a trial
 the same from here.
 """
 
-import ctypes
 import errno
-import gc
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -28,16 +25,6 @@ SPEAKS = "minbert: "  # before a command's message to a user
 
 # (configuration, request to stop, what is told the steps of the budget) -> (exit code, error)
 Train = Callable[[RunConfig, StopRequest, Callable[[int], None]], tuple[int, str]]
-
-
-def free_memory() -> None:
-    """Give back what a trial leaves: models hold cycles, the C library keeps what lies between other things, which
-    after a few trials is more than one of them needs, and PyTorch keeps a GPU's memory for itself."""
-    gc.collect()
-    if (torch := sys.modules.get("torch")) and torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc
-        trim(0)
 
 
 def line_on_disk(text: str) -> str | None:

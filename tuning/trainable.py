@@ -7,9 +7,10 @@ from typing import Any
 from filelock import FileLock
 from ray import tune
 
+from minbert.data.machine import free_memory
 from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.run.folder import RunFolder
-from minbert.tuning.background import BackgroundTraining, Train, free_memory, line_on_disk
+from minbert.tuning.background import BackgroundTraining, Train, line_on_disk
 from minbert.tuning.scheduler import REACHED, WORST
 from minbert.tuning.take_over import take_over
 from minbert.tuning.trial import METRIC, Trial, better, score_of

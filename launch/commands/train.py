@@ -13,6 +13,7 @@ from minbert.trainer.model.memory import require_memory
 from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.processes.world import require_devices, require_precision
 from minbert.trainer.run.data import reading_once
+from minbert.trainer.run.out_of_memory import once_here, until_it_fits
 from minbert.trainer.run.preparation import in_folder, known_shape, prepare
 from minbert.trainer.run.progress import say
 
@@ -36,14 +37,16 @@ def start(config: RunConfig, force: bool, apart: bool = False) -> int:
     with lock_runs([config.run]), reading_once() as data:
         run = prepare(config, force, predicts=True)
         say(f"Run folder: {run.path}", config)
+        code = ExitCode.OUT_OF_MEMORY
         if config.parallel.processes == 1 and not apart:
             from minbert.launch.worker import work
 
-            code = work(run, force)
-        else:
+            code = once_here(run, lambda: work(run, force))
+        if code == ExitCode.OUT_OF_MEMORY:
             data.clear()  # the processes have their own
             command = [sys.executable, "-m", "minbert.launch.worker", str(run.path), "--locked"]
-            code = launch(command + ["--force"] * force, config.parallel.processes, run.logs)
+            command += ["--force"] * force
+            code = until_it_fits(run, lambda: launch(command, config.parallel.processes, run.logs))
     if code == ExitCode.INTERRUPTED:
         say(f"Stopped, and saved. To go on: minbert resume {shlex.quote(str(run.path))}", config)
     return code

@@ -319,11 +319,14 @@ def patient(cluster, seconds: int = 90) -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def troubled(cluster, runs) -> dict[str, Path]:
-    """Runs at once that end in ways of their own: setup and srun refuse, the batch script is killed, no grace."""
+    """Runs at once that end in ways of their own: setup and srun refuse, the batch script is killed, no grace, steps
+    that are too large for the memory that processes may have."""
     small = [*SMALL, "--steps", 8, "--eval-every", 8]
+    large = [*SMALL, "--steps", 1, "--batch-size", 640, "--setup", "ulimit -d 1048576", "export OMP_NUM_THREADS=1"]
     found = {
         "setup": submit(runs / "setup", *small, "--setup", "true", "module_load cuda", "touch never"),
         "srun": submit(runs / "srun", *small, "--srun-args=--no-such-option"),
+        "large": submit(runs / "large", *large),
         "script": runs / "script",
         "grace": runs / "grace",
     }
@@ -355,6 +358,14 @@ def test_arguments_that_srun_does_not_know_fail_the_job_in_its_words(troubled):
     found = ended(troubled["srun"])
     assert (found.state, found.exit_code, found.requeues) == ("failed", 2, 0)
     assert found.detail == "srun: unrecognized option '--no-such-option'"
+
+
+def test_a_step_that_does_not_fit_into_memory_is_cut(troubled):
+    run = troubled["large"]
+    assert ended(run).state == "finished", output(run)
+    parts = RunFolder(run).read_config().batch.accumulation
+    assert parts > 1 and {attempt.ending for attempt in attempts(run)[:-1]} == {Ending.OUT_OF_MEMORY}
+    assert f"going on with accumulation={parts}" in attempts(run)[-2].detail
 
 
 def test_a_killed_batch_script_costs_nothing(troubled, alone):

@@ -46,6 +46,7 @@ OWN = Error(1, 1, "Traceback\nValueError: boom")
         ("a mistake", {"errors": [Error(0, 2, "no such file")]}, Ending.FAILED, Next.NOTHING),
         ("killed", {"errors": [PEER], "killed": "n1: task 1: Killed"}, Ending.KILLED, Next.GO_ON),
         ("out of memory", {"status": 137, "killed": "n1: task 1: Out Of Memory"}, Ending.KILLED, Next.GO_ON),
+        ("a step too large", {"errors": [Error(1, 88, "does not fit"), PEER]}, Ending.OUT_OF_MEMORY, Next.GO_ON),
         ("lost contact", {"errors": [PEER]}, Ending.KILLED, Next.GO_ON),
         ("a killed step", {"status": 137}, Ending.KILLED, Next.GO_ON),
         ("no Python", {"status": 127}, Ending.FAILED, Next.NOTHING),

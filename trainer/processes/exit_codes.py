@@ -35,6 +35,8 @@ class ExitCode(IntEnum):
     """A job that a user cancelled."""
     UNKNOWN = 87
     """How a job stands, SLURM does not tell."""
+    OUT_OF_MEMORY = 88
+    """A step did not fit into memory; in smaller parts it may."""
     LEFT_AT_ONCE = 130
     """Left at once on a second request; what was not saved by then is lost."""
 

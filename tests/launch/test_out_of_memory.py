@@ -1,0 +1,95 @@
+"""Steps that do not fit into memory: runs go on in smaller parts, and say so; what cannot be cut is told.
+
+The processes may have so much memory and no more: it really runs out.
+"""
+
+import json
+import resource
+
+import pytest
+from small_runs import CORPUS, logged, minbert, outside
+
+from minbert.data.errors import UserError
+from minbert.launch.processes import record_errors
+from minbert.trainer.options import ParallelConfig
+from minbert.trainer.processes.exit_codes import ExitCode
+from minbert.trainer.processes.world import start as start_world
+from minbert.trainer.run.folder import RunFolder
+from minbert.trainer.run.out_of_memory import cut_further, telling
+
+ENOUGH = 1 << 30  # bytes: for a process and two hundred examples of each task at a time, not for six hundred
+MANY = 640
+LARGE = ["--data", CORPUS, "--steps", 1, "--log-every", 1, "--eval-limit", 20, "--trackers", "--batch-size"]
+
+
+def limited(*words: object, code: int = 0):
+    """A command whose processes may have so much memory each."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_DATA, (ENOUGH, ENOUGH))
+
+    return outside(*words, code=code, preexec_fn=limit)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_that_does_not_fit_goes_on_in_smaller_parts(processes, tmp_path, monkeypatch):
+    """It ends as one that had them from the start."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    run, other = tmp_path / "run", tmp_path / "other"
+    done = limited("train", "--run", run, *LARGE, MANY * processes, "--processes", processes)
+    assert "Traceback" not in done.stdout + done.stderr
+    parts = RunFolder(run).read_config().batch.accumulation
+    assert parts > 1 and f"Going on with accumulation={parts}" in done.stdout
+    assert "does not fit into the memory of the process" in done.stdout + done.stderr
+    same = [*LARGE, MANY * processes, "--processes", processes, "--accumulation", parts]
+    assert minbert("train", "--run", other, *same) == 0
+    assert logged(run) == logged(other)
+
+
+def test_trials_that_do_not_fit_go_on_in_smaller_parts(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    words = ["--ablation", tmp_path / "ablation", *LARGE, MANY, "--groups", "alone", "--extensions", "unfrozen"]
+    limited("ablate", *words)
+    trial = tmp_path / "ablation" / "runs" / "unfrozen" / "seed-0"
+    assert RunFolder(trial).read_config().batch.accumulation > 1
+    assert json.loads((trial / "trial.json").read_text())["status"] == "finished"
+
+
+def test_what_cannot_be_cut_is_told(tmp_path, monkeypatch):
+    """The correlation of a whole batch is not that of its parts."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    run = tmp_path / "run"
+    done = limited("train", "--run", run, *LARGE, MANY, "--losses", "sts=pearson", code=ExitCode.USER_MISTAKE)
+    assert "step 1 does not fit into the memory of the process" in done.stderr
+    assert "compares all examples of a batch" in done.stderr and "Traceback" not in done.stderr
+    assert RunFolder(run).read_config().batch.accumulation == 1
+
+
+def test_parts_have_an_example_for_every_process(tmp_path):
+    assert minbert("train", "--run", tmp_path / "run", "--data", CORPUS, "--batch-size", 8, "--steps", 1) == 0
+    run = RunFolder(tmp_path / "run")
+    assert [cut_further(run, 2), cut_further(run, 2)] == [2, 4]
+    with pytest.raises(UserError, match="batch_size=8 on 2 processes cannot be cut into 8 parts"):
+        cut_further(run, 2)
+    assert run.read_config().batch.accumulation == 4
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"), "CUDA out of memory"),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors"), "CUDA error: out of memory"),
+        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "CUBLAS_STATUS_ALLOC_FAILED"),
+        (MemoryError(), "no memory is left"),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
+    ],
+)
+def test_who_is_told_of_memory(error, told, capsys):
+    with pytest.raises(SystemExit) as left, record_errors(), telling(3, start_world(ParallelConfig(device="cpu"))):
+        raise error
+    said = capsys.readouterr().err
+    if told is None:
+        assert left.value.code == ExitCode.FAILED and "Traceback" in said
+    else:
+        assert left.value.code == ExitCode.OUT_OF_MEMORY
+        assert said.startswith("minbert: step 3 does not fit") and told in said

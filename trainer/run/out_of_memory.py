@@ -1,0 +1,93 @@
+"""A step that does not fit into memory: how that is told, and how the run goes on.
+
+A step's result does not depend on the number of parts in which its batches are computed (`accumulation`), so a run
+whose step does not fit goes on from its newest checkpoint in twice as many.
+"""
+
+import re
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from minbert.data.errors import OutOfMemory, UserError
+from minbert.data.machine import free_memory
+from minbert.trainer.config import flatten, parse_config
+from minbert.trainer.processes.exit_codes import ExitCode
+from minbert.trainer.processes.world import World
+from minbert.trainer.run.folder import RunFolder
+from minbert.trainer.run.progress import say
+
+# What says so among the errors that are not of a kind of their own: CUDA, its libraries, PyTorch on a CPU, and oneDNN.
+_IN_WORDS = re.compile(
+    r"(CUDA|HIP)( error:)? out of memory[^.]*|\w+_STATUS_ALLOC_FAILED"
+    r"|DefaultCPUAllocator: [^.]*|could not create a (primitive|memory object)"
+)
+
+
+@contextmanager
+def telling(step: int, world: World) -> Iterator[None]:
+    """Raises OutOfMemory in place of what PyTorch, its libraries and Python raise where memory does not suffice for
+    `step`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        found = _IN_WORDS.search(str(error))
+        if not (found or isinstance(error, MemoryError | torch.OutOfMemoryError)):
+            raise
+        what = found[0] if found else str(error).split("\n")[0] or "no memory is left"
+        where = f"GPU {world.device.index or 0}" if world.device.type == "cuda" else "the process"
+        if world.size > 1:
+            where += f" of rank {world.rank} on {socket.gethostname()}"
+        raise OutOfMemory(f"step {step} does not fit into the memory of {where}: {what}") from None
+
+
+def cut_further(run: RunFolder, processes: int) -> int:
+    """Have a locked run compute its batches in twice as many parts, and return their number.
+
+    Raises UserError, saying what else takes less memory, if some processes would have no example of a part, or what is
+    trained cannot be cut.
+    """
+    config = run.read_config()
+    parts = 2 * config.batch.accumulation
+    if parts * processes > config.batch.batch_size:
+        raise UserError(
+            f"batch_size={config.batch.batch_size} on {processes} process{'es' * (processes > 1)} cannot be cut into "
+            f"{parts} parts. Less memory is taken with precision=bf16, a higher zero_stage on more processes, or a "
+            "smaller max_length or model"
+        )
+    run.write_config(parse_config(flatten(config) | {"accumulation": parts}, str(run.config_file)))
+    return parts
+
+
+def go_on_smaller(run: RunFolder, told: str = "") -> None:
+    """As `cut_further` for a run on this machine, telling so; `told` is what has not been told yet."""
+    free_memory()
+    config = run.read_config()
+    try:
+        parts = cut_further(run, config.parallel.processes)
+    except UserError as error:
+        raise UserError(f"{told}\n{error}".lstrip()) from None
+    said = f"{told}\nGoing on with accumulation={parts}, which takes less memory and has the same result.".lstrip()
+    say(said, config)
+
+
+def once_here(run: RunFolder, attempt: Callable[[], int]) -> int:
+    """The exit code of `attempt`, which trains a locked run in this process; OUT_OF_MEMORY if it did not fit, and is in
+    smaller parts now: for processes of its own, as the memory of this one is in pieces. Raises as `cut_further`."""
+    told = ""  # not the error itself, which keeps what filled the memory
+    try:
+        return attempt()
+    except OutOfMemory as error:
+        told = str(error)
+    go_on_smaller(run, told)
+    return ExitCode.OUT_OF_MEMORY
+
+
+def until_it_fits(run: RunFolder, attempt: Callable[[], int]) -> int:
+    """The exit code of `attempt`, which trains a locked run in processes of its own, in smaller parts as often as they
+    run out of memory. Raises as `cut_further`."""
+    while (code := attempt()) == ExitCode.OUT_OF_MEMORY:
+        go_on_smaller(run)
+    return code
