@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from small_runs import CORPUS
+from small_runs import CORPUS, await_step
 from waiting import until
 
 from minbert.launch.main import main
@@ -44,7 +44,7 @@ def test_the_local_executor(tmp_path, capsys):
 def test_a_cancelled_local_job_has_saved_and_goes_on_when_submitted_again(tmp_path, capsys):
     run = tmp_path / "run"
     assert submit("--run", run, *SMALL, "--steps", 4000, "--eval-every", 4000, "--executor", "local") == 0
-    until(lambda: RunFolder(run).read_metrics(), "a first step")
+    await_step(run, 1)
     assert main(["cancel", str(run)]) == 0
     waits(run)
     report = inspect_runs([run])[0]
