@@ -38,14 +38,13 @@ LONGER = [*SMALL, "--steps", 240, "--eval-every", 80, "--save-every", 20]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cluster(devcluster, tmp_path_factory):
+def cluster(devcluster):
     """Everything here talks to the development cluster."""
     patch = pytest.MonkeyPatch()
     for name, value in devcluster.environment.items():
         patch.setenv(name, value)
     for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME"):  # the cluster gives its own
         patch.delenv(name, raising=False)
-    patch.setenv("MINBERT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     patch.setenv("MINBERT_SITE", "")
     yield devcluster
     patch.undo()

@@ -27,9 +27,7 @@ def browser(tmp_path_factory) -> Iterator[Browser]:
 @pytest.fixture(scope="session")
 def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MINBERT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        words = ["--steps", "12", "--eval-every", "4", "--log-every", "1", "--train-limit", "60", "--batch-size", "8"]
-        words += ["--data", CORPUS]
-        assert main(["train", "--run", str(folder), *words, "--aggregator", "pcgrad", "--trackers"]) == 0
+    words = ["--steps", "12", "--eval-every", "4", "--log-every", "1", "--train-limit", "60", "--batch-size", "8"]
+    words += ["--data", CORPUS]
+    assert main(["train", "--run", str(folder), *words, "--aggregator", "pcgrad", "--trackers"]) == 0
     return folder
