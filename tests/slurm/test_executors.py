@@ -3,20 +3,14 @@
 import json
 from pathlib import Path
 
-from small_runs import CORPUS, await_step
+from small_runs import await_step
+from submitting import SMALL, submit
 from waiting import until
 
 from minbert.launch.main import main
 from minbert.slurm.records import Records
 from minbert.slurm.status import inspect_runs
 from minbert.trainer.run.folder import RunFolder
-
-SMALL = ["--data", CORPUS, "--train-limit", "120", "--eval-limit", "40", "--batch-size", "8", "--steps", "4"]
-SMALL += ["--log-every", "1"]
-
-
-def submit(*arguments: object) -> int:
-    return main(["submit", *map(str, arguments)])
 
 
 def waits(run: Path) -> None:
