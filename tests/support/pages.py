@@ -36,7 +36,7 @@ class Browser:
         self.wait("document.documentElement.dataset.drawn")
 
     def wait(self, expression: str) -> None:
-        until(lambda: self.ask(expression), expression, pause=0.2)
+        until(lambda: self.ask(expression), expression, pause=0.5)
 
     def ask(self, expression: str):
         return self.driver.execute_script(f"return {expression}")
@@ -66,7 +66,7 @@ class Browser:
         chart = f"[...document.querySelectorAll('.chart')].find(c => c.querySelector('h3').textContent == '{title}')"
         self.driver.execute_script(f"{chart}.querySelector('.modebar-btn').click()")
         file = self.downloads / f"{title}.svg"
-        until(file.exists, str(file), pause=0.2)
+        until(file.exists, str(file), pause=0.5)
         return file
 
     def at(self, chart: str, x: float, y: float) -> tuple[int, int]:
