@@ -115,17 +115,15 @@ def terminal():
         yield outer, {"stdin": inner, "stdout": inner, "stderr": inner, "preexec_fn": enter}
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    """No test reads or writes the user's cache; those of one session share theirs."""
-    monkeypatch.setenv("MINBERT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
-@pytest.fixture(autouse=True)
-def no_site(tmp_path_factory, monkeypatch):
-    """No test reads the user's own site file."""
-    monkeypatch.delenv("MINBERT_SITE", raising=False)
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.getbasetemp() / "config"))
+@pytest.fixture(scope="session", autouse=True)
+def own_places(tmp_path_factory):
+    """No test reads or writes the user's cache, or reads the user's site file; nor does what a module makes once for
+    several. Those of one process share a cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINBERT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.getbasetemp() / "config"))
+        patch.delenv("MINBERT_SITE", raising=False)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,5 @@
 """What the tests of the commands share."""
 
-import os
-
 import pytest
 
 from minbert.launch.main import main
@@ -12,7 +10,6 @@ from minbert.trainer.run.folder import RunFolder
 def trained(tmp_path_factory) -> RunFolder:
     """A short run, scored on whole dev splits."""
     folder = tmp_path_factory.mktemp("commands") / "run"
-    os.environ["MINBERT_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")
     size = "--steps 6 --train-limit 200 --batch-size 8 --log-every 2 --measure-every 3"
     assert main(["train", "--run", str(folder), *size.split()]) == 0
     return RunFolder(folder)

@@ -23,7 +23,6 @@ def notebook(tmp_path_factory) -> dict:
     """What the notebook's names stand for after its last cell, and `shown`: what each cell showed."""
     folder = tmp_path_factory.mktemp("notebook")
     before = Path.cwd()
-    os.environ["MINBERT_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")
     os.chdir(folder)
     names: dict = {"__name__": "notebook"}
     shown = []

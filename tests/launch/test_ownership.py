@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 import socket
 import threading
@@ -41,7 +40,6 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    os.environ["MINBERT_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")
     run = tmp_path_factory.mktemp("trained") / "run"
     assert minbert("train", "--run", run, *SMALL, "--steps", 3, "--eval-every", 1, "--keep", 3) == 0
     return run

@@ -10,10 +10,10 @@ import pytest
 import torch
 from known_tasks import TASKS
 from safetensors.torch import load_file
-from small_runs import CORPUS, logged, minbert, outside, started
+from small_runs import CORPUS, await_step, logged, minbert, outside, started
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModel, AutoTokenizer
-from waiting import PATIENCE, until
+from waiting import PATIENCE
 
 from minbert.data.sources.loading import load_examples
 from minbert.launch.commands.rerun import as_words
@@ -143,12 +143,7 @@ def test_predict_text_and_csv_agree(trained, tmp_path, capsys):
 def stopped_after(steps: int, run: Path, arguments: list) -> subprocess.Popen:
     """Start a run and interrupt it once it has logged `steps` steps."""
     process = started("train", "--run", run, *arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    until(
-        lambda: any(record["step"] >= steps for record in RunFolder(run).read_metrics()),
-        f"step {steps}",
-        process,
-        pause=0.02,
-    )
+    await_step(run, steps, process)
     process.send_signal(signal.SIGINT)
     process.stdout_text, process.stderr_text = process.communicate(timeout=PATIENCE)
     return process

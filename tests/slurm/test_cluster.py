@@ -20,7 +20,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import CORPUS, logged
+from small_runs import CORPUS, has_logged, logged
 from waiting import until
 
 from minbert.launch.main import main
@@ -38,14 +38,13 @@ LONGER = [*SMALL, "--steps", 240, "--eval-every", 80, "--save-every", 20]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cluster(devcluster, tmp_path_factory):
+def cluster(devcluster):
     """Everything here talks to the development cluster."""
     patch = pytest.MonkeyPatch()
     for name, value in devcluster.environment.items():
         patch.setenv(name, value)
     for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "GLOO_SOCKET_IFNAME"):  # the cluster gives its own
         patch.delenv(name, raising=False)
-    patch.setenv("MINBERT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     patch.setenv("MINBERT_SITE", "")
     yield devcluster
     patch.undo()
@@ -83,14 +82,14 @@ def eventually(condition: Callable[[], object], what: str, run: Path) -> None:
     until(condition, what, seen=lambda: f"{report(run)}\n{output(run)}", pause=0.5)
 
 
-def has_reached(run: Path, step: int) -> bool:
-    """Whether the run has logged this step."""
-    assert report(run).active, output(run)
-    return any(record["step"] >= step for record in RunFolder(run).read_metrics())
-
-
 def at_step(run: Path, step: int) -> None:
-    eventually(lambda: has_reached(run, step), f"step {step}", run)
+    """Wait until the run has logged this step, and has not ended before."""
+
+    def reached() -> bool:
+        assert report(run).active, output(run)
+        return has_logged(run, step)
+
+    eventually(reached, f"step {step}", run)
 
 
 @contextmanager
@@ -102,7 +101,7 @@ def held(step: int, *runs: Path) -> Iterator[None]:
     waiting = set(runs)
 
     def all_held() -> bool:
-        for run in [run for run in waiting if any(r["step"] >= step for r in RunFolder(run).read_metrics())]:
+        for run in [run for run in waiting if has_logged(run, step)]:
             for process in processes(run):
                 process.suspend()
             waiting.remove(run)

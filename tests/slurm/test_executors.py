@@ -3,20 +3,14 @@
 import json
 from pathlib import Path
 
-from small_runs import CORPUS
+from small_runs import await_step
+from submitting import SMALL, submit
 from waiting import until
 
 from minbert.launch.main import main
 from minbert.slurm.records import Records
 from minbert.slurm.status import inspect_runs
 from minbert.trainer.run.folder import RunFolder
-
-SMALL = ["--data", CORPUS, "--train-limit", "120", "--eval-limit", "40", "--batch-size", "8", "--steps", "4"]
-SMALL += ["--log-every", "1"]
-
-
-def submit(*arguments: object) -> int:
-    return main(["submit", *map(str, arguments)])
 
 
 def waits(run: Path) -> None:
@@ -44,7 +38,7 @@ def test_the_local_executor(tmp_path, capsys):
 def test_a_cancelled_local_job_has_saved_and_goes_on_when_submitted_again(tmp_path, capsys):
     run = tmp_path / "run"
     assert submit("--run", run, *SMALL, "--steps", 4000, "--eval-every", 4000, "--executor", "local") == 0
-    until(lambda: RunFolder(run).read_metrics(), "a first step")
+    await_step(run, 1)
     assert main(["cancel", str(run)]) == 0
     waits(run)
     report = inspect_runs([run])[0]

@@ -5,21 +5,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small_runs import CORPUS
+from submitting import SMALL, submit
 
 from minbert.data.errors import UserError
-from minbert.launch.main import main
 from minbert.launch.sweep import elements, parse_sweep
 from minbert.slurm.settings import JobSettings, parse_time, resolve_settings
 from minbert.slurm.submission import Task
 from minbert.slurm.submission import submit as submit_tasks
-
-SMALL = ["--data", CORPUS, "--train-limit", "120", "--eval-limit", "40", "--batch-size", "8", "--steps", "4"]
-SMALL += ["--log-every", "1"]
-
-
-def submit(*arguments: object) -> int:
-    return main(["submit", *map(str, arguments)])
 
 
 @pytest.mark.parametrize(

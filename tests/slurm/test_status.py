@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from slurm_records import ALLOCATION, records_of
-from small_runs import CORPUS
+from submitting import SMALL, submit
 
 from minbert.launch.main import main
 from minbert.slurm.controller import Queued
@@ -21,13 +21,6 @@ from minbert.slurm.supervisor import accept
 from minbert.trainer.checkpoint.format import published, read_manifest
 from minbert.trainer.run.folder import RunFolder
 from minbert.trainer.run.standing import Standing
-
-SMALL = ["--data", CORPUS, "--train-limit", "120", "--eval-limit", "40", "--batch-size", "8", "--steps", "4"]
-SMALL += ["--log-every", "1"]
-
-
-def submit(*arguments: object) -> int:
-    return main(["submit", *map(str, arguments)])
 
 
 def stand(run: Path, records: Records, state: str | None, monkeypatch, accounts: str | None = None):

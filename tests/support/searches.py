@@ -1,4 +1,4 @@
-"""Small searches as tests start them, and what their folders tell."""
+"""Small searches as tests start them, what their trials leave, and what their folders tell."""
 
 import json
 import subprocess
@@ -8,6 +8,7 @@ from pathlib import Path
 from small_runs import CORPUS
 from waiting import PATIENCE, until
 
+from minbert.trainer.run.folder import RunFolder
 from minbert.tuning.trial import Trial, read_trials
 
 TINY = ["--data", CORPUS, "--train-limit", "60", "--eval-limit", "20", "--batch-size", "8", "--trackers"]
@@ -53,3 +54,15 @@ def trials_of(folder: Path) -> list[Trial]:
         return read_trials(folder / "trials")
     except (json.JSONDecodeError, FileNotFoundError):
         return []
+
+
+def write_curve(trial: Trial, scores: list[float], steps: int) -> None:
+    """What a run that reached the given overall scores at equal distances leaves."""
+    trial.steps, trial.score = steps, max(scores)
+    trial.folder.mkdir(parents=True, exist_ok=True)
+    run = RunFolder(trial.folder)
+    for place, score in enumerate(scores, 1):
+        trial.step = place * steps // 4
+        parts = {"dev/sst": score - 0.1, "dev/quora": score + 0.05, "dev/sts": score, "dev/overall": score}
+        run.append_metrics({"step": trial.step, **parts})
+    trial.write()

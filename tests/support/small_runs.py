@@ -6,11 +6,12 @@ moment: 200 to train on, 60 dev and 20 test rows of each task.
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from waiting import PATIENCE
+from waiting import PATIENCE, until
 
 from minbert.launch.main import main
 from minbert.trainer.run.folder import RunFolder
@@ -40,6 +41,23 @@ def logged(run: Path) -> list[dict]:
     """What a run has logged, without the times."""
     records = RunFolder(run).read_metrics()
     return [{key: value for key, value in record.items() if key != "tokens_per_second"} for record in records]
+
+
+def has_logged(run: Path, step: int) -> bool:
+    """Whether a run has logged this step, or a later one."""
+    return any(record["step"] >= step for record in RunFolder(run).read_metrics())
+
+
+def await_step(
+    run: Path, step: int, process: subprocess.Popen | None = None, meanwhile: Callable[[], object] = lambda: None
+) -> None:
+    """Wait until the run, which `process` trains, has logged this step. `meanwhile` is called before each look."""
+
+    def reached() -> bool:
+        meanwhile()
+        return has_logged(run, step)
+
+    until(reached, f"step {step}", process, pause=0.02)
 
 
 def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -63,11 +63,9 @@ def test_exploring_changes_something():
 def runs(tmp_path_factory) -> Path:
     """A run that is ahead, at step 9 of 12, and one that is behind."""
     folder = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MINBERT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-        for name, steps, lr in (("ahead", 9, 1e-3), ("behind", 6, 1e-5)):
-            words = ["--steps", str(steps), "--eval-every", "3", "--lr", str(lr)]
-            assert main(["train", "--run", str(folder / name), *TINY, *words]) == 0
+    for name, steps, lr in (("ahead", 9, 1e-3), ("behind", 6, 1e-5)):
+        words = ["--steps", str(steps), "--eval-every", "3", "--lr", str(lr)]
+        assert main(["train", "--run", str(folder / name), *TINY, *words]) == 0
     return folder
 
 

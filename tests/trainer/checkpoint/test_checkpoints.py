@@ -311,7 +311,6 @@ def test_rank_0_decides_and_damage_that_another_rank_finds_counts(tmp_path, stor
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    os.environ["MINBERT_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")
     run = tmp_path_factory.mktemp("trained") / "run"
     assert minbert("train", "--run", run, *SMALL, "--steps", 3, "--save-every", 1, "--keep", 3) == 0
     return run

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import CORPUS, logged, minbert, started, tensors_of
-from waiting import PATIENCE, until
+from small_runs import CORPUS, await_step, logged, minbert, started, tensors_of
+from waiting import PATIENCE
 
 from minbert.launch.options import parse_run_config
 from minbert.launch.processes import launch
@@ -206,19 +206,11 @@ def one_process_per_task(run: Path, size: int) -> list[subprocess.Popen]:
     ]
 
 
-def wait_for_step(run: Path, step: int, process: subprocess.Popen, meanwhile=lambda: None) -> None:
-    def reached() -> bool:
-        meanwhile()
-        return any(record["step"] >= step for record in RunFolder(run).read_metrics())
-
-    until(reached, f"step {step}", process)
-
-
 def test_a_signal_to_the_launcher_saves_on_all_processes(tmp_path):
     """The one that batch systems send; SIGTERM is among the kinds of `test_chaos`."""
     run = tmp_path / "run"
     process = launched(run, "--processes", 2, "--steps", 5000, "--eval-every", 5000)
-    wait_for_step(run, 2, process)
+    await_step(run, 2, process)
     process.send_signal(signal.SIGUSR1)
     said, _ = process.communicate(timeout=PATIENCE)
     assert process.returncode == ExitCode.INTERRUPTED, said
@@ -236,7 +228,7 @@ def test_a_lost_terminal_saves_on_all_processes(tmp_path, terminal, processes):
         if select.select([outside], [], [], 0.05)[0]:
             outside.read(4096)
 
-    wait_for_step(run, 2, process, read)
+    await_step(run, 2, process, read)
     outside.close()
     assert process.wait(timeout=PATIENCE) == ExitCode.INTERRUPTED
     last = RunFolder(run).read_metrics()[-1]["step"]
@@ -257,7 +249,7 @@ def test_with_one_process_per_task_a_signal_to_one_stops_all(tmp_path):
     """The others learn of it at the next step, and all leave with the code that asks to be started again."""
     run = prepare(parse_run_config([*map(str, SMALL), "--steps", "5000", "--run", str(tmp_path / "run")]))
     workers = one_process_per_task(run.path, 2)
-    wait_for_step(run.path, 2, workers[0])
+    await_step(run.path, 2, workers[0])
     workers[1].send_signal(signal.SIGUSR2)
     assert [worker.wait(timeout=PATIENCE) for worker in workers] == [ExitCode.INTERRUPTED] * 2
     assert read_manifest(published(run.checkpoints)[-1]).step == run.read_metrics()[-1]["step"]
@@ -266,7 +258,7 @@ def test_with_one_process_per_task_a_signal_to_one_stops_all(tmp_path):
 def test_a_second_signal_leaves_at_once_and_what_was_saved_stays(tmp_path):
     run = tmp_path / "run"
     process = launched(run, "--steps", 5000, "--save-every", 5, "--eval-every", 6, "--eval-limit", 5000)
-    wait_for_step(run, 5, process)
+    await_step(run, 5, process)
     for _ in range(2):
         time.sleep(0.3)
         process.send_signal(signal.SIGTERM)

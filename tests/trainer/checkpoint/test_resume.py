@@ -84,7 +84,6 @@ BUDGET = [*SMALL, "--steps", 12, "--eval-every", 4, "--log-every", 5]
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
     """An undisturbed run with dropout."""
-    os.environ["MINBERT_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")
     run = tmp_path_factory.mktemp("whole") / "run"
     assert train(run, *BUDGET) == 0
     return run

@@ -1,7 +1,6 @@
 """Runs whose encoder joins part by part: what is not trained yet stays as it was, and a kill at any moment of it, or
 another number of processes, changes nothing."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -28,13 +27,11 @@ def train(run: Path, *options: str) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    os.environ["MINBERT_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")
     return train(tmp_path_factory.mktemp("unfreezing") / "run", SMALL, GRADUAL)
 
 
 @pytest.fixture(scope="module")
 def whole_without_dropout(tmp_path_factory) -> Path:
-    os.environ["MINBERT_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")
     return train(tmp_path_factory.mktemp("unfreezing") / "run", SMALL, GRADUAL, STILL)
 
 
