@@ -203,5 +203,5 @@ def test_an_open_quotation_in_the_sites_file_names_the_key(tmp_path, monkeypatch
     file = tmp_path / "site.yaml"
     file.write_text("srun_args: '--comment=\"a b'\n")
     monkeypatch.setenv("MINBERT_SITE", str(file))
-    with pytest.raises(UserError, match="site.yaml: srun_args: no closing quotation"):
+    with pytest.raises(UserError, match="srun_args: no closing quotation"):
         resolve_settings({})
