@@ -5,6 +5,7 @@ import importlib.util
 import os
 import re
 import reprlib
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -72,6 +73,8 @@ def disk_trouble(error: BaseException | None) -> UserError | None:
     """What to tell of a disk that is full or read-only, or a file that may not be used, if that is what `error` comes
     of; None for any other error."""
     while error is not None:
+        if isinstance(error, shutil.Error):
+            error = _first(error)
         if isinstance(error, OSError):
             file = error.filename2 or error.filename  # of a copy: the second is what was written
             if error.errno in _NO_ROOM:
@@ -87,6 +90,15 @@ def disk_trouble(error: BaseException | None) -> UserError | None:
             return UserError(f"a file could not be written: {found[1]} ({error})")
         error = error.__cause__
     return None
+
+
+def _first(error: shutil.Error) -> OSError:
+    """What went wrong with the first file of a folder that was copied, of which `shutil` keeps the words."""
+    problems = error.args[0] if error.args else ()
+    for source, target, reason in problems if isinstance(problems, list) else ():
+        if number := re.match(r"\[Errno (\d+)\]", str(reason)):
+            return OSError(int(number[1]), os.strerror(int(number[1])), source, None, target)
+    return error
 
 
 def _disk(file: object) -> str:

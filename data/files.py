@@ -100,14 +100,28 @@ def lock(path: Path) -> int:
 
 
 @contextmanager
-def holding(path: Path) -> Iterator[None]:
-    """`lock(path)` to the end of the block, with which the file goes. Raises BlockingIOError."""
-    descriptor = lock(path)
+def holding(path: Path, patience: float = 0.0) -> Iterator[None]:
+    """`lock(path)` to the end of the block, with which the file goes; a file system without locks does without. Raises
+    BlockingIOError if somebody else has it, after `patience` seconds."""
+    deadline = time.monotonic() + patience
+    descriptor = None
+    while descriptor is None:
+        try:
+            descriptor = lock(path)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.1)
+        except OSError as error:
+            if error.filename is not None:
+                raise
+            break  # it has none
     try:
         yield
     finally:
         path.unlink(missing_ok=True)
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

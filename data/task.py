@@ -315,6 +315,8 @@ def resolve_task(word: Any, folder: Path | None = None) -> Task:
         return _parse(dict(word), f"task {word.get('name', '')}".strip())
     if not isinstance(word, str):
         raise UserError(f"a task is given by its name or its file, not by {shown(word)}")
+    if folder is not None and not folder.is_dir():
+        raise UserError(f"the task folder {folder} does not exist, or is a file; name a folder with NAME.yaml files")
     if _is_file(word):
         return load_task(Path(word).expanduser())
     known = {path.stem: path for place in (DECLARATIONS, folder) if place for path in sorted(place.glob("*.yaml"))}

@@ -15,6 +15,7 @@ from minbert.launch.trial import train_trial
 from minbert.launch.watching import watching
 from minbert.slurm.endings import Ending
 from minbert.slurm.status import inspect_runs
+from minbert.slurm.submission import refuse_hopeless
 from minbert.trainer.config import parse_config
 from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.processes.stop import StopRequest
@@ -114,6 +115,7 @@ def submit_missing(
     from minbert.launch.submitting import job_settings, prepare_and_submit, with_processes
 
     settings = job_settings(None, job)
+    refuse_hopeless(settings, folder)
     begin()
     missing = []
     for trial, report in zip(trials, inspect_runs([trial.folder for trial in trials])):

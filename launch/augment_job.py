@@ -15,9 +15,9 @@ from minbert.data.errors import UserError
 from minbert.launch.job import run_task
 from minbert.launch.ownership import lock_runs
 from minbert.launch.submitting import job_settings, submit_tasks
-from minbert.launch.translation import SentenceProgress, Work, finish, require_output
+from minbert.launch.translation import SentenceProgress, Work, finish, make_output
 from minbert.slurm.allocation import Allocation
-from minbert.slurm.submission import Task
+from minbert.slurm.submission import Task, refuse_hopeless
 from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.processes.stop import StopRequest
 
@@ -60,13 +60,15 @@ class AugmentJob:
 def submit_array(work: Work, elements: int, options: Mapping[str, Any]) -> None:
     """Submit the augmentation as an array of so many jobs, at most one for each unit. Raises UserError."""
     work = work.absolute()
-    units = len(work.units)  # what is wrong with data and models shows here
+    work.check()
+    units = len(work.units)
     settings = job_settings(None, {"nodes": 1, "tasks_per_node": 1} | dict(options))
     if settings.executor != "slurm":
         raise UserError("--slurm is for the cluster; leave it out to translate on this machine")
     if settings.tasks > 1:
         raise UserError(f"{settings.tasks} processes in a job: an element is one, which uses all that its node gives")
-    require_output(work.output, work.tasks)
+    refuse_hopeless(settings, work.output)
+    make_output(work)
     parts = min(elements, units)
     folders = [work.output / "elements" / str(part) for part in range(parts)]
     for folder in folders:

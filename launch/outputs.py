@@ -75,9 +75,6 @@ def _alone_in(folder: Path) -> Iterator[None]:
             held.enter_context(holding(folder / LOCK))
         except BlockingIOError:
             raise UserError(f"another command writes into {folder}; wait for it, or name another folder") from None
-        except OSError as error:
-            if error.filename is not None:  # else it is a file system without locks, which does without
-                raise
         yield
 
 

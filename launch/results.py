@@ -5,14 +5,15 @@ Beside the files lies `predictions.json`, which tells for each of them what was 
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
 
 from minbert.data.errors import UserError
-from minbert.data.files import replacing, to_json
+from minbert.data.files import holding, naming, replacing, to_json
 from minbert.data.sequences.tokens import Tokenizer
 from minbert.data.task import Split
 from minbert.trainer.checkpoint.saving import now
@@ -30,6 +31,7 @@ from minbert.trainer.run.saved_model import load_model
 from minbert.trainer.run.soup import require_alike
 
 REPORTED: tuple[Split, ...] = ("dev", "test")
+PATIENCE = 60.0  # seconds for another command that writes one prediction file
 
 
 def is_reported(run: RunFolder) -> bool:
@@ -149,9 +151,9 @@ def predict_splits(
                 results[split] |= {f"{name}/{metric}": value for metric, value in more.items()}
             if folder and name in predicted:
                 path = folder / prediction_file_name(config, task, split)
-                write_predictions(path, task, first.ids, found.tolist())
                 what = {"task": name, "split": split, "rows": len(first), "examples": first.fingerprint()}
-                write_record(folder / RECORD, path.name, what | about)
+                with recorded(folder / RECORD, path.name, what | about):
+                    write_predictions(path, task, first.ids, found.tolist())
     return {
         split: scores | ({"overall": overall(config.corpus.tasks, scores)} if scores else {})
         for split, scores in results.items()
@@ -171,12 +173,24 @@ def about_model(run: RunFolder, step: int) -> dict[str, Any]:
     return {"model": str(run.best_model.absolute()), "model_sha256": digest, "step": step, "written": now()}
 
 
-def write_record(path: Path, name: str, entry: dict[str, Any]) -> None:
-    """Put what there is to tell of the file `name` into the record at `path`, which may tell of others."""
-    try:
-        known = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
-        known = {}
-    known = known if isinstance(known, dict) else {}
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(known | {name: entry}, indent=1) + "\n")
+@contextmanager
+def recorded(path: Path, name: str, entry: dict[str, Any]) -> Iterator[None]:
+    """Write the file `name` in the block; what there is to tell of it goes into the record at `path` beside it, which
+    may tell of others. Whoever writes there meanwhile is waited for: a run that ends may predict beside a command.
+
+    Raises UserError if that takes too long.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with naming(path), ExitStack() as ours:
+        try:
+            ours.enter_context(holding(path.with_name(f".{path.name}.lock"), PATIENCE))
+        except BlockingIOError:
+            raise UserError(f"another command writes {path}; wait for it, or name another place") from None
+        yield
+        try:
+            known = json.loads(path.read_bytes())
+        except (FileNotFoundError, ValueError):
+            known = {}
+        known = known if isinstance(known, dict) else {}
+        with replacing(path) as temporary:
+            temporary.write_text(json.dumps(known | {name: entry}, indent=1) + "\n")

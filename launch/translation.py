@@ -21,7 +21,7 @@ from minbert.data.augmentation.recipe import Decoding, Recipe
 from minbert.data.augmentation.round_trip import Model, find_model, recipes
 from minbert.data.augmentation.rows import new_rows, write_rows
 from minbert.data.augmentation.selection import Cosines, HeldOut, Selection, held_out, select
-from minbert.data.augmentation.store import Store, Translation
+from minbert.data.augmentation.store import Store, Translation, is_store
 from minbert.data.augmentation.work import Unit, Workshop, units
 from minbert.data.errors import UserError
 from minbert.data.files import holding, replacing, to_json
@@ -56,7 +56,7 @@ class Work:
     models as DIR/en-zh and DIR/zh-en (transformers' or CTranslate2's), or `apertium`."""
     language: str = "en"
     """The language of the sentences, as the model calls it."""
-    pivot: tuple[str, ...] = ("zh",)
+    pivot: Annotated[tuple[str, ...], Field(min_length=1)] = ("zh",)
     """Languages to go through; each gives variants of its own."""
     beam: Count = 5
     """Beams of the search, where nothing is sampled."""
@@ -109,6 +109,21 @@ class Work:
         """Their sentences, each once."""
         columns = (column for examples in self.examples.values() for column in examples.sentences)
         return list(dict.fromkeys(text for column in columns for text in column))
+
+    def check(self) -> None:
+        """Raises UserError for an output folder that is somebody else's, and what is wrong with tasks, data, encoder or
+        translator, before anything is written."""
+        if self.output.is_dir() and any(self.output.iterdir()) and not is_store(self.store):
+            raise UserError(
+                f"--output {self.output} is not empty, and no earlier augmentation: it has no folder {STORE} with what "
+                "one has translated; name another folder"
+            )
+        self.examples  # noqa: B018
+        if self.min_similarity is not None:
+            from minbert.trainer.model.similarity import require_encoder
+
+            require_encoder(self.model)
+        self.recipes  # noqa: B018
 
     @cached_property
     def translator_model(self) -> Model:
@@ -262,26 +277,18 @@ def _report(work: Work, selection: Selection, held: HeldOut, tasks: Mapping[str,
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """The files of an output folder are written by one command at a time; the next waits for it. Raises UserError."""
-    deadline = time.monotonic() + LOCK_PATIENCE
     with ExitStack() as ours:
-        while True:
-            try:
-                ours.enter_context(holding(folder / ".lock"))
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise UserError(f"another command writes into {folder}; wait for it") from None
-                time.sleep(0.2)
+        try:
+            ours.enter_context(holding(folder / ".lock", LOCK_PATIENCE))
+        except BlockingIOError:
+            raise UserError(f"another command writes into {folder}; wait for it") from None
         yield
 
 
-def require_output(folder: Path, tasks: Sequence[str]) -> None:
-    """Raises UserError if the folder is somebody else's or cannot be made."""
+def make_output(work: Work) -> None:
+    """Raises UserError if the output folder cannot be made or may not be written to."""
+    folder = work.output
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        entries = {entry.name for entry in folder.iterdir()}
+        work.store.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output {folder} cannot be used: {error.strerror}") from None
-    if entries and not entries & {STORE, REPORT}:
-        raise UserError(f"--output {folder} is not empty, and no earlier augmentation: it has no folder {STORE}")
-    (folder / STORE).mkdir(exist_ok=True)

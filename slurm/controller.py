@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 
-from minbert.data.errors import UserError
+from minbert.data.errors import UserError, shown
 
 # States of a job that neither waits nor runs any more.
 OVER = frozenset(
@@ -21,6 +21,7 @@ OVER = frozenset(
         *("REVOKED", "TIMEOUT"),
     )
 )
+COMMANDS = ("sbatch", "squeue", "scontrol", "scancel", "srun")
 PART = 200  # job ids in one question
 FOREIGN = (
     *("SLURM_", "SLURMD_", "SBATCH_", "SALLOC_", "SRUN_", "SQUEUE_", "SACCT_", "SCANCEL_", "SINFO_", "SCONTROL_"),
@@ -65,9 +66,11 @@ class Queued:
 def call(*command: str, timeout: float = 60.0) -> str:
     """What the command prints. Raises UserError with its complaint if it fails or does not answer."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=without_job())
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=timeout, env=without_job()
+        )
     except FileNotFoundError:
-        raise UserError(f"there is no SLURM here: the command {command[0]} is missing") from None
+        raise _no_slurm(command[0]) from None
     except subprocess.TimeoutExpired:
         raise UserError(f"SLURM does not answer: `{' '.join(command)}` took {timeout:.0f} s") from None
     if done.returncode:
@@ -75,14 +78,29 @@ def call(*command: str, timeout: float = 60.0) -> str:
     return done.stdout
 
 
+def require_commands() -> None:
+    """Raises UserError where SLURM's commands are not installed."""
+    for command in COMMANDS:
+        if not shutil.which(command):
+            raise _no_slurm(command)
+
+
+def _no_slurm(command: str) -> UserError:
+    return UserError(
+        f"there is no SLURM here: the command {command} is missing. Try --executor local, or leave --slurm out, for "
+        "this machine, or log in to the cluster"
+    )
+
+
 def show(job_id: str) -> Job:
     """Raises UserError if SLURM has forgotten the job. An array's element is ARRAY_INDEX: its last one has the plain id
     of the whole array, by which all are shown."""
-    text = call("scontrol", "--oneliner", "show", "job", job_id)
-    fields = dict(word.split("=", 1) for word in text.split() if "=" in word)
+    fields = detail(job_id)
+    if "JobState" not in fields:
+        raise UserError(f"`scontrol show job {job_id}` tells no state of the job")
     return Job(
         state=fields["JobState"],
-        restarts=int(fields.get("Restarts", 0)),
+        restarts=_count(fields.get("Restarts")) or 0,
         preempted=fields.get("PreemptTime", "None") not in ("None", "Unknown"),
         started=_moment(fields.get("StartTime", "")),
         ends=_moment(fields.get("EndTime", "")),
@@ -125,11 +143,15 @@ def comment(token: str) -> str:
 
 
 def _squeue(which: str) -> dict[str, Queued]:
+    """Raises UserError also for an answer that is none: that a job is not in it would say nothing."""
     found = {}
-    for line in call("squeue", "-h", "-r", "--all", "-t", "all", which, "-o", "%i|%T|%r|%N|%k").splitlines():
-        if line.count("|") >= 4:
+    text = call("squeue", "-h", "-r", "--all", "-t", "all", which, "-o", "%i|%T|%r|%N|%k")
+    for line in text.splitlines():
+        if re.match(r"\d[^|]*\|[A-Z_]+(\|[^|]*){3}", line):  # a comment may have several lines
             job_id, state, reason, nodes, comment = line.split("|", 4)
             found[job_id] = Queued(state, "" if reason == "None" else reason, nodes, comment)
+    if text.strip() and not found:
+        raise UserError(f"`squeue` printed {shown(text.strip())}, which is no queue")
     return found
 
 
@@ -144,8 +166,8 @@ def accounts(job_ids: Iterable[str]) -> dict[str, list[Queued]]:
         return {}
     found: dict[str, list[Queued]] = {}
     for line in text.splitlines():
-        job_id, state, nodes = line.split("|")
-        found.setdefault(job_id, []).append(Queued(state.split()[0], nodes=nodes))  # "CANCELLED by 1000"
+        if named := re.fullmatch(r"([^|]+)\|([A-Z_]+)[^|]*\|([^|]*)", line):  # "CANCELLED by 1000"
+            found.setdefault(named[1], []).append(Queued(named[2], nodes=named[3]))
     return found
 
 
@@ -207,7 +229,7 @@ def queue(partition: str) -> list[Waiting]:
     )
     found = []
     for line in text.splitlines():
-        if line.count("|") == 8:
+        if re.match(r"\d[^|]*\|[^|]*\|\d+(\|[^|]*){6}$", line):
             job_id, name, priority, user, reason, start, limit, nodes, dependency = line.split("|")
             count = int(nodes) if nodes.isdecimal() else 1
             found.append(
@@ -225,7 +247,7 @@ def _number(job_id: str) -> tuple[int, ...]:
 def detail(job_id: str) -> dict[str, str]:
     """All that SLURM tells of a job, by its own names. Raises UserError."""
     text = call("scontrol", "--oneliner", "show", "job", job_id)
-    return dict(word.split("=", 1) for word in text.splitlines()[0].split() if "=" in word)
+    return dict(word.split("=", 1) for word in text.partition("\n")[0].split() if "=" in word)
 
 
 def idle_nodes(partition: str) -> int | None:
@@ -234,8 +256,8 @@ def idle_nodes(partition: str) -> int | None:
         lines = call("sinfo", "-h", "-p", partition, "-o", "%D %T").splitlines()
     except UserError:
         return None
-    counts = (line.split() for line in lines)  # a node that is drained counts as idle for `sinfo -t idle`
-    return sum(int(count) for count, state in counts if state == "idle" and count.isdecimal())
+    found = (re.fullmatch(r"(\d+) idle", line.strip()) for line in lines)
+    return sum(int(idle[1]) for idle in found if idle)  # a node that is drained counts as idle for `sinfo -t idle`
 
 
 def limit_minutes(text: str) -> float | None:
@@ -260,14 +282,14 @@ def down_nodes(nodes: str) -> list[str]:
         lines = call("sinfo", "-h", "-N", "-n", nodes, "-o", "%N %T").splitlines()
     except UserError:
         return []
-    states = dict(line.split() for line in lines)
+    states = {line.split(" ", 1)[0]: line.rstrip().split(" ")[-1] for line in lines if " " in line}
     return sorted(name for name, state in states.items() if state.startswith("down") or state.endswith("*"))
 
 
 def largest_array() -> int:
     """How many elements an array may have here."""
     found = re.search(r"MaxArraySize\s*=\s*(\d+)", call("scontrol", "show", "config"))
-    return int(found[1]) if found else 1000
+    return max(1, int(found[1])) if found else 1000  # 0 where a site has no arrays: runs one by one
 
 
 def largest_partition(names: str | None) -> tuple[str, int] | None:
@@ -276,12 +298,14 @@ def largest_partition(names: str | None) -> tuple[str, int] | None:
         lines = call("scontrol", "--oneliner", "--all", "show", "partition").splitlines()
     except UserError:
         return None
-    shown = [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in lines]
-    wanted = names.split(",") if names else [each["PartitionName"] for each in shown if each.get("Default") == "YES"]
-    sizes = {each["PartitionName"]: int(each.get("TotalNodes", 0)) for each in shown if "PartitionName" in each}
-    if not wanted or not sizes.keys() >= set(wanted):
+    told = [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in lines]
+    default = [each.get("PartitionName", "") for each in told if each.get("Default") == "YES"]
+    wanted = names.split(",") if names else default
+    counts = {each.get("PartitionName"): _count(each.get("TotalNodes")) for each in told}
+    sizes = [(name, count) for name in wanted if (count := counts.get(name)) is not None]
+    if not wanted or len(sizes) < len(wanted):
         return None
-    return max(((name, sizes[name]) for name in wanted), key=lambda each: each[1])
+    return max(sizes, key=lambda each: each[1])
 
 
 def without_job(environment: dict[str, str] | None = None) -> dict[str, str]:
@@ -289,6 +313,10 @@ def without_job(environment: dict[str, str] | None = None) -> dict[str, str]:
     the user's own filters and formats."""
     environment = dict(os.environ if environment is None else environment)
     return {name: value for name, value in environment.items() if not name.startswith(FOREIGN) or name in OURS}
+
+
+def _count(text: str | None) -> int | None:
+    return int(text) if text is not None and text.isdecimal() else None
 
 
 def _moment(text: str) -> datetime | None:

@@ -85,7 +85,10 @@ class JobSettings(BaseModel):
         """A file may give the lines, or the arguments, as one text."""
         if not isinstance(value, str):
             return value
-        return value.splitlines() if info.field_name == "setup" else shlex.split(value)
+        try:
+            return value.splitlines() if info.field_name == "setup" else shlex.split(value)
+        except ValueError as error:
+            raise ValueError(f"{info.field_name}: {str(error).lower()} in {value!r}") from None
 
     @field_validator("time", mode="before")
     @classmethod

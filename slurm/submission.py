@@ -112,6 +112,8 @@ def _submit_part(
 
 def refuse_hopeless(settings: JobSettings, folder: Path) -> None:
     """Raises UserError for a job that could never run, or whose files in `folder` SLURM would misread."""
+    if settings.executor == "slurm":
+        controller.require_commands()
     path = str(folder.absolute())
     if "%" in path or "\\" in path:
         raise UserError(
@@ -154,6 +156,7 @@ def _lost_and_found(submissions: Sequence[Submission], complaint: str) -> list[s
     """The ids under which SLURM has the job after all. Raises UserError if it does not tell; the record then keeps the
     token, and whoever looks next asks again."""
     token, problem = submissions[0].token, "it does not list the job"
+    complaint = complaint.partition("\nJob instance will not")[0]  # submitit's advice is for its own users
     try:
         if found := controller.find([token]).get(token):
             return [job_id_of(submission, found) for submission in submissions]
@@ -218,10 +221,8 @@ def _executor(settings: JobSettings, folder: Path, code: Path, runs_file: Path, 
             stderr_to_stdout=True,
         )
         return executor
-    try:
-        executor = submitit.SlurmExecutor(folder, python=python_command(settings))
-    except RuntimeError:
-        raise UserError("there is no SLURM here; try --executor local, or log in to the cluster") from None
+    controller.require_commands()
+    executor = submitit.SlurmExecutor(folder, python=python_command(settings))
     executor.update_parameters(**slurm_parameters(settings, code, runs_file, name))
     return executor
 

@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass
 from functools import cached_property
+
+RECIPE_FOLDER = re.compile(r".+-\d+-[0-9a-f]{16}")  # as `Recipe.folder` makes it
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from minbert.data.augmentation.recipe import Recipe
+from minbert.data.augmentation.recipe import RECIPE_FOLDER, Recipe
 from minbert.data.files import holding, replacing
 
 log = logging.getLogger(__name__)
@@ -87,6 +87,13 @@ class Store:
                 return
             self.refresh()  # somebody else may have finished it meanwhile
             yield True
+
+
+def is_store(root: Path) -> bool:
+    """Whether `root` is a folder, and holds recipes' translations alone; others' files have other names."""
+    if not root.is_dir():
+        return False
+    return all(RECIPE_FOLDER.fullmatch(entry.name) for entry in root.iterdir() if not entry.name.startswith("."))
 
 
 def _digest(content: bytes) -> str:

@@ -15,7 +15,7 @@ from minbert.data.augmentation.selection import REPEATED
 from minbert.data.augmentation.work import local_devices, missing, translate
 from minbert.data.errors import UserError
 from minbert.launch.options import asks_for_help, job_option_types, parse, refuse_job_options
-from minbert.launch.translation import REPORT, SentenceProgress, Work, finish, require_output
+from minbert.launch.translation import REPORT, SentenceProgress, Work, finish, make_output
 from minbert.launch.words import read_options
 from minbert.trainer.options import Count
 from minbert.trainer.processes.exit_codes import ExitCode
@@ -50,8 +50,8 @@ def main(arguments: list[str]) -> int:
         submit_array(options.work, options.elements, job)
         return ExitCode.FINISHED
     work, console = options.work, Console(stderr=True)
-    work.examples, work.recipes  # noqa: B018  what is wrong with them shows before anything is written
-    require_output(work.output, work.tasks)
+    work.check()
+    make_output(work)
     while left := missing(work.store, work.units):  # once more, if a shard was damaged meanwhile
         total = sum(count for _, count in left)
         console.print(f"{total:,} of {len(work.texts) * len(work.recipes):,} translations are missing", highlight=False)
@@ -80,7 +80,7 @@ def _read(arguments: list[str]) -> tuple[AugmentOptions, dict[str, Any]]:
         raise UserError("usage: minbert augment TASK|FILE ... --output FOLDER [options]; --help tells more")
     options = AugmentOptions(tuple(words), **{name: value for name, value in given.items() if name not in job})
     if not options.slurm:
-        refuse_job_options(job)
+        refuse_job_options({name: value for name, value in given.items() if name == "elements"} | job)
     return options, job
 
 

@@ -133,8 +133,6 @@ def convert(arguments: list[str]) -> int:
     if target.suffix == ".safetensors":
         if options:
             raise UserError(f"what is {options[0]!r}? Writing a model takes no options")
-        if not _checkpoints(source):
-            raise UserError(f"{source} has no checkpoints")
         mends = target.absolute() == RunFolder(source).best_model.absolute() and _damage(target) is not None
         if not mends:
             require_place(target)

@@ -267,7 +267,7 @@ def slurm_commands() -> Check:
 def slurm_controller(seconds: float = 2.0) -> Check:
     remedy = "submitting runs: check SLURM_CONF, then `systemctl status munge slurmctld` on the controller"
     try:
-        answer = subprocess.run(["scontrol", "ping"], capture_output=True, text=True, timeout=seconds)
+        answer = subprocess.run(["scontrol", "ping"], capture_output=True, text=True, errors="replace", timeout=seconds)
     except subprocess.TimeoutExpired:
         return Check(SLURM, "controller", None, f"no answer in {seconds:.0f} s", remedy)
     good = answer.returncode == 0 and " UP" in answer.stdout

@@ -168,11 +168,15 @@ def _predict_csv(runs: Sequence[RunFolder], task: Task, path: Path, out: Path) -
     if out == STANDARD:
         write(sys.stdout)
         return
-    with writing(out) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        write(file)
-    from minbert.launch.results import write_record
+    from minbert.launch.results import recorded
 
-    write_record(out.with_name(f"{out.name}.json"), out.name, {"data": str(path.absolute())} | about)
+    record, about = out.with_name(f"{out.name}.json"), {"data": str(path.absolute())} | about
+    with (
+        recorded(record, out.name, about),
+        writing(out) as temporary,
+        temporary.open("w", encoding="utf-8", newline="") as file,
+    ):
+        write(file)
     print(f"{len(rows)} predictions: {out}")
 
 

@@ -31,6 +31,8 @@ FILES: dict[str, str | bytes] = {
     "quote.csv": 'sentence\n"fi"ne\n',
     "twice.csv": "sentence,sentence\nfine,bad\n",
     "mine/thesis.tex": "",
+    "i18n/translations/es.json": "{}",
+    "told/report.json": "{}",
     "course/ids-sst-train.csv": "\tid\tsentence\tsentiment\n0\ta\tgreat\t7\n",
     "search/search.yaml": "samples: 2\nspace: {lr: {kind: loguniform, low: 1.0e-4, high: 1.0e-3}}\n"
     "base: {batch_size: 8, evaluations: 10}\n",
@@ -238,6 +240,15 @@ MISTAKES = [
     Mistake("pretrain --texts nowhere.txt", "is no file", "nowhere.txt", "which task mlm has its texts from"),
     Mistake("pretrain --partition gpu", "is for a job", "--partition", "add --submit"),
     Mistake("augment", "usage", "minbert augment TASK", "--help"),
+    Mistake("augment sts --output {tmp}/out --pivot", "needs a value", "--pivot", "needs a value"),
+    Mistake("augment sts --output {tmp}/out --elements 3", "is about a job", "--elements", "add --slurm"),
+    Mistake("augment sts --output {tmp}/mine", "no earlier augmentation", "{tmp}/mine", "name another folder"),
+    Mistake("augment sts --output {tmp}/i18n", "no earlier augmentation", "{tmp}/i18n", "name another folder"),
+    Mistake("augment sts --output {tmp}/told", "no earlier augmentation", "{tmp}/told", "name another folder"),
+    Mistake("augment sts --output out --task-folder {tmp}/no", "does not exist", "{tmp}/no", "NAME.yaml"),
+    Mistake("augment sts --output out --min-similarity 0.8 --model tiny", "no pretrained weights", "tiny", "`minilm`"),
+    Mistake("augment sts --output out --min-similarity 0.8 --model {tmp}/no", "not exist", "folder {tmp}/no", "give"),
+    Mistake("train --task-folder {tmp}/list.yaml", "is a file", "task folder {tmp}/list.yaml", "name a folder"),
     Mistake("augment stss --output {tmp}/out", "no task", "'stss'", "did you mean 'sts'?"),
     Mistake("augment sts sts --output {tmp}/out", "named twice", "a task", "twice"),
     Mistake("augment sts --max-copy 2 --output {tmp}/out", "not '2'", "--max-copy", "must be less than or equal to 1"),
@@ -269,7 +280,7 @@ def places(request, tmp_path, monkeypatch) -> dict[str, Path]:
     """What stands for {tmp}, {run} and {untrained}; a run is trained only for commands that name one."""
     for name, content in FILES.items():
         file = tmp_path / name
-        file.parent.mkdir(exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content if isinstance(content, bytes) else content.encode())
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -4,6 +4,8 @@ import json
 import math
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -294,3 +296,23 @@ def test_what_shapes_a_run_is_compared_with_the_checkpoint(run, capsys, section,
     assert "from step 3 of 4" in said.out
     assert ("famo starts with a fresh state" in said.err) == (option == "aggregator")
     assert minbert("resume", run, "--steps", 5) == 0
+
+
+RECORDING = """
+import sys
+from pathlib import Path
+from minbert.launch.results import recorded
+
+for number in range(60):
+    with recorded(Path(sys.argv[1]), f"{sys.argv[2]}-{number}", {"data": "builtin"}):
+        pass
+"""
+
+
+def test_prediction_files_that_are_written_at_once_are_all_recorded(tmp_path):
+    """A run that ends and a command write the same folder: neither loses what the record tells of the other's files."""
+    record = tmp_path / "predictions.json"
+    writers = [subprocess.Popen([sys.executable, "-c", RECORDING, record, name]) for name in ("a", "b", "c")]
+    assert [writer.wait() for writer in writers] == [0, 0, 0]
+    assert len(json.loads(record.read_text())) == 180
+    assert [path.name for path in tmp_path.iterdir()] == ["predictions.json"]

@@ -189,3 +189,11 @@ def test_a_sweep_is_split_at_the_sites_array_limit(monkeypatch):
     tasks = [Task(Path(f"/run{index}"), print) for index in range(10)]
     assert submit_tasks(tasks, JobSettings(), Path(), Path(), "x") == tasks
     assert parts == [4, 4, 2]
+
+
+def test_an_open_quotation_in_the_sites_file_names_the_key(tmp_path, monkeypatch):
+    file = tmp_path / "site.yaml"
+    file.write_text("srun_args: '--comment=\"a b'\n")
+    monkeypatch.setenv("MINBERT_SITE", str(file))
+    with pytest.raises(UserError, match="srun_args: no closing quotation"):
+        resolve_settings({})

@@ -7,12 +7,25 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from minbert.data.errors import UserError
 from minbert.data.sequences.tokens import load_tokenizer
 from minbert.trainer.model.bert import Bert
 from minbert.trainer.model.weights import find_checkpoint, load_weights, read_config
 
 TOKENS_PER_BATCH = 8192  # padding included
 LONGEST = 128  # tokens of a sentence that count
+
+
+def require_encoder(model: str) -> None:
+    """Raises UserError if `Similarity` could not have its encoder: a look at its small files."""
+    if model == "tiny":
+        raise UserError(
+            "tiny has no pretrained weights to compare sentences by; give `minilm`, the folder of a BERT checkpoint, "
+            "or a hub name"
+        )
+    folder = find_checkpoint(model)
+    load_tokenizer(folder)
+    read_config(folder)
 
 
 class Similarity:

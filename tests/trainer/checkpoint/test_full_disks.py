@@ -1,5 +1,6 @@
 """Disks that are full or read-only: small ones in memory, mounted for the test. They fail the save and not the run."""
 
+import shutil
 import subprocess
 
 import pytest
@@ -8,6 +9,7 @@ from memory_disk import fill, memory_disk
 from safetensors.torch import load_file
 from small_runs import CORPUS, minbert
 
+from minbert.data.errors import disk_trouble
 from minbert.data.files import LineFile
 from minbert.trainer import train as training
 from minbert.trainer.checkpoint.format import published
@@ -108,3 +110,13 @@ def test_a_torn_line_does_not_swallow_the_next(tmp_path):
     (tmp_path / "log").write_text('{"a": 1}\n{"a"')
     LineFile(tmp_path / "log").append('{"a": 2}')
     assert (tmp_path / "log").read_text().splitlines() == ['{"a": 1}', '{"a"', '{"a": 2}']
+
+
+def test_a_folder_that_is_copied_to_a_full_disk_names_the_file(small_disk, tmp_path):
+    (tmp_path / "encoder").mkdir()
+    (tmp_path / "encoder" / "vocab.txt").write_bytes(b"word\n" * 100_000)
+    fill(small_disk)
+    with pytest.raises(shutil.Error) as raised:
+        shutil.copytree(tmp_path / "encoder", small_disk / "encoder")
+    told = str(disk_trouble(raised.value))
+    assert told.startswith(f"{small_disk}/encoder/vocab.txt could not be written: No space left on device")

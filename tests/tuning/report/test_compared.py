@@ -11,7 +11,7 @@ from scipy.stats import ttest_rel
 from minbert.data.errors import UserError
 from minbert.data.task import Task
 from minbert.launch.main import main
-from minbert.launch.results import write_record
+from minbert.launch.results import recorded
 from minbert.trainer.evaluation.prediction_files import write_predictions
 from minbert.trainer.run.folder import RunFolder
 from minbert.tuning.report.compared import _curves
@@ -77,8 +77,8 @@ def test_several_labels_count_in_the_overall_difference_and_what_cannot_be_drawn
         corpus = config.corpus.model_copy(update={"tasks": (config.corpus.tasks[0], tags)})
         run.write_config(config.model_copy(update={"corpus": corpus}))
         path = run.predictions / "tags-dev-output.csv"
-        write_predictions(path, tags, [f"x , {n}" for n in range(20)], [[(n + wrong) % 2] for n in range(20)])
-        write_record(run.predictions / "predictions.json", path.name, {"data": config.corpus.data})
+        with recorded(run.predictions / "predictions.json", path.name, {"data": config.corpus.data}):
+            write_predictions(path, tags, [f"x , {n}" for n in range(20)], [[(n + wrong) % 2] for n in range(20)])
         pair.append(run)
     found = bootstrap(*pair, draws=20)
     assert (found["tags"].mean, found["sst"].mean, found["overall"].mean) == (-1, 0, -0.5)
