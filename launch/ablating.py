@@ -124,7 +124,7 @@ def submit_missing(
         trial.step = trial.evaluations()[-1]["step"] if scores else 0
         trial.status = "finished" if report.finished else "running" if report.active and report.nodes else "pending"
         trial.error = None
-        if report.state == Ending.FAILED:
+        if report.state in (Ending.FAILED, Ending.OUT_OF_MEMORY):
             trial.status, trial.error = "failed", report.detail or None
         trial.write()
         if trial.status != "finished" and not report.active:

@@ -15,7 +15,7 @@ from rich.text import Text
 from minbert.data.clock import clock
 from minbert.data.errors import UserError
 from minbert.data.files import is_locked, to_json
-from minbert.slurm.endings import Ending, State
+from minbert.slurm.endings import TROUBLE, State
 from minbert.slurm.status import Report, find_runs, inspect_runs
 from minbert.trainer.run.display import View, as_json, is_ascii, may_live
 from minbert.trainer.run.folder import RunFolder
@@ -139,7 +139,7 @@ class ManyRuns:
     @property
     def summary(self) -> str:
         count = {state: sum(report.state == state for report in self.reports) for state in ORDER[:2]}
-        failed = sum(report.state in (Ending.FAILED, Ending.KILLED, Ending.LOST) for report in self.reports)
+        failed = sum(report.state in TROUBLE for report in self.reports)
         over = len(self.reports) - sum(count.values())
         best = max(self.rows, key=lambda row: row[1].best.get("overall", float("-inf")), default=None)
         parts = [f"{over}/{self.planned or len(self.reports)} over", f"{count[State.RUNNING]} running"]
@@ -182,7 +182,7 @@ def table(runs: ManyRuns, width: int, height: int, ascii_only: bool = False) -> 
             f"{view.step:>6}/{view.total or '?':<6}  {left:>6}  {dev:>6}  {best:>6}  "
             f"{'' if speed is None else f'{speed:,.0f}':>8}"
         )
-        style = {State.RUNNING: "cyan", State.PENDING: "yellow", Ending.FAILED: "red"}.get(report.state, "")
+        style = {State.RUNNING: "cyan", State.PENDING: "yellow", **dict.fromkeys(TROUBLE, "red")}.get(report.state, "")
         text.append("\n" + row[:width].rstrip(), style)
     if len(rows) > len(shown):
         text.append(f"\nand {len(rows) - len(shown)} more", "dim")

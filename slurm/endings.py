@@ -30,6 +30,7 @@ class Ending(StrEnum):
 
 
 UNANNOUNCED = (Ending.NODE_FAILURE, Ending.KILLED, Ending.LOST)
+TROUBLE = (*UNANNOUNCED, Ending.FAILED, Ending.OUT_OF_MEMORY)  # after which somebody has to look
 
 
 class State(StrEnum):

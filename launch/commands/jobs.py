@@ -26,6 +26,7 @@ STYLES = {
     Ending.FINISHED: "green",
     Ending.FAILED: "bold red",
     Ending.KILLED: "red",
+    Ending.OUT_OF_MEMORY: "red",
     State.RUNNING: "cyan",
     State.PENDING: "yellow",
     State.UNKNOWN: "bold yellow",

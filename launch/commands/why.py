@@ -11,14 +11,12 @@ from pydantic import Field
 from minbert.data.errors import UserError
 from minbert.launch.commands.logs import files
 from minbert.launch.options import parse
-from minbert.slurm.endings import Ending, State
+from minbert.slurm.endings import TROUBLE, State
 from minbert.slurm.records import Records
 from minbert.slurm.status import inspect_runs
 from minbert.slurm.timeline import first_failure, suspects, tail, timeline, where_they_stand
 from minbert.slurm.waiting import explain
 from minbert.trainer.run.standing import HANGS, read_standings
-
-TROUBLE = (Ending.FAILED, Ending.KILLED, Ending.LOST, Ending.NODE_FAILURE)
 
 
 @dataclass(frozen=True)
