@@ -134,8 +134,8 @@ def _types_of(model: type[BaseModel]) -> dict[str, Any]:
     return {name: field.rebuild_annotation() for name, field in model.model_fields.items()}
 
 
-def build_run_config(options: Mapping[str, Any]) -> RunConfig:
-    """A run's configuration: defaults < the run folder's own < recipes < the file `config` < `options`.
+def build_run_config(options: Mapping[str, Any], below: Mapping[str, Any] = {}) -> RunConfig:
+    """A run's configuration: defaults < `below` < the run folder's own < recipes < the file `config` < `options`.
 
     Raises UserError; the recipe `list` prints all and ends the program.
     """
@@ -148,6 +148,7 @@ def build_run_config(options: Mapping[str, Any]) -> RunConfig:
     run = next((layer["run"] for layer in reversed(layers) if layer.get("run")), None)
     if isinstance(run, str | Path) and (folder := RunFolder(Path(run))).config_file.exists():
         layers.insert(0, flat_options(folder.read_config().model_dump(), str(run)))
+    layers.insert(0, below)
     merged: dict[str, Any] = {}
     for layer in layers:
         given = dict(layer)

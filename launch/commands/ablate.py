@@ -14,7 +14,6 @@ from rich.table import Table
 
 from minbert.data.errors import UserError, require_package
 from minbert.data.files import replacing, to_json
-from minbert.data.reading import read_yaml
 from minbert.launch.ablating import run_here, run_on_ray, submit_missing
 from minbert.launch.help import Option
 from minbert.launch.many_runs import (
@@ -27,7 +26,7 @@ from minbert.launch.many_runs import (
 )
 from minbert.launch.options import build_run_config
 from minbert.slurm.status import is_active
-from minbert.trainer.config import flat_options, flatten, parse_config
+from minbert.trainer.config import flatten, parse_config
 from minbert.trainer.options import Seed
 from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.tuning.ablation import ABLATION_FILE, GROUPS, TITLES, Ablation, plan, refuse_other_ablation
@@ -38,8 +37,8 @@ from minbert.tuning.space import Parameters
 from minbert.tuning.trial import LOCK, Trial
 
 DESCRIPTION = (
-    "Measure extensions against the paper's baseline (features=baseline, hidden_layers=1, freeze=encoder), or go on "
-    "with the ablation in --ablation. Options of a run hold for every variant."
+    "Measure extensions against the paper's baseline (features=baseline, hidden_layers=1, freeze=encoder), or a"
+    " --recipe, or go on with the ablation in --ablation. Options of a run hold for every variant."
 )
 
 OPTIONS = {
@@ -158,12 +157,9 @@ def _resolve(folder: Path, options: Mapping[str, Any], run: dict[str, Any]) -> A
 
 
 def _baseline(run: dict[str, Any], saved: Ablation | None) -> Parameters:
-    """The paper's, the folder's, or what options and a file make of it."""
-    given = dict(saved.baseline) if saved is not None else dict(PAPER_BASELINE)
-    if "config" in run:
-        content = flat_options(read_yaml(run["config"]), str(run["config"]))
-        given = {name: value for name, value in given.items() if name not in content}
-    config = build_run_config(given | run)
+    """The paper's, a recipe's, or the folder's, and what a file and options make of it."""
+    paper = {} if run.get("recipe") else PAPER_BASELINE
+    config = build_run_config(run, below=paper if saved is None else saved.baseline)
     return {name: flatten(config)[name] for name in PAPER_BASELINE} | base_options(config)
 
 

@@ -12,7 +12,7 @@ from searches import TINY
 from minbert.data.errors import UserError
 from minbert.launch.main import main
 from minbert.trainer.config import RunConfig, parse_config
-from minbert.tuning.ablation import plan
+from minbert.tuning.ablation import Ablation, plan
 from minbert.tuning.comparison import paired
 from minbert.tuning.extensions import DEFAULT, EXTENSIONS, PAPER_BASELINE, extension
 from minbert.tuning.trial import Trial
@@ -131,3 +131,15 @@ def test_an_ablation_here_goes_on_and_compares(tmp_path, capsys):
 
     assert main(["ablate", "--ablation", str(folder), "--batch-size", "4"]) == 2
     assert "batch_size: 8 in the folder, 4 asked for" in capsys.readouterr().err
+
+
+def test_a_recipe_is_a_baseline(tmp_path, capsys):
+    words = ["ablate", "--ablation", str(tmp_path / "a"), "--recipe", "paper-full", "tiny", *TINY, "--steps", "1"]
+    assert main([*words, "--extensions", "label_smoothing", "--groups", "alone", "--seeds", "0"]) == 0
+    baseline = Ablation.read(tmp_path / "a").baseline
+    expected = {"features": "siamese", "hidden_layers": 2, "freeze": "none", "aggregator": "sum"}
+    assert {name: baseline[name] for name in PAPER_BASELINE} == expected
+    assert baseline["smart_weight"] == [0.02, 0.0, 0.0]
+    capsys.readouterr()
+    assert main(words[:3]) == main([*words, "--seeds", "0"]) == 0
+    assert "2 runs, 2 are over" in capsys.readouterr().out
