@@ -80,6 +80,7 @@ def test_parts_have_an_example_for_every_process(tmp_path):
         (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"), "CUDA out of memory"),
         (RuntimeError("CUDA error: out of memory\nCUDA kernel errors"), "CUDA error: out of memory"),
         (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "CUBLAS_STATUS_ALLOC_FAILED"),
+        (RuntimeError("NCCL error in: x.cpp:1, Cuda failure 2 'out of memory'"), "Cuda failure 2 'out of memory'"),
         (MemoryError(), "no memory is left"),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), None),
     ],

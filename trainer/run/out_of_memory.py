@@ -19,10 +19,11 @@ from minbert.trainer.processes.world import World
 from minbert.trainer.run.folder import RunFolder
 from minbert.trainer.run.progress import say
 
-# What says so among the errors that are not of a kind of their own: CUDA, its libraries, PyTorch on a CPU, and oneDNN.
+# What says so among the errors that are not of a kind of their own: CUDA (and NCCL of it), its libraries, PyTorch on a
+# CPU, and oneDNN.
 _IN_WORDS = re.compile(
-    r"(CUDA|HIP)( error:)? out of memory[^.]*|\w+_STATUS_ALLOC_FAILED"
-    r"|DefaultCPUAllocator: [^.]*|could not create a (primitive|memory object)"
+    r"(CUDA|Cuda|HIP)\b[^.\n]{0,20}out of memory[^.\n]*|\w+_STATUS_ALLOC_FAILED"
+    r"|DefaultCPUAllocator: [^.\n]*|could not create a (primitive|memory object)"
 )
 
 
