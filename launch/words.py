@@ -61,8 +61,9 @@ def _attach(option: str, words: list[str]) -> str:
 
 
 def convert(option: str, kind: Any, words: list[str]) -> Any:
-    """The words given to an option as a value of its type. Raises UserError, naming the option, if they are none."""
-    if words == ["None"] and NoneType in get_args(bare(kind)):
+    """The words given to an option as a value of its type; `none` leaves one open that may be, whatever a recipe or a
+    file says. Raises UserError, naming the option, if they are no value."""
+    if words in (["none"], ["None"]) and NoneType in get_args(bare(kind)):
         return None
     adapter = TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False))
     value = words if takes_several(kind) else words[0]

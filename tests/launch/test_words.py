@@ -27,7 +27,7 @@ TYPES = {
         ("x --flag y", {"flag": True}, ["x", "y"]),
         ("--count=3 x", {"count": 3}, ["x"]),
         ("--some-rate -1e-3 x", {"some_rate": -1e-3}, ["x"]),
-        ("--some_rate None", {"some_rate": None}, []),
+        ("--some_rate None --stage none --where ./none", {"some_rate": None, "stage": None, "where": Path("none")}, []),
         ("--stage 1 --level 1", {"stage": 1, "level": 1}, []),
         ("--level low --level 2", {"level": 2}, []),
         ("--names a b --weights 1 -2", {"names": ("a", "b"), "weights": (1.0, -2.0)}, []),
