@@ -8,9 +8,13 @@ import resource
 
 import pytest
 from small_runs import CORPUS, logged, minbert, outside
+from waiting import until
 
 from minbert.data.errors import UserError
 from minbert.launch.processes import record_errors
+from minbert.slurm.endings import Ending
+from minbert.slurm.records import Records
+from minbert.slurm.status import inspect_runs
 from minbert.trainer.options import ParallelConfig
 from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.processes.world import start as start_world
@@ -53,6 +57,16 @@ def test_trials_that_do_not_fit_go_on_in_smaller_parts(tmp_path, monkeypatch):
     trial = tmp_path / "ablation" / "runs" / "unfrozen" / "seed-0"
     assert RunFolder(trial).read_config().batch.accumulation > 1
     assert json.loads((trial / "trial.json").read_text())["status"] == "finished"
+
+
+def test_a_local_job_that_does_not_fit_goes_on_in_smaller_parts(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    run = tmp_path / "run"
+    limited("submit", "--run", run, *LARGE, MANY, "--executor", "local")
+    until(lambda: not inspect_runs([run])[0].active, "the job's end", seen=lambda: inspect_runs([run]), pause=0.2)
+    assert inspect_runs([run])[0].state == Ending.FINISHED
+    assert RunFolder(run).read_config().batch.accumulation > 1
+    assert {attempt.ending for attempt in Records(run).attempts()[:-1]} == {Ending.OUT_OF_MEMORY}
 
 
 def test_what_cannot_be_cut_is_told(tmp_path, monkeypatch):
