@@ -12,11 +12,15 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
+
+from minbert.data.errors import UserError
+
+LOOK = 0.02  # seconds between two tries to take a lock
 
 log = logging.getLogger(__name__)
 
@@ -75,12 +79,13 @@ def flush_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def lock(path: Path) -> int:
+def lock(path: Path, patience: float = 0.0) -> int:
     """Take the lock that the file `path` stands for. It lasts until every process that has the descriptor, which is
-    returned, has closed it or ended. Raises BlockingIOError if somebody has it for longer than a look at it takes."""
-    patiences = chain(repeat(0.02, 10), repeat(0.0))
+    returned, has closed it or ended. Raises BlockingIOError if somebody has it for longer than a look at it takes and
+    `patience` seconds."""
+    pauses = chain(repeat(LOOK, 10 + round(patience / LOOK)), repeat(0.0))
     while True:
-        patience = next(patiences)
+        pause = next(pauses)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -89,10 +94,10 @@ def lock(path: Path) -> int:
         except FileNotFoundError:
             pass  # its last owner has removed the file: another one counts now
         except BlockingIOError:
-            if not patience:
+            if not pause:
                 os.close(descriptor)
                 raise
-            time.sleep(patience)
+            time.sleep(pause)
         except OSError:
             os.close(descriptor)
             raise
@@ -103,25 +108,29 @@ def lock(path: Path) -> int:
 def holding(path: Path, patience: float = 0.0) -> Iterator[None]:
     """`lock(path)` to the end of the block, with which the file goes; a file system without locks does without. Raises
     BlockingIOError if somebody else has it, after `patience` seconds."""
-    deadline = time.monotonic() + patience
     descriptor = None
-    while descriptor is None:
-        try:
-            descriptor = lock(path)
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                raise
-            time.sleep(0.1)
-        except OSError as error:
-            if error.filename is not None:
-                raise
-            break  # it has none
+    try:
+        descriptor = lock(path, patience)
+    except OSError as error:
+        if isinstance(error, BlockingIOError) or error.filename is not None:
+            raise
     try:
         yield
     finally:
         path.unlink(missing_ok=True)
         if descriptor is not None:
             os.close(descriptor)
+
+
+@contextmanager
+def alone(path: Path, told: str, patience: float = 0.0) -> Iterator[None]:
+    """`holding(path, patience)`; what a user is `told` where somebody else has it. Raises UserError."""
+    with ExitStack() as ours:
+        try:
+            ours.enter_context(holding(path, patience))
+        except BlockingIOError:
+            raise UserError(told) from None
+        yield
 
 
 def to_json(value: Any, indent: int | None = None) -> str:

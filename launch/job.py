@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from minbert.data.errors import UserError
@@ -92,13 +93,12 @@ class RunJob:
             error = Error.read(self.run / "logs" / "rank-0.error")
             if error and error.code not in TOLD:  # which was printed
                 print(error.text, file=sys.stderr)
+            verdict = Verdict(Ending.FAILED, Next.NOTHING, error.summary if error else "")
             if error and error.code == ExitCode.OUT_OF_MEMORY:
-                verdict = Verdict(Ending.OUT_OF_MEMORY, Next.NOTHING, error.summary)
+                verdict = replace(verdict, ending=Ending.OUT_OF_MEMORY)
                 if len(before) < LOCAL_STARTS - 1:
                     verdict = in_smaller_parts(self.run, verdict, allocation.tasks)
                     print(verdict.detail, flush=True)
-            else:
-                verdict = Verdict(Ending.FAILED, Next.NOTHING, error.summary if error else "")
             goes_on = verdict.next is Next.GO_ON
             records.end(attempt, verdict.ending, verdict.detail, left.code, Ending.REQUEUED if goes_on else "")
             if goes_on:

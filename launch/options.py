@@ -143,12 +143,11 @@ def build_run_config(options: Mapping[str, Any], below: Mapping[str, Any] = {}) 
     where = "options" if file is None else str(file)
     options = {name: value for name, value in options.items() if name not in RUN_OPTIONS}
     layers = [options] if file is None else [flat_options(read_yaml(file), where), options]
-    layers = with_recipes(layers)
+    layers = [below, *with_recipes(layers)]
     aggregator = next((layer["aggregator"] for layer in reversed(layers) if "aggregator" in layer), None)
     run = next((layer["run"] for layer in reversed(layers) if layer.get("run")), None)
     if isinstance(run, str | Path) and (folder := RunFolder(Path(run))).config_file.exists():
-        layers.insert(0, flat_options(folder.read_config().model_dump(), str(run)))
-    layers.insert(0, below)
+        layers.insert(1, flat_options(folder.read_config().model_dump(), str(run)))
     merged: dict[str, Any] = {}
     for layer in layers:
         given = dict(layer)

@@ -3,11 +3,11 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from minbert.data.errors import UserError, disk_trouble
-from minbert.data.files import holding, replacing
+from minbert.data.files import alone, replacing
 
 LOCK = ".lock"  # in a folder that a command fills, as long as it does
 # What nobody writes but the run itself.
@@ -49,7 +49,7 @@ def whole_or_gone(folder: Path, new: bool = False) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise UserError(f"cannot write to {folder}: it may not be written to")
-        with _alone_in(folder):
+        with alone(folder / LOCK, f"another command writes into {folder}; wait for it, or name another folder"):
             was_empty = not _content(folder)
             if new and not was_empty:
                 raise UserError(f"{folder} exists and is not an empty folder; name a new one")
@@ -66,16 +66,6 @@ def whole_or_gone(folder: Path, new: bool = False) -> Iterator[None]:
         if isinstance(error, OSError) and error.filename in (str(path) for path in (folder, *folder.parents)):
             raise UserError(f"cannot write to {folder}: {error.strerror}; name another folder") from None
         raise
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    with ExitStack() as held:
-        try:
-            held.enter_context(holding(folder / LOCK))
-        except BlockingIOError:
-            raise UserError(f"another command writes into {folder}; wait for it, or name another folder") from None
-        yield
 
 
 def _content(folder: Path) -> list[Path]:

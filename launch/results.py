@@ -6,14 +6,14 @@ Beside the files lies `predictions.json`, which tells for each of them what was 
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
 
 from minbert.data.errors import UserError
-from minbert.data.files import holding, naming, replacing, to_json
+from minbert.data.files import alone, naming, replacing, to_json
 from minbert.data.sequences.tokens import Tokenizer
 from minbert.data.task import Split
 from minbert.trainer.checkpoint.saving import now
@@ -181,11 +181,8 @@ def recorded(path: Path, name: str, entry: dict[str, Any]) -> Iterator[None]:
     Raises UserError if that takes too long.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with naming(path), ExitStack() as ours:
-        try:
-            ours.enter_context(holding(path.with_name(f".{path.name}.lock"), PATIENCE))
-        except BlockingIOError:
-            raise UserError(f"another command writes {path}; wait for it, or name another place") from None
+    told = f"another command writes {path}; wait for it, or name another place"
+    with naming(path), alone(path.with_name(f".{path.name}.lock"), told, PATIENCE):
         yield
         try:
             known = json.loads(path.read_bytes())

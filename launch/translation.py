@@ -5,8 +5,7 @@ what is done already lies in the output folder.
 """
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +23,7 @@ from minbert.data.augmentation.selection import Cosines, HeldOut, Selection, hel
 from minbert.data.augmentation.store import Store, Translation, is_store
 from minbert.data.augmentation.work import Unit, Workshop, units
 from minbert.data.errors import UserError
-from minbert.data.files import holding, replacing, to_json
+from minbert.data.files import alone, replacing, to_json
 from minbert.data.sources.examples import BadRows, Examples, limit
 from minbert.data.sources.loading import load_examples
 from minbert.data.task import DECLARATIONS, Task, resolve_task
@@ -231,7 +230,8 @@ def finish(work: Work, console: Console) -> dict[str, Any]:
 
     selection = select(work.texts, translations, options, work.min_similarity, cosines)
     tasks: dict[str, Any] = {}
-    with _alone(work.output):
+    # One command at a time; the next waits for it.
+    with alone(work.output / ".lock", f"another command writes into {work.output}; wait for it", LOCK_PATIENCE):
         for name, examples in work.examples.items():
             kept, equal = new_rows(examples, selection.variants)
             write_rows(work.file(name), examples.task, kept)
@@ -272,17 +272,6 @@ def _report(work: Work, selection: Selection, held: HeldOut, tasks: Mapping[str,
         "not_compared_with": dict(held.absent),
         "options": {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()},
     }
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """The files of an output folder are written by one command at a time; the next waits for it. Raises UserError."""
-    with ExitStack() as ours:
-        try:
-            ours.enter_context(holding(folder / ".lock", LOCK_PATIENCE))
-        except BlockingIOError:
-            raise UserError(f"another command writes into {folder}; wait for it") from None
-        yield
 
 
 def make_output(work: Work) -> None:

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from minbert.data.errors import UserError
@@ -201,8 +202,8 @@ def in_smaller_parts(run: Path, verdict: Verdict, processes: int) -> Verdict:
         with folder.locked(LOCK_PATIENCE):
             parts = cut_further(folder, processes)
     except UserError as error:
-        return Verdict(verdict.ending, Next.NOTHING, f"{verdict.detail}; {error}")
-    return Verdict(verdict.ending, Next.GO_ON, f"{verdict.detail}; going on with accumulation={parts}")
+        return replace(verdict, next=Next.NOTHING, detail=f"{verdict.detail}; {error}")
+    return replace(verdict, next=Next.GO_ON, detail=f"{verdict.detail}; going on with accumulation={parts}")
 
 
 def go_on(run: Path, records: Records, attempt: Attempt, verdict: Verdict) -> int:

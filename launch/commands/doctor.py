@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 
 from minbert.data.machine import bf16_units, cgroup_limit
+from minbert.slurm.controller import COMMANDS
 from minbert.trainer.processes.exit_codes import ExitCode
 
 TRAINING, SLURM, SEARCH, TRANSLATION = SECTIONS = ("training", "SLURM", "search (Ray)", "translation")
@@ -256,7 +257,7 @@ def apertium() -> Check:
 
 
 def slurm_commands() -> Check:
-    commands = ("sbatch", "srun", "squeue", "sacct", "scontrol")
+    commands = (*COMMANDS, "sacct")
     missing = [command for command in commands if not shutil.which(command)]
     if not missing:
         return Check(SLURM, "commands", True, ", ".join(commands))

@@ -8,6 +8,7 @@ from typing import Any
 from minbert.launch.options import build_run_config, read_run_options
 from minbert.launch.ownership import lock_runs
 from minbert.launch.processes import launch
+from minbert.launch.worker import work
 from minbert.trainer.config import RunConfig
 from minbert.trainer.model.memory import require_memory
 from minbert.trainer.processes.exit_codes import ExitCode
@@ -37,12 +38,8 @@ def start(config: RunConfig, force: bool, apart: bool = False) -> int:
     with lock_runs([config.run]), reading_once() as data:
         run = prepare(config, force, predicts=True)
         say(f"Run folder: {run.path}", config)
-        code = ExitCode.OUT_OF_MEMORY
-        if config.parallel.processes == 1 and not apart:
-            from minbert.launch.worker import work
-
-            code = once_here(run, lambda: work(run, force))
-        if code == ExitCode.OUT_OF_MEMORY:
+        apart = apart or config.parallel.processes > 1
+        if apart or (code := once_here(run, lambda: work(run, force))) == ExitCode.OUT_OF_MEMORY:
             data.clear()  # the processes have their own
             command = [sys.executable, "-m", "minbert.launch.worker", str(run.path), "--locked"]
             command += ["--force"] * force
