@@ -5,12 +5,14 @@ The processes may have so much memory and no more: it really runs out.
 
 import json
 import resource
+import weakref
 
 import pytest
+import torch
 from small_runs import CORPUS, logged, minbert, outside
 from waiting import until
 
-from minbert.data.errors import UserError
+from minbert.data.errors import OutOfMemory, UserError
 from minbert.launch.processes import record_errors
 from minbert.slurm.endings import Ending
 from minbert.slurm.records import Records
@@ -86,6 +88,20 @@ def test_parts_have_an_example_for_every_process(tmp_path):
     with pytest.raises(UserError, match="batch_size=8 on 2 processes cannot be cut into 8 parts"):
         cut_further(run, 2)
     assert run.read_config().batch.accumulation == 4
+
+
+def test_what_filled_the_memory_is_given_back_before_it_is_told():
+    """Whoever tells of it, and cuts the batches, needs some: the error itself would keep the step's tensors."""
+    kept: list[weakref.ref] = []
+
+    def step() -> None:
+        activations = torch.zeros(8)
+        kept.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with pytest.raises(OutOfMemory) as told, telling(3, start_world(ParallelConfig(device="cpu"))):
+        step()
+    assert told.value.__context__ is not None and kept[0]() is None
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ whose step does not fit goes on from its newest checkpoint in twice as many.
 
 import re
 import socket
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -30,7 +31,7 @@ _IN_WORDS = re.compile(
 @contextmanager
 def telling(step: int, world: World) -> Iterator[None]:
     """Raises OutOfMemory in place of what PyTorch, its libraries and Python raise where memory does not suffice for
-    `step`."""
+    `step`, whose tensors are given back by then."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -41,6 +42,8 @@ def telling(step: int, world: World) -> Iterator[None]:
         where = f"GPU {world.device.index or 0}" if world.device.type == "cuda" else "the process"
         if world.size > 1:
             where += f" of rank {world.rank} on {socket.gethostname()}"
+        traceback.clear_frames(error.__traceback__)  # they hold what filled the memory, and who tells of it needs some
+        free_memory()
         raise OutOfMemory(f"step {step} does not fit into the memory of {where}: {what}") from None
 
 
