@@ -61,12 +61,38 @@ def _cut(line: str) -> str:
     return line if len(line) <= LONGEST_LINE else f"{line[:half]} ... {line[-half:]}"
 
 
+# What says that memory ran out among the errors that are not of a kind of their own: CUDA (and NCCL of it), its
+# libraries, PyTorch on a CPU, and oneDNN.
+_NO_MEMORY = re.compile(
+    r"(CUDA|Cuda|HIP)\b[^.\n]{0,20}out of memory[^.\n]*|\w+_STATUS_ALLOC_FAILED"
+    r"|DefaultCPUAllocator: [^.\n]*|could not create a (primitive|memory object)"
+)
+
+
+def memory_trouble(error: BaseException) -> str | None:
+    """What `error` says of memory that does not suffice; None if it is any other."""
+    if found := _NO_MEMORY.search(str(error)):
+        return found[0]
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # PyTorch's, which we don't import
+        return str(error).split("\n")[0] or "no memory is left"
+    return None
+
+
 # The user's to mend, wherever it is noticed.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_WAY: tuple[int, ...] = (errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EIO)
 _NO_WAY += (errno.ENOENT, errno.EISDIR, errno.EEXIST, errno.EINVAL, errno.ENXIO)
 # Libraries in Rust and C++ raise errors of their own.
 _IN_WORDS = re.compile(r"(No space left on device|Disk quota exceeded|Read-only file system|File too large)")
+
+
+def machine_trouble(error: BaseException) -> UserError | None:
+    """What to tell of a disk or a memory that does not suffice, if that is what `error` comes of; None for any other
+    error."""
+    if not (memory := memory_trouble(error)):
+        return disk_trouble(error)
+    hint = "Fewer processes, --precision bf16, a smaller --max-length or model take less"
+    return UserError(f"memory does not suffice: {memory}. {hint}")
 
 
 def disk_trouble(error: BaseException | None) -> UserError | None:

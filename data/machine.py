@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 GIB = 2**30
+PROCESS = 150 << 20  # bytes that a process of ours has of its own, before any model
 
 
 def available() -> float:

@@ -113,6 +113,7 @@ def submit_missing(
 ) -> None:
     """Look how the runs stand on the cluster, and submit those that are neither finished nor have a job."""
     from minbert.launch.submitting import job_settings, prepare_and_submit, with_processes
+    from minbert.trainer.run.out_of_memory import as_cut  # imports PyTorch
 
     settings = job_settings(None, job)
     refuse_hopeless(settings, folder)
@@ -130,5 +131,6 @@ def submit_missing(
         if trial.status != "finished" and not report.active:
             missing.append(trial)
     if missing:
-        configs = [parse_config(ablation.options(trial) | {"run": trial.folder}, trial.name) for trial in missing]
+        asked = (parse_config(ablation.options(trial) | {"run": trial.folder}, trial.name) for trial in missing)
+        configs = [as_cut(config) for config in asked]
         prepare_and_submit([with_processes(config, settings) for config in configs], settings, folder)

@@ -8,7 +8,7 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import NoReturn
 
-from minbert.data.errors import UserError, disk_trouble
+from minbert.data.errors import UserError, machine_trouble
 from minbert.launch.manual import COMMANDS, Help
 from minbert.trainer.processes.exit_codes import ExitCode, leave
 
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         _drop_output()
         return ExitCode.FAILED
     except Exception as error:
-        if not (trouble := disk_trouble(error)):
+        if not (trouble := machine_trouble(error)):
             raise
         print(f"minbert: {trouble}", file=sys.stderr)
         _drop_output()

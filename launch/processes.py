@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minbert.data.errors import OutOfMemory, UserError, disk_trouble
+from minbert.data.errors import OutOfMemory, UserError, machine_trouble
 from minbert.slurm.verdict import TOLD, Error
 from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.processes.stop import leave_terminal, stop_signals
@@ -53,7 +53,7 @@ def record_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         raise SystemExit(ExitCode.LEFT_AT_ONCE) from None
     except Exception as error:
-        mistake = error if isinstance(error, UserError) else disk_trouble(error)
+        mistake = error if isinstance(error, UserError) else machine_trouble(error)
         if mistake is not None:
             code = ExitCode.OUT_OF_MEMORY if isinstance(mistake, OutOfMemory) else ExitCode.USER_MISTAKE
             _leave_error(code, str(mistake))

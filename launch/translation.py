@@ -24,6 +24,7 @@ from minbert.data.augmentation.store import Store, Translation, is_store
 from minbert.data.augmentation.work import Unit, Workshop, units
 from minbert.data.errors import UserError
 from minbert.data.files import alone, replacing, to_json
+from minbert.data.machine import PROCESS, available, size
 from minbert.data.sources.examples import BadRows, Examples, limit
 from minbert.data.sources.loading import load_examples
 from minbert.data.task import DECLARATIONS, Task, resolve_task
@@ -123,6 +124,12 @@ class Work:
 
             require_encoder(self.model)
         self.recipes  # noqa: B018
+        processes = min(self.processes or 1, len(self.units))
+        if (needed := processes * PROCESS) > (there := available()):
+            raise UserError(
+                f"{processes:,} processes need at least {size(needed)} of memory, and this machine has {size(there)}; "
+                "ask for fewer --processes"
+            )
 
     @cached_property
     def translator_model(self) -> Model:

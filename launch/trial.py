@@ -34,16 +34,16 @@ def train_trial(config: RunConfig, stop: StopRequest, begin: Callable[[int], Non
     `begin` is told the steps of the budget before the first of them. No prediction files are written: what a search
     wants is the score. Returns the exit code, and the error if it failed.
     """
+    from minbert.trainer.run.out_of_memory import as_cut, once_here
     from minbert.trainer.run.preparation import prepare
 
     try:
         with RunFolder(config.run).locked(LOCK_PATIENCE) as lock:
-            run = prepare(config)
+            run = prepare(as_cut(config))
             begin(count_steps(run.read_config()))
             if config.parallel.processes > 1 or config.parallel.zero_stage is not None:
                 return _train_elsewhere(run, stop, lock)
             from minbert.launch.worker import work
-            from minbert.trainer.run.out_of_memory import once_here
 
             code = once_here(run, lambda: work(run, stop=stop, predictions=False))
             return (code, "") if code != ExitCode.OUT_OF_MEMORY else _train_elsewhere(run, stop, lock)

@@ -1,8 +1,6 @@
 """Why a job waits, in words: SLURM's reason, its place in the queue, when it is expected to start, and what would make
 that sooner."""
 
-import os
-import pwd
 import shlex
 from collections.abc import Sequence
 from datetime import datetime
@@ -72,8 +70,7 @@ def in_words(reason: str) -> str:
 def _place(own: Waiting, waiting: Sequence[Waiting], partition: str) -> str:
     ready = [job for job in waiting if not job.held_back]
     before = ready[: ready.index(own)]
-    me = pwd.getpwuid(os.getuid()).pw_name
-    mine = sum(job.user == me for job in before)
+    mine = sum(job.user == own.user for job in before)
     text = f"It is the {ordinal(len(before) + 1)} of {len(ready)} in the queue of partition {partition}"
     if before:
         text += f", behind {', '.join(job.job_id for job in before[:5])}{' and others' if len(before) > 5 else ''}"

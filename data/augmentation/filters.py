@@ -9,7 +9,10 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
+
+from rapidfuzz.distance import Levenshtein
 
 Filter = Literal["empty", "unknown", "equal", "copy", "length", "numbers", "names", "leakage"]
 SIMILARITY = "similarity"
@@ -18,6 +21,7 @@ SIMILARITY = "similarity"
 _TWO_ON = ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 _WORDS = {word: str(number) for number, word in enumerate(_TWO_ON, 2)}
 _MARK = re.compile(r"(?<![\w*@#])[*@#](?=\w)")
+_TOKEN = re.compile(r"[*@#]\w+")
 _MARKED = re.compile(r"(?<![\w*@#])[*@#](\w[\w'’-]*)")
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 _WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
@@ -51,13 +55,13 @@ def plain(text: str) -> str:
 
 def unmark(text: str, raw: str) -> str:
     """`raw` without the marks of a rule-based translator; those that stand in `text`, too, stay."""
-    own = set(re.findall(r"[*@#]\w+", text))
-    return _MARK.sub(lambda mark: mark[0] if _token(raw, mark.start()) in own else "", raw)
+    own = set(_TOKEN.findall(text))
 
+    def drop(mark: re.Match[str]) -> str:
+        token = _TOKEN.match(raw, mark.start())
+        return mark[0] if token and token[0] in own else ""
 
-def _token(raw: str, start: int) -> str:
-    found = re.match(r"[*@#]\w+", raw[start:])
-    return found[0] if found else ""
+    return _MARK.sub(drop, raw)
 
 
 def unknown_words(text: str, raw: str) -> list[str]:
@@ -67,29 +71,9 @@ def unknown_words(text: str, raw: str) -> list[str]:
     return [word for word in _MARKED.findall(raw) if not set(plain(word).split()) <= there]
 
 
-def edit_distance(a: str, b: str) -> int:
-    """Levenshtein's, by Myers' bit vectors (1999) in the form of Hyyrö (2003): a big integer is a column."""
-    if not a or not b:
-        return len(a) + len(b)
-    places: dict[str, int] = {}
-    for index, character in enumerate(a):
-        places[character] = places.get(character, 0) | 1 << index
-    everywhere, last = (1 << len(a)) - 1, 1 << (len(a) - 1)
-    up, down, distance = everywhere, 0, len(a)
-    for character in b:
-        equal = places.get(character, 0)
-        diagonal = (((equal & up) + up) ^ up) | equal | down
-        more, less = down | ~(diagonal | up) & everywhere, up & diagonal
-        distance += bool(more & last) - bool(less & last)
-        more, less = more << 1 | 1, less << 1
-        up, down = (less | ~(diagonal | more)) & everywhere, more & diagonal & everywhere
-    return distance
-
-
-def copied(a: str, b: str) -> float:
-    """1 for equal texts, 0 where no character stayed: 1 - edit distance / length of the longer."""
-    longer = max(len(a), len(b))
-    return 1 - edit_distance(a, b) / longer if longer else 1.0
+def is_copy(a: str, b: str, share: float) -> bool:
+    """Whether more than `share` of the characters stayed: 1 - edit distance / length of the longer."""
+    return Levenshtein.normalized_similarity(a, b, score_cutoff=share) > share
 
 
 def numbers(text: str) -> Counter[str]:
@@ -105,9 +89,8 @@ def names(text: str) -> set[str]:
     long = [match[0] for match in words[1:] if len(match[0]) > 4]
     if len(long) > 2 and all(word[0].isupper() for word in long):
         return set()
-    capital = [match for match in words if match[0][0].isupper() and not re.fullmatch(r"I(['’]\w+)?", match[0])]
-    inner = [match for match in capital if not re.search(r"(^|[.!?:]\s*)[^\w]*$", text[: match.start()])]
-    return {_bare(match[0]) for match in inner}
+    inner = [word[0] for before, word in pairwise(words) if not set(".!?:") & set(text[before.end() : word.start()])]
+    return {_bare(word) for word in inner if word[0].isupper() and not re.fullmatch(r"I(['’]\w+)?", word)}
 
 
 def _bare(word: str) -> str:
@@ -124,7 +107,7 @@ FILTERS: dict[str, Callable[[str, str, str, FilterOptions], bool]] = {
     "empty": lambda text, raw, back, options: not plain(back),
     "unknown": lambda text, raw, back, options: bool(unknown_words(text, raw)),
     "equal": lambda text, raw, back, options: plain(text) == plain(back),
-    "copy": lambda text, raw, back, options: copied(plain(text), plain(back)) > options.max_copy,
+    "copy": lambda text, raw, back, options: is_copy(plain(text), plain(back), options.max_copy),
     "length": lambda text, raw, back, options: _length_ratio(text, back) > options.max_length_ratio,
     "numbers": lambda text, raw, back, options: numbers(text) != numbers(back),
     "names": lambda text, raw, back, options: not names(text) <= set(plain(back).split()),

@@ -15,6 +15,7 @@ from waiting import PATIENCE, until
 
 from minbert.data.augmentation.apertium import DATA
 from minbert.launch.main import main
+from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.run.folder import RunFolder
 
 pytest.importorskip("easynmt", reason="EasyNMT is not installed")
@@ -73,6 +74,13 @@ def test_a_second_run_translates_nothing(models, augmented, capsys):
     assert main([*words, "--output", str(augmented)]) == 0
     assert "missing" not in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in (augmented / "translations").rglob("*.jsonl")} == before
+
+
+def test_more_processes_than_the_machine_has_memory_for_are_refused(models, tmp_path, capsys):
+    words = [*NEW_ROWS, "--translator", str(models), "--sample", "--variants", "100000", "--processes", "100000"]
+    assert main([*words, "--output", str(tmp_path / "out")]) == ExitCode.USER_MISTAKE
+    assert "100,000 processes need at least 14,648.4 GiB" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("mode", ["draw", "append"])

@@ -6,6 +6,7 @@ The processes may have so much memory and no more: it really runs out.
 import json
 import resource
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,15 +14,18 @@ from small_runs import CORPUS, logged, minbert, outside
 from waiting import until
 
 from minbert.data.errors import OutOfMemory, UserError
+from minbert.launch.options import build_run_config
 from minbert.launch.processes import record_errors
 from minbert.slurm.endings import Ending
 from minbert.slurm.records import Records
 from minbert.slurm.status import inspect_runs
+from minbert.trainer.model.bert import Bert
+from minbert.trainer.model.weights import read_config, save_checkpoint
 from minbert.trainer.options import ParallelConfig
 from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.processes.world import start as start_world
 from minbert.trainer.run.folder import RunFolder
-from minbert.trainer.run.out_of_memory import cut_further, telling
+from minbert.trainer.run.out_of_memory import as_cut, cut_further, telling
 
 ENOUGH = 1 << 30  # bytes: for a process and two hundred examples of each task at a time, not for six hundred
 MANY = 640
@@ -88,6 +92,39 @@ def test_parts_have_an_example_for_every_process(tmp_path):
     with pytest.raises(UserError, match="batch_size=8 on 2 processes cannot be cut into 8 parts"):
         cut_further(run, 2)
     assert run.read_config().batch.accumulation == 4
+
+
+def test_a_run_that_was_cut_stays_so_when_its_trial_is_tried_again(tmp_path):
+    folder = tmp_path / "run"
+    assert minbert("train", "--run", folder, "--data", CORPUS, "--batch-size", 8, "--steps", 1) == 0
+    asked = build_run_config({"run": folder, "batch_size": 8})
+    assert as_cut(asked) == asked
+    cut_further(RunFolder(folder), 1)
+    assert as_cut(asked).batch.accumulation == 2
+    assert as_cut(build_run_config({"run": folder, "accumulation": 4})).batch.accumulation == 4
+    smaller = build_run_config({"run": folder, "batch_size": 2, "accumulation": 1})
+    assert as_cut(smaller) == smaller  # which may fit, and cannot have as many parts
+
+
+def test_scores_that_do_not_fit_are_made_in_smaller_batches(tmp_path, monkeypatch):
+    """Of an encoder so wide that half of a batch of the dev rows would be more than a process may have."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    small, wide, run = tmp_path / "small", tmp_path / "wide", tmp_path / "run"
+    small_run = ["--data", CORPUS, "--steps", 1, "--trackers", "--batch-size", 2]
+    assert minbert("train", "--run", small, *small_run) == 0
+    shape = replace(read_config(small / "encoder"), hidden_size=16, num_hidden_layers=1, intermediate_size=1 << 17)
+    save_checkpoint(wide, shape, Bert(shape).state_dict(), small / "encoder")
+    assert minbert("train", "--run", run, "--model", wide, *small_run) == 0
+    whole, parts = outside("evaluate", run, "--json"), limited("evaluate", run, "--json")
+    assert json.loads(parts.stdout) == pytest.approx(json.loads(whole.stdout), abs=1e-6)
+
+
+def test_other_memory_that_does_not_suffice_is_told_without_a_traceback(capsys):
+    """A model that the process has no room for."""
+    with pytest.raises(SystemExit) as left, record_errors():
+        torch.empty(1 << 60)
+    assert left.value.code == ExitCode.USER_MISTAKE
+    assert capsys.readouterr().err.startswith("minbert: memory does not suffice: DefaultCPUAllocator")
 
 
 def test_what_filled_the_memory_is_given_back_before_it_is_told():

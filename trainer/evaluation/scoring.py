@@ -2,6 +2,7 @@
 tasks' own losses of the same outputs.
 """
 
+import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import closing
@@ -12,12 +13,16 @@ import torch
 from torch import Tensor
 
 from minbert.data.batches.batch import Batch, Portion, make_batch
+from minbert.data.errors import memory_trouble
+from minbert.data.machine import free_memory
 from minbert.data.sequences.split import TokenisedSplit
 from minbert.data.task import CORRELATIONS, Task
 from minbert.trainer.feed import Feed
 from minbert.trainer.objectives.coupled import pearson
 from minbert.trainer.objectives.supervised import example_losses, predictions, scaled
 from minbert.trainer.processes.world import World
+
+log = logging.getLogger(__name__)
 
 TOKENS_PER_BATCH = 8192
 ASKED_EVERY = 32  # batches
@@ -41,7 +46,6 @@ def predict(
     return None if found is None else predictions(task, found)
 
 
-@torch.no_grad()
 def outputs(
     model, task: Task, split: TokenisedSplit, world: World, stop: Callable[[], bool] = lambda: False
 ) -> Tensor | None:
@@ -54,10 +58,26 @@ def outputs(
     The split is ordered by length and cut into batches of similar token counts, which the processes share out and make
     ahead, as in training. Each writes its outputs into its rows of a matrix of zeros, and the sum over processes is the
     result: no padding of the split, no duplicates, one exchange. All processes run equally many batches, as sharded
-    parameters demand.
+    parameters demand. A process by itself whose memory does not suffice goes on with batches of half the tokens.
     """
+    tokens = TOKENS_PER_BATCH
+    while True:
+        try:
+            return _outputs(model, task, split, world, stop, tokens)
+        except (MemoryError, RuntimeError) as error:
+            if world.size > 1 or tokens <= max(split.lengths, default=0) or not memory_trouble(error):
+                raise
+        free_memory()  # of which the error held some
+        tokens //= 2
+        log.info("%s is scored in batches of %d tokens, as those of twice as many did not fit", task.name, tokens)
+
+
+@torch.no_grad()
+def _outputs(
+    model, task: Task, split: TokenisedSplit, world: World, stop: Callable[[], bool], tokens: int
+) -> Tensor | None:
     result = torch.zeros(len(split), task.outputs, device=world.device)
-    chunks = _chunks(split)
+    chunks = _chunks(split, tokens)
     turns = -(-len(chunks) // world.size)
     chunks += [np.zeros(0, np.int64)] * (turns * world.size - len(chunks))
 
@@ -182,12 +202,12 @@ def share_of_best(task: Task, score: float) -> float:
 
 def count_batches(split: TokenisedSplit) -> int:
     """How often `outputs` asks for a stop in one process."""
-    return len(_chunks(split))
+    return len(_chunks(split, TOKENS_PER_BATCH))
 
 
-def _chunks(split: TokenisedSplit) -> list[np.ndarray]:
-    """Rows by descending length, cut where a batch reaches the token budget: the largest batch comes first."""
+def _chunks(split: TokenisedSplit, tokens: int) -> list[np.ndarray]:
+    """Rows by descending length, cut where a batch reaches so many `tokens`: the largest batch comes first."""
     lengths = split.lengths
     order = np.argsort(-lengths, kind="stable")
-    group = np.cumsum(lengths[order]) // TOKENS_PER_BATCH
+    group = np.cumsum(lengths[order]) // tokens
     return np.split(order, np.flatnonzero(np.diff(group)) + 1)

@@ -7,18 +7,17 @@ would take minutes and then the machine. What passes may still be too large.
 import torch
 
 from minbert.data.errors import UserError
-from minbert.data.machine import available, size
+from minbert.data.machine import PROCESS, available, size
 from minbert.trainer.config import RunConfig
 from minbert.trainer.model.bert import BertConfig
 
-WORKER = 150 << 20  # bytes that a process of ours has of its own, before any model
 LAYER = 5000  # of the Python objects that are a hidden layer
 LEAST_TOKENS = 4  # of a sentence
 
 
 def require_memory(config: RunConfig, shape: BertConfig, processes: int) -> None:
     """Raises UserError if `processes`, so many of the run's as are on this machine, need more memory than it has."""
-    needed: dict[str, float] = {"the processes themselves": processes * WORKER}
+    needed: dict[str, float] = {"the processes themselves": processes * PROCESS}
     if config.parallel.device == "cpu" or not torch.cuda.is_available():
         parameters, trained = _parameters(config, shape)
         share = processes / max(processes, config.parallel.processes)  # of what the processes share out

@@ -4,28 +4,18 @@ A step's result does not depend on the number of parts in which its batches are 
 whose step does not fit goes on from its newest checkpoint in twice as many.
 """
 
-import re
 import socket
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import torch
-
-from minbert.data.errors import OutOfMemory, UserError
+from minbert.data.errors import OutOfMemory, UserError, memory_trouble
 from minbert.data.machine import free_memory
-from minbert.trainer.config import flatten, parse_config
+from minbert.trainer.config import RunConfig, flatten, parse_config
 from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.processes.world import World
 from minbert.trainer.run.folder import RunFolder
 from minbert.trainer.run.progress import say
-
-# What says so among the errors that are not of a kind of their own: CUDA (and NCCL of it), its libraries, PyTorch on a
-# CPU, and oneDNN.
-_IN_WORDS = re.compile(
-    r"(CUDA|Cuda|HIP)\b[^.\n]{0,20}out of memory[^.\n]*|\w+_STATUS_ALLOC_FAILED"
-    r"|DefaultCPUAllocator: [^.\n]*|could not create a (primitive|memory object)"
-)
 
 
 @contextmanager
@@ -35,10 +25,8 @@ def telling(step: int, world: World) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        found = _IN_WORDS.search(str(error))
-        if not (found or isinstance(error, MemoryError | torch.OutOfMemoryError)):
+        if not (what := memory_trouble(error)):
             raise
-        what = found[0] if found else str(error).split("\n")[0] or "no memory is left"
         where = f"GPU {world.device.index or 0}" if world.device.type == "cuda" else "the process"
         if world.size > 1:
             where += f" of rank {world.rank} on {socket.gethostname()}"
@@ -63,6 +51,17 @@ def cut_further(run: RunFolder, processes: int) -> int:
         )
     run.write_config(parse_config(flatten(config) | {"accumulation": parts}, str(run.config_file)))
     return parts
+
+
+def as_cut(config: RunConfig) -> RunConfig:
+    """The configuration of a run that may have begun: in as many parts as its folder has it, if it did not fit in
+    those that are asked for."""
+    if config.run is None or not (run := RunFolder(config.run)).config_file.exists():
+        return config
+    batch, begun = config.batch, run.read_config().batch
+    if begun.batch_size != batch.batch_size or begun.accumulation <= batch.accumulation:
+        return config
+    return config.model_copy(update={"batch": batch.model_copy(update={"accumulation": begun.accumulation})})
 
 
 def go_on_smaller(run: RunFolder, told: str = "") -> None:
