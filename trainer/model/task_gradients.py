@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from minbert.trainer.model.linear import multiply
 
 
+TOGETHER = 1 << 24  # values of a sum that can wait for others; of more, the traffic costs what the call does not
+
+
 class PerTask:
     """A module whose own parameters' gradients, in its forward pass, are a recording's to take if there is one."""
 
@@ -101,7 +104,8 @@ class TaskGradients:
         self.anchor = torch.zeros((), requires_grad=True)
         self._blocks: dict[str, Tensor] = {}
         self._written: set[tuple[Place, int]] = set()
-        self._uncopied: list[tuple[Tensor, Tensor]] = []  # targets and products, to be copied together
+        self._unsummed: list[tuple[Place, Tensor, Rows]] = []  # to be summed together, and
+        self._found: list[tuple[Tensor, Tensor, bool]] = []  # targets, what goes there, and whether nothing else has
         self._awaited: dict[str, int] = {}
         self._next = 0
 
@@ -160,12 +164,7 @@ class TaskGradients:
         aligned = not (dy.shape[1] % 8 or x.shape[1] % 8)
         if self._at_once(place, rows) and dy.dtype == torch.bfloat16 and aligned and _has_grouped_products(dy.device):
             # The last group may end with the matrix: "less" in the documentation is "at most" in PyTorch's own tests.
-            found = F.grouped_mm(dy.contiguous().T, x.contiguous(), offs=rows.ends)
-            target, first = self._claim(place, None)
-            if first:
-                self._uncopied += zip(target.unbind(), found.unbind())
-            else:
-                target.add_(found)
+            self._add(place, F.grouped_mm(dy.contiguous().T, x.contiguous(), offs=rows.ends))
             return
         for task, own in rows.slices:
             if self.grouped and dy.dtype == torch.float32:
@@ -185,8 +184,9 @@ class TaskGradients:
         if place is None:
             return
         if self._at_once(place, rows):
-            target, first = self._claim(place, None)
-            torch.addmm(target, rows.indicator, values.float(), beta=0 if first else 1, out=target)
+            self._unsummed.append((place, values, rows))
+            if values.numel() > TOGETHER:
+                self._sum()
             return
         for task, own in rows.slices:
             target, first = self._claim(place, task)
@@ -248,6 +248,21 @@ class TaskGradients:
         """Whether one operation may do for all tasks."""
         return self.grouped and place.is_shared and rows.ends is not None and len(rows.tasks) == len(self.tasks)
 
+    def _sum(self) -> None:
+        """The sums that wait, of as many as have the same rows in one product."""
+        while self._unsummed:
+            rows = self._unsummed[0][2]
+            places, values, _ = zip(*(each for each in self._unsummed if each[2] is rows))
+            self._unsummed = [each for each in self._unsummed if each[2] is not rows]
+            found = rows.indicator @ (torch.cat(values, dim=1) if len(values) > 1 else values[0]).float()
+            for place, sums in zip(places, found.split([each.shape[1] for each in values], dim=1)):
+                self._add(place, sums)
+
+    def _add(self, place: Place, found: Tensor) -> None:
+        """All tasks' (T, ...) to a parameter's gradient, when the next are written down."""
+        target, first = self._claim(place, None)
+        self._found.append((target, found, first))
+
     def _put(self, place: Place | None, task: int, gradient: Tensor) -> None:
         if place is not None:
             target, first = self._claim(place, task)
@@ -255,8 +270,8 @@ class TaskGradients:
 
     def _claim(self, place: Place, task: int | None) -> tuple[Tensor, bool]:
         """A parameter's gradient of a task, or (T, ...) those of all, and whether nothing is there yet."""
-        if self._uncopied and any((place, row) in self._written for row in range(len(self.tasks))):
-            self._copy()
+        if self._found and any((place, row) in self._written for row in range(len(self.tasks))):
+            self._write()
         columns = self._block(place.part)[:, place.start : place.start + place.shape.numel()]
         if task is None:
             every = {(place, row) for row in range(len(columns))}
@@ -271,11 +286,15 @@ class TaskGradients:
         self._written.add((place, row))
         return columns[row].view(place.shape), first
 
-    def _copy(self) -> None:
-        if self._uncopied:
-            targets, products = zip(*self._uncopied)
-            torch._foreach_copy_(targets, products)
-            self._uncopied = []
+    def _write(self) -> None:
+        """What was found, into the blocks. A GPU takes together what is dense, as rows are, and of one type."""
+        pairs: dict[tuple[bool, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
+        for target, found, first in self._found:
+            pairs.setdefault((first, found.dtype), []).extend(zip(target, found))
+        self._found = []
+        for (first, _), some in pairs.items():
+            targets, rows = map(list, zip(*some))
+            (torch._foreach_copy_ if first else torch._foreach_add_)(targets, rows)
 
     def _block(self, part: str) -> Tensor:
         if part not in self._blocks:
@@ -284,7 +303,8 @@ class TaskGradients:
 
     def _filled(self, part: str) -> Tensor:
         """A part's block, with zeros where nothing came."""
-        self._copy()
+        self._sum()
+        self._write()
         block = self._block(part)
         for place in self._of_part[part]:
             for row in range(len(block)):

@@ -110,7 +110,7 @@ def launches(aggregator: str, monkeypatch) -> Launches:
     return counted
 
 
-@pytest.mark.parametrize(("precision", "bound"), [("bf16", 1.15), ("fp32", 1.26)])
+@pytest.mark.parametrize(("precision", "bound"), [("bf16", 1.07), ("fp32", 1.21)])
 def test_surgery_launches_hardly_more_than_the_sum(precision, bound, monkeypatch):
     """Where attention is padded."""
     if precision == "bf16":
@@ -133,4 +133,4 @@ def test_the_flash_kernel_saves_a_third_of_the_launches(monkeypatch):
         assert once == [12, 12]
         assert padded[name] - counted.total >= 45 * 12, (name, counted.operations)
     assert flat["sum"].total <= 0.65 * padded["sum"]
-    assert flat["pcgrad"].total <= 1.22 * flat["sum"].total
+    assert flat["pcgrad"].total <= 1.11 * flat["sum"].total
