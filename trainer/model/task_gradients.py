@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from minbert.trainer.model.linear import multiply
 
-
 TOGETHER = 1 << 24  # values of a sum that can wait for others; of more, the traffic costs what the call does not
 
 
