@@ -21,6 +21,12 @@ def training(run: RunFolder, config: RunConfig) -> Step:
     return lambda number: step(number).tokens
 
 
+def steps(run: RunFolder, config: RunConfig) -> Step:
+    """The same, which counts steps, for sides whose tokens differ."""
+    step = training(run, config)
+    return lambda number: int(step(number) > 0)
+
+
 def scoring(run: RunFolder, config: RunConfig) -> Step:
     """From the texts of the pair tasks' dev splits to their scores, tokenised anew each time; counts sentences."""
     world, tokenizer = distributed.start(config.parallel), load_tokenizer(run.encoder)

@@ -9,6 +9,7 @@ surgery    PCGrad and UPGrad beside the plain sum, and beside torchjd's two ways
 processes  two processes at ZeRO stages beside one, plain and with surgery
 epoch      a whole epoch, from the start of the process to the dev scores, beside transformers' Trainer
 scoring    the pair tasks' dev splits beside sentence-transformers and transformers' pipeline
+techniques a training step with each technique, named as for `minbert ablate`, beside one with none
 
 On a GPU the same command also takes the shape of BERT-base and 256 examples per task, BertModel under torch.compile,
 and a profile of each side. `results.json` in --out keeps every turn, `results.md` the tables, `results.svg` the plot.
@@ -27,9 +28,13 @@ from epoch import epochs
 from performance_report import Aim, Comparison, describe_machine, keep
 from turns import Measured, Side, take_turns
 
-Section = Literal["step", "surgery", "processes", "epoch", "scoring"]
+Section = Literal["step", "surgery", "processes", "epoch", "scoring", "techniques"]
 Precision = Literal["fp32", "bf16"]
 METHODS = ("pcgrad", "upgrad")
+# Those that need no file, and do not change what a step trains on.
+TECHNIQUES = ("two_hidden_layers", "joint_pairs", "joint_sides", "averaged_weights", "layer_decay", *METHODS, "rdrop")
+TECHNIQUES += ("smart", "smart_on_all=smart_weight:1", "proximal=proximal_weight:1", "label_smoothing", "ordinal")
+TECHNIQUES += ("pearson_loss", "cosent", "square_root_batches")
 PADDED, GROUPED, COMPILED = "transformers, padded", "transformers, grouped by length", "transformers, torch.compile"
 
 
@@ -42,7 +47,7 @@ class Options:
     model: tuple[str, ...] = ()
     """Models, as for `minbert train`; `bert-base` is its shape with random weights. The default is minilm, on a GPU
     both."""
-    only: tuple[Section, ...] = ("step", "surgery", "processes", "epoch", "scoring")
+    only: tuple[Section, ...] = ("step", "surgery", "processes", "epoch", "scoring", "techniques")
     """Sections to run."""
     sides: tuple[str, ...] = ()
     """Measure only sides with one of these words in their names, and those that the others are compared with."""
@@ -127,6 +132,8 @@ def _compare(options: Options, model: str, run: Path, gpus: int, folder: Path) -
                     yield _step(options, run, setting, same, bool(gpus))
                 elif section == "surgery":
                     yield _surgery(options, run, setting, same)
+                elif section == "techniques":
+                    yield _techniques(options, run, setting, same)
                 elif section == "epoch":
                     yield _epoch(options, run, setting, same, folder)
                 elif gpus == 1:
@@ -211,6 +218,18 @@ def _scoring(options: Options, run: Path, setting: str, same: dict) -> Compariso
         other = comparison.side(peer)
         comparison.aims.append(Aim.at_least(f"minbert to {peer}: speed", 2.0, comparison.side("minbert"), other))
     return comparison
+
+
+def _techniques(options: Options, run: Path, setting: str, same: dict) -> Comparison:
+    from minbert.trainer.run.folder import RunFolder
+    from minbert.tuning.extensions import extension
+
+    tasks = RunFolder(run).read_config().corpus.tasks
+    sides = [Side("none", "ours:steps", same)]
+    sides += [Side(name, "ours:steps", same | change) for name, change in (extension(w, tasks) for w in TECHNIQUES)]
+    return Comparison(
+        "techniques", setting, "steps", "none", _take_turns(options, sides, run, "techniques", setting, "none")
+    )
 
 
 def _epoch(options: Options, run: Path, setting: str, same: dict, folder: Path) -> Comparison:

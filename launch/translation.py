@@ -20,7 +20,7 @@ from minbert.data.augmentation.recipe import Decoding, Recipe
 from minbert.data.augmentation.round_trip import Model, find_model, recipes
 from minbert.data.augmentation.rows import new_rows, write_rows
 from minbert.data.augmentation.selection import Cosines, HeldOut, Selection, held_out, select
-from minbert.data.augmentation.store import Store, Translation, is_store
+from minbert.data.augmentation.store import Store, Translation, is_store, sweep
 from minbert.data.augmentation.work import Unit, Workshop, units
 from minbert.data.errors import UserError
 from minbert.data.files import alone, replacing, to_json
@@ -252,6 +252,7 @@ def finish(work: Work, console: Console) -> dict[str, Any]:
         report = _report(work, selection, held, tasks)
         with replacing(work.output / REPORT) as temporary:
             temporary.write_text(to_json(report, indent=2) + "\n")
+        sweep(work.store)
     return report
 
 

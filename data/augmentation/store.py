@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,6 +87,13 @@ class Store:
                 return
             self.refresh()  # somebody else may have finished it meanwhile
             yield True
+
+
+def sweep(root: Path) -> None:
+    """Remove the locks below `root` that killed processes have left."""
+    for path in root.glob("*/*.lock"):
+        with suppress(BlockingIOError), holding(path):
+            pass  # which removes it in the end
 
 
 def is_store(root: Path) -> bool:

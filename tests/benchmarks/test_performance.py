@@ -86,12 +86,13 @@ def test_grouping_by_length_leaves_out_and_adds_no_example():
 
 
 def test_the_command_leaves_turns_tables_and_a_plot(weights, tmp_path):
-    words = "--only step --sides minbert --batch-size 4 --precision fp32 --rounds 2 --steps 1"
+    words = "--only step techniques --sides minbert rdrop --batch-size 4 --precision fp32 --rounds 2 --steps 1"
     command = [sys.executable, BENCHMARK, *words.split(), "--train-limit", "60", "--profile", "--model", weights]
     done = subprocess.run(list(map(str, [*command, "--out", tmp_path])), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    (comparison,) = json.loads((tmp_path / "results.json").read_text())
-    sides = {side["name"]: side for side in comparison["sides"]}
+    step, techniques = json.loads((tmp_path / "results.json").read_text())
+    assert {side["name"]: len(side["turns"]) for side in techniques["sides"]} == {"none": 2, "rdrop": 2}
+    sides = {side["name"]: side for side in step["sides"]}
     assert sides.keys() == {"minbert", "transformers, padded"}
     for theirs, ours in zip(sides["transformers, padded"]["turns"], sides["minbert"]["turns"], strict=True):
         assert theirs["work"] == ours["work"] > 0  # the same examples
