@@ -115,7 +115,7 @@ class TrainingStep:
             tokens += batch.tokens
             return sum((losses[name] * self._weight(weights, name) for name in names), _NOTHING)
 
-        (gradient,) = self._gradients(step, [loss])
+        gradient = self._gradient(step, names, loss)
         result = StepResult(step, names, self._global(totals, asks=True), tokens)
         shares = torch.ones(len(names), dtype=torch.float64) if weights is None else weights
         result.weigh(shares, self.task_weights)
@@ -153,21 +153,35 @@ class TrainingStep:
         of_rows |= {head_part(name): weight[None] for name, weight in zip(names, heads)}
         return result, combine(self.engine.shards, blocks, of_rows)
 
+    def _gradient(self, step: int, names: tuple[str, ...], loss: Callable[[int], Tensor]) -> Gradient:
+        """The gradient of one loss. Between processes it is summed up as those of the tasks are, while the backward
+        pass runs, by which PyTorch's and DeepSpeed's own ways gain nothing and the latter wait."""
+        if self.world.size == 1 or not self.in_one_backward:
+            return self._gradients(step, [loss])[0]
+        blocks = self._blocks(step, [names], lambda part: {"sum": loss(part)})
+        return combine(self.engine.shards, blocks, {block.part: torch.ones(1) for block in blocks})
+
     def _task_gradients(
         self, step: int, names: tuple[str, ...], losses: Callable[..., Mapping[str, Tensor]]
     ) -> list[Block]:
         """The gradients of the tasks' losses: in one backward pass, or in one for each task, which is the reference."""
         if self.in_one_backward:
-            rates = self._rates(step)
-            self.engine.fix_below(rates)
-            trained = [part for part, rate in rates.items() if rate]
-            return self.engine.task_gradients(names, losses, self.accumulation, trained)
+            return self._blocks(step, [(name,) for name in names], losses)
 
         def alone(name: str, part: int) -> Tensor:
             return losses(part, (name,))[name]
 
         found = self._gradients(step, [partial(alone, name) for name in names])
         return blocks_of(self.engine.shards, found, [head_part(name) for name in names])
+
+    def _blocks(
+        self, step: int, groups: Sequence[tuple[str, ...]], losses: Callable[[int], Mapping[str, Tensor]]
+    ) -> list[Block]:
+        """The gradients of the losses of groups of tasks, from one backward pass."""
+        rates = self._rates(step)
+        self.engine.fix_below(rates)
+        trained = [part for part, rate in rates.items() if rate]
+        return self.engine.task_gradients(groups, losses, self.accumulation, trained)
 
     def _rates(self, step: int) -> dict[str, float]:
         """The learning rates of the parts that the step trains; other tasks' heads have none."""

@@ -23,9 +23,10 @@ from minbert.trainer.engine.one_backward import OneBackward
 from minbert.trainer.engine.optimizer import MOMENTS, adam_state
 from minbert.trainer.engine.parts import Block, Gradient, Part, Shard
 from minbert.trainer.model.multitask import MultitaskModel
+from minbert.trainer.model.task_gradients import covers
 from minbert.trainer.processes.world import World, world_size
 
-LARGEST_BUCKET = 1 << 27  # elements that DeepSpeed reduces together
+SMALLEST_BUCKET, LARGEST_BUCKET = 1 << 20, 1 << 27  # elements that DeepSpeed reduces together
 
 
 def build_accelerator(config: RunConfig, world: World, **kwargs: Any) -> Accelerator:
@@ -96,9 +97,11 @@ def build_engine(accelerator: Accelerator, model: MultitaskModel, optimizer: tor
     plugin = accelerator.state.deepspeed_plugin
     stage = plugin.zero_stage if plugin else None
     if plugin:
-        # DeepSpeed reduces in a buffer of so many elements, whatever the model needs: by default 2 GB.
+        # DeepSpeed reduces in a buffer of so many elements, whatever the model needs: by default 2 GB. Where gradients
+        # are reduced here it is of no use.
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        plugin.deepspeed_config["zero_optimization"]["reduce_bucket_size"] = min(trained, LARGEST_BUCKET)
+        bucket = SMALLEST_BUCKET if covers(model) else min(trained, LARGEST_BUCKET)
+        plugin.deepspeed_config["zero_optimization"]["reduce_bucket_size"] = bucket
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         prepared = accelerator.prepare(model, optimizer)
@@ -139,10 +142,14 @@ class Engine:
         return (self.module if self._is_unwrapped else self.model)(batch, *arguments)
 
     def task_gradients(
-        self, tasks: Sequence[str], losses: Callable[[int], Mapping[str, Tensor]], parts: int, trained: Collection[str]
+        self,
+        groups: Sequence[Collection[str]],
+        losses: Callable[[int], Mapping[str, Tensor]],
+        parts: int,
+        trained: Collection[str],
     ) -> list[Block]:
-        """The gradients of all tasks at once, as `OneBackward` makes them; for a model that it `covers`."""
-        return self._one_backward(tasks, losses, parts, trained)
+        """The gradients of groups of tasks at once, as `OneBackward` makes them; for a model that it `covers`."""
+        return self._one_backward(groups, losses, parts, trained)
 
     @cached_property
     def _one_backward(self) -> OneBackward:

@@ -9,7 +9,7 @@ While a `TaskGradients` is recording, the layers of `tokenwise` hand it these pr
 autograd knows of then leads to activations only, and no hook at a weight (DDP's, DeepSpeed's) fires.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -48,7 +48,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Rows:
-    """Whose the rows of a matrix are: `counts[k]` consecutive ones are of task number `tasks[k]`."""
+    """Whose the rows of a matrix are: `counts[k]` consecutive ones are of the group of tasks number `tasks[k]`."""
 
     tasks: tuple[int, ...]
     counts: tuple[int, ...]
@@ -77,26 +77,26 @@ class Rows:
 
 
 class TaskGradients:
-    """The gradients of T tasks, as layers hand them over in backward passes: a block (T, width) for each part of the
-    model, or (1, width) for a head.
+    """The gradients of T groups of tasks, as layers hand them over in backward passes: a block (T, width) for each part
+    of the model, or (1, width) for a head. Mostly a group is one task; the gradient of a sum is that of one group.
 
     `places` says where those of a trained parameter (by its id) go; None: they aren't wanted. `memory` gives the block
     of a part, of any content but beyond its parameters.
 
-    `grouped`: as few operations as possible, each for all tasks at once, as a GPU wants them; else one for each task,
+    `at_once`: as few operations as possible, each for all tasks at once, as a GPU wants them; else one for each task,
     which on a CPU costs no more.
     """
 
     def __init__(
         self,
-        tasks: Sequence[str],
+        groups: Sequence[Collection[str]],
         places: Mapping[int, Place | None],
         parts: Sequence[str],
         memory: Callable[[str], Tensor],
-        grouped: bool,
+        at_once: bool,
     ):
-        self.tasks = {name: number for number, name in enumerate(tasks)}
-        self.places, self.parts, self.memory, self.grouped = places, parts, memory, grouped
+        self.count, self.group = len(groups), {name: number for number, group in enumerate(groups) for name in group}
+        self.places, self.parts, self.memory, self.at_once = places, parts, memory, at_once
         self._of_part = {part: [p for p in places.values() if p is not None and p.part == part] for part in parts}
         self.rows: Rows | None = None  # of the matrices that the model works on at present
         # Without it a layer whose input has no gradient would have none itself.
@@ -161,12 +161,13 @@ class TaskGradients:
         if place is None:
             return
         aligned = not (dy.shape[1] % 8 or x.shape[1] % 8)
-        if self._at_once(place, rows) and dy.dtype == torch.bfloat16 and aligned and _has_grouped_products(dy.device):
+        several = self.count > 1 and self._at_once(place, rows)
+        if several and dy.dtype == torch.bfloat16 and aligned and _has_grouped_products(dy.device):
             # The last group may end with the matrix: "less" in the documentation is "at most" in PyTorch's own tests.
             self._add(place, F.grouped_mm(dy.contiguous().T, x.contiguous(), offs=rows.ends))
             return
         for task, own in rows.slices:
-            if self.grouped and dy.dtype == torch.float32:
+            if self.at_once and dy.dtype == torch.float32:
                 target, first = self._claim(place, task)
                 torch.addmm(target, dy[own].T, x[own], beta=0 if first else 1, out=target)
             else:
@@ -245,7 +246,7 @@ class TaskGradients:
 
     def _at_once(self, place: Place, rows: Rows) -> bool:
         """Whether one operation may do for all tasks."""
-        return self.grouped and place.is_shared and rows.ends is not None and len(rows.tasks) == len(self.tasks)
+        return self.at_once and place.is_shared and rows.ends is not None and len(rows.tasks) == self.count
 
     def _sum(self) -> None:
         """The sums that wait, of as many as have the same rows in one product."""
@@ -269,7 +270,7 @@ class TaskGradients:
 
     def _claim(self, place: Place, task: int | None) -> tuple[Tensor, bool]:
         """A parameter's gradient of a task, or (T, ...) those of all, and whether nothing is there yet."""
-        if self._found and any((place, row) in self._written for row in range(len(self.tasks))):
+        if self._found and any((place, row) in self._written for row in range(self.count)):
             self._write()
         columns = self._block(place.part)[:, place.start : place.start + place.shape.numel()]
         if task is None:
@@ -338,8 +339,10 @@ def rows_of(tasks: Mapping[str, int], ends: Tensor | None = None) -> Iterator[No
     if _recording is None:
         yield
         return
-    before, numbers = _recording.rows, tuple(_recording.tasks[name] for name in tasks)
-    _recording.rows = Rows(numbers, tuple(tasks.values()), ends)
+    before, numbers, counts = _recording.rows, tuple(_recording.group[name] for name in tasks), tuple(tasks.values())
+    if len(set(numbers)) == 1:
+        numbers, counts, ends = numbers[:1], (sum(counts),), None if ends is None else ends[-1:]
+    _recording.rows = Rows(numbers, counts, ends)
     try:
         yield
     finally:

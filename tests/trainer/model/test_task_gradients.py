@@ -1,6 +1,6 @@
 """Every task's gradient of one backward pass is that of a backward pass of its own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -27,9 +27,16 @@ def losses_of(model: MultitaskModel, batch: Batch, objective: Callable = supervi
     return {name: torch.dot(found[name], part.weights) for name, part in batch.tasks.items()}
 
 
-def recorded(model: MultitaskModel, losses: Callable[[], dict[str, Tensor]], grouped: bool, passes: int = 1):
-    """{(task, parameter): gradient} of one backward pass for all tasks, and the parts in the order of completion."""
-    tasks, parts, order = tuple(model.tasks), model.part_of, list[str]()
+def recorded(
+    model: MultitaskModel,
+    losses: Callable[[], dict[str, Tensor]],
+    grouped: bool,
+    passes: int = 1,
+    groups: Sequence[tuple[str, ...]] = (),
+):
+    """{(task, parameter): gradient} of one backward pass for all tasks, or for groups of them, by their first tasks."""
+    groups = groups or [(name,) for name in model.tasks]
+    tasks, parts, order = [group[0] for group in groups], model.part_of, list[str]()
     shared = {name: not parts[name].startswith(head_part("")) for name in parts}
     widths, places = dict.fromkeys(model.parts, 0), {}
     for name, parameter in model.named_parameters():
@@ -42,7 +49,7 @@ def recorded(model: MultitaskModel, losses: Callable[[], dict[str, Tensor]], gro
         return torch.full((1 if part.startswith("heads.") else len(tasks), widths[part]), float("nan"))
 
     blocks: dict[str, Tensor] = {}
-    recorder = TaskGradients(tasks, places, trained, memory, grouped)
+    recorder = TaskGradients(groups, places, trained, memory, grouped)
     for _ in range(passes):
         with recorder.recording(lambda part, block: (blocks.update({part: block}), order.append(part))[0]):
             total = sum(losses().values())
@@ -53,8 +60,8 @@ def recorded(model: MultitaskModel, losses: Callable[[], dict[str, Tensor]], gro
     found = {}
     for name, parameter in model.named_parameters():
         if (place := places.get(id(parameter))) is not None:
-            for number, task in enumerate(tasks):
-                row = number if place.is_shared else 0
+            rows = enumerate(tasks) if place.is_shared else [(0, task) for task in model.tasks]
+            for row, task in rows:
                 if place.is_shared or place.part == head_part(task):
                     columns = blocks[place.part][row, place.start : place.start + parameter.numel()]
                     found[task, name] = columns.view_as(parameter)
@@ -107,6 +114,26 @@ def test_one_pass_gives_what_one_for_each_task_does(grouped, objective):
 
 
 @pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("objective", [supervised, ADVERSARIAL])
+def test_a_group_of_tasks_has_the_gradient_of_their_sum(grouped, objective):
+    """And each head its own."""
+    model, batch = small_model.build(), small_model.build_batch()
+
+    def losses():
+        return losses_of(model, batch, objective)
+
+    wanted, (first, second) = expected(model, losses), model.tasks
+    found = recorded(model, losses, grouped, groups=[(first, second)])
+    shared = [name for task, name in found if name.startswith("bert.")]
+    summed = {
+        (first, name): sum(filter(torch.is_tensor, (wanted[first, name], wanted[second, name]))) for name in shared
+    }
+    heads = {key: gradient for key, gradient in wanted.items() if key[1].startswith(f"heads.{key[0]}.")}
+    assert found.keys() == (summed | heads).keys()
+    assert_equal(found, summed | heads, 2e-6)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
 def test_products_of_bf16_are_summed_in_fp32(grouped):
     """Both ways, the gradients differ from those of fp32 by the rounding of what is multiplied."""
     model, batch = small_model.build(), small_model.build_batch()
@@ -153,7 +180,7 @@ def test_frozen_parts_keep_nothing():
 
 def test_a_layer_whose_rows_nobody_tells_apart_is_refused():
     model, batch = small_model.build(), small_model.build_batch()
-    recorder = TaskGradients(tuple(model.tasks), {}, [], lambda part: torch.zeros(0), False)
+    recorder = TaskGradients([(name,) for name in model.tasks], {}, [], lambda part: torch.zeros(0), False)
     with recorder.recording(lambda part, block: None), pytest.raises(RuntimeError, match="from within `Forward`"):
         model.bert(batch.sentences)
 
