@@ -154,8 +154,8 @@ class TrainingStep:
         return result, combine(self.engine.shards, blocks, of_rows)
 
     def _gradient(self, step: int, names: tuple[str, ...], loss: Callable[[int], Tensor]) -> Gradient:
-        """The gradient of one loss. Between processes it is summed up as those of the tasks are, while the backward
-        pass runs, by which PyTorch's and DeepSpeed's own ways gain nothing and the latter wait."""
+        """The gradient of one loss. Between processes it goes the way of the tasks' gradients, part by part while the
+        backward pass runs; DeepSpeed's own reduction comes after that."""
         if self.world.size == 1 or not self.in_one_backward:
             return self._gradients(step, [loss])[0]
         blocks = self._blocks(step, [names], lambda part: {"sum": loss(part)})

@@ -116,6 +116,7 @@ class Engine:
     """Plain PyTorch on one process, or data parallel on several: every process holds the whole gradient."""
 
     is_sharded = False
+    adds_up_whole = True  # whether gradients are whole until an accumulated batch is through, and then reduced once
     needs_wrapper = False  # whether the model computes nothing without it
 
     def __init__(self, accelerator: Accelerator, model: nn.Module, optimizer: Any):

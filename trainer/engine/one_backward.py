@@ -4,8 +4,8 @@ that runs.
 What layers hand over goes into one block for each part of the model (`minbert.trainer.model.task_gradients`). As soon
 as a part is complete, its block is summed over the processes: whole where every process holds whole gradients, else
 each process's coordinates to that process alone. So under ZeRO 1 to 3 no process ever holds whole gradients of more
-than the parts that the backward pass is at; and no process group, hook or bucket of DDP's or DeepSpeed's has a part
-in it.
+than the parts that the backward pass is at (but for stage 1, between the parts of an accumulated batch, which are
+summed once); and no process group, hook or bucket of DDP's or DeepSpeed's has a part in it.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -70,10 +70,12 @@ class OneBackward:
         recorder = TaskGradients(groups, places, wanted[::-1], memory, self.at_once)
 
         def complete(part: str, block: Tensor) -> None:
+            if engine.adds_up_whole and not last:
+                return
             if engine.is_sharded:
                 self._distribute(part, block)
                 recorder.forget(part)
-            elif last:
+            else:
                 self._shares[part] = block
                 if engine.accelerator.num_processes > 1:
                     self._works.append(dist.all_reduce(block, async_op=True))

@@ -77,6 +77,10 @@ class ShardedEngine(DeepSpeedEngine):
 class ZeroEngine(ShardedEngine):
     """Stages 1 and 2: a parameter group is one flat vector, and each process owns a contiguous part of it."""
 
+    @property
+    def adds_up_whole(self) -> bool:  # type: ignore[override]
+        return not self.zero.partition_gradients  # stage 1
+
     def collect_gradient(self) -> Gradient:
         gradient: Gradient = []
         for group, parameters in enumerate(self.zero.params_in_partition):
@@ -122,6 +126,7 @@ class ZeroEngine(ShardedEngine):
 class Zero3Engine(ShardedEngine):
     """Stage 3: every parameter is cut into equal parts, one per process; the last may be padded."""
 
+    adds_up_whole = False
     needs_wrapper = True  # it gathers weights
 
     def backward_alone(self, loss: Tensor) -> None:
