@@ -26,6 +26,7 @@ from minbert.trainer.processes.exit_codes import ExitCode
 from minbert.trainer.processes.world import start as start_world
 from minbert.trainer.run.folder import RunFolder
 from minbert.trainer.run.out_of_memory import as_cut, cut_further, telling
+from minbert.trainer.run.preparation import prepare
 
 ENOUGH = 1 << 30  # bytes: for a process and two hundred examples of each task at a time, not for six hundred
 MANY = 640
@@ -109,11 +110,11 @@ def test_a_run_that_was_cut_stays_so_when_its_trial_is_tried_again(tmp_path):
 def test_scores_that_do_not_fit_are_made_in_smaller_batches(tmp_path, monkeypatch):
     """Of an encoder so wide that half of a batch of the dev rows would be more than a process may have."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    small, wide, run = tmp_path / "small", tmp_path / "wide", tmp_path / "run"
-    small_run = ["--data", CORPUS, "--steps", 1, "--trackers", "--batch-size", 2]
-    assert minbert("train", "--run", small, *small_run) == 0
-    shape = replace(read_config(small / "encoder"), hidden_size=16, num_hidden_layers=1, intermediate_size=1 << 17)
-    save_checkpoint(wide, shape, Bert(shape).state_dict(), small / "encoder")
+    wide, run = tmp_path / "wide", tmp_path / "run"
+    small = prepare(build_run_config({"data": CORPUS, "run": tmp_path / "small"})).encoder
+    shape = replace(read_config(small), hidden_size=16, num_hidden_layers=1, intermediate_size=1 << 18)
+    save_checkpoint(wide, shape, Bert(shape).state_dict(), small)
+    small_run = ["--data", CORPUS, "--tasks", "sst", "--steps", 1, "--trackers", "--batch-size", 2]
     assert minbert("train", "--run", run, "--model", wide, *small_run) == 0
     whole, parts = outside("evaluate", run, "--json"), limited("evaluate", run, "--json")
     assert json.loads(parts.stdout) == pytest.approx(json.loads(whole.stdout), abs=1e-6)
