@@ -105,7 +105,14 @@ def run_case(run: RunFolder, case: dict, world: World, out: Path) -> None:
     )
     assert step.in_one_backward
     step.in_one_backward = "per_task" not in case
-    history = {}
+    history, sent = {}, list[str]()
+    distribute = engine._one_backward._distribute
+
+    def noted(part: str, block: torch.Tensor) -> None:
+        sent.append(part)
+        distribute(part, block)
+
+    engine._one_backward._distribute = noted
     for number in range(case["steps"]):
         if number == case.get("broken_step"):
             labels = splits["sts"].labels.copy()
@@ -125,7 +132,8 @@ def run_case(run: RunFolder, case: dict, world: World, out: Path) -> None:
             average = averaged_weights(step, lambda: build_model(config, run))
     state = engine.full_state()
     held = sum(shard.length for shard in engine.shards if shard.is_shared)
-    save_file(history | {"held": torch.tensor(held)}, out / f"{case['name']}-rank{world.rank}.safetensors")
+    counts = {"held": torch.tensor(held), "sent": torch.tensor(len(sent))}
+    save_file(history | counts, out / f"{case['name']}-rank{world.rank}.safetensors")
     if world.is_main:
         save_file(state, out / f"{case['name']}.safetensors")
         if "average" in case:

@@ -22,7 +22,10 @@ COMMAND = [sys.executable, "-m", "minbert.launch.main"]
 
 def minbert(*words: object) -> int:
     """The exit code of a command, given in this process; it may start others."""
-    return main([str(word) for word in words])
+    try:
+        return main([str(word) for word in words])
+    except SystemExit as ended:  # tyro ends the program itself
+        return ended.code
 
 
 def started(*words: object, **options) -> subprocess.Popen:

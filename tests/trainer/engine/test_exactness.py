@@ -321,6 +321,16 @@ def test_each_process_holds_its_share_of_the_gradient(prepared, stage):
     assert max(held[4]) < held[1][0] / 3
 
 
+@pytest.mark.parametrize(("stage", "times"), [(1, 1), (2, 3), (3, 3)])
+def test_stage_1_sends_the_gradient_of_an_accumulated_batch_once(prepared, stage, times):
+    """The stages that hold no whole gradient send that of each of its parts."""
+    whole, parts = (
+        load_file(results(prepared, 2) / f"{one['name']}-rank0.safetensors")["sent"]
+        for one in (case(stage, "sum"), case(stage, "sum", accumulation=3, batch_size=7))
+    )
+    assert 0 < times * whole == parts
+
+
 def test_projecting_local_gradients_differs(prepared):
     """What data-parallel ports of PCGrad do (each rank projects the gradients of its own slice, the results are
     averaged) is another method, with visibly other weights after as many steps."""
