@@ -175,13 +175,6 @@ class RunConfig(Section):
         """Whether parts of the encoder join later."""
         return self.optimizer.head_warmup > 0 or self.optimizer.unfreeze == "gradual"
 
-    @property
-    def leaves_out_parts(self) -> bool:
-        """Whether some backward passes do not reach every part that is trained: those of one task only, or above what
-        is not trained yet."""
-        alone = self._weights_from() != "losses" or self.batch.measure_every is not None
-        return alone or self.batch.task_schedule != "all" or self.unfreezes
-
 
 # Options that say where and how a run is trained, not what it is.
 INCIDENTAL = frozenset({"run", "seed", "cache", "trackers", "progress", "log_every", "recipe"})

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DeepSpeedPlugin, DistributedDataParallelKwargs
+from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from minbert.data.batches.batch import Batch
 from minbert.trainer.config import RunConfig
@@ -33,9 +34,7 @@ def build_accelerator(config: RunConfig, world: World, **kwargs: Any) -> Acceler
     """Accelerate's view of this run. `kwargs` go to Accelerator (trackers)."""
     _leave_out_dtensors()
     if config.parallel.zero_stage is None:
-        # Such as one for a single task, which leaves the other tasks' heads without a gradient.
-        unused = DistributedDataParallelKwargs(find_unused_parameters=config.leaves_out_parts)
-        return Accelerator(cpu=world.device.type == "cpu", kwargs_handlers=[unused], **kwargs)
+        return Accelerator(cpu=world.device.type == "cpu", **kwargs)
     plugin = _Plugin(hf_ds_config=deepspeed_config(config.parallel.zero_stage))
     _leave_out_muon()
     if world.device.type == "cpu":
@@ -102,11 +101,12 @@ def build_engine(accelerator: Accelerator, model: MultitaskModel, optimizer: tor
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         bucket = SMALLEST_BUCKET if covers(model) else min(trained, LARGEST_BUCKET)
         plugin.deepspeed_config["zero_optimization"]["reduce_bucket_size"] = bucket
+    if stage is None:  # what its gradients go through is wrapped around the model where they need it
+        prepared_model = accelerator.prepare_model(model, evaluation_mode=True)
+        return Engine(accelerator, prepared_model, accelerator.prepare_optimizer(optimizer))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         prepared = accelerator.prepare(model, optimizer)
-    if stage is None:
-        return Engine(accelerator, *prepared)
     from minbert.trainer.engine.zero import Zero3Engine, ZeroEngine, ZeroStage0Engine
 
     return {0: ZeroStage0Engine, 1: ZeroEngine, 2: ZeroEngine, 3: Zero3Engine}[stage](accelerator, *prepared)
@@ -175,6 +175,9 @@ class Engine:
         A loss is the sum over `parts` of what it returns for each, and over the processes. It makes a forward pass of
         its own each time: one backward pass follows it, as DeepSpeed's stage 3 takes no graph twice.
         """
+        if self.accelerator.num_processes > 1 and self.model is self.module:
+            # A pass may be for a single task, and leave the other tasks' heads without a gradient.
+            self.model = DistributedDataParallel(self.model, find_unused_parameters=True)
         found = []
         for loss in losses:
             for part in range(parts):
