@@ -30,6 +30,7 @@ from minbert.trainer.processes.stop import Stopped
 from minbert.trainer.processes.world import World
 from minbert.trainer.run.data import load_examples_of, tokenise_as
 from minbert.trainer.run.folder import RunFolder
+from minbert.trainer.run.progress import say
 from minbert.trainer.run.saved_model import load_model
 from minbert.trainer.run.soup import require_same_labels
 
@@ -108,13 +109,14 @@ def _outputs(run: RunFolder, config: RunConfig, task: Task, world: World, stop: 
     missing = np.flatnonzero(there.numpy() == 0)
     if not len(missing):
         return table
-    if world.is_main:
-        log.info("asking %s of %d rows of %s", run.path, len(missing), task.name)
     model, tokenizer, _ = load_model(run, world.device)
     own = run.read_config()
     own = own.model_copy(update={"corpus": own.corpus.model_copy(update={"cache": config.corpus.cache})})
     split = tokenise_as(own, _some(examples, missing, task), tokenizer)
     for start in range(0, len(missing), SHARD):
+        if world.is_main:  # on a CPU it takes minutes
+            done = f", {start:,} done" if start else ""
+            say(f"Asking {run.path} about {len(missing):,} rows of {task.name}{done}", config)
         some = np.arange(start, min(start + SHARD, len(missing)))
         columns = tuple(column.take(some) for column in split.columns)
         part = replace(split, ids=[str(row) for row in some], columns=columns, labels=None)

@@ -2,6 +2,7 @@
 and two teachers learns from, keeps and refuses."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -99,7 +100,7 @@ def said_by(run: RunFolder, config, name: str) -> torch.Tensor:
         return model(make_batch({name: split}, {name: Portion.whole(rows)}))[name]
 
 
-def test_a_student_learns_from_what_its_teachers_said_once(teachers, tmp_path):
+def test_a_student_learns_from_what_its_teachers_said_once(teachers, tmp_path, capsys):
     run = prepare(
         parse_run_config(student(tmp_path / "run", teachers, "--accumulation", "2", "--distill-temperature", "2"))
     )
@@ -112,9 +113,11 @@ def test_a_student_learns_from_what_its_teachers_said_once(teachers, tmp_path):
 
     shards = {path: path.stat().st_mtime_ns for path in (config.corpus.cache / "teachers").glob("*/*.safetensors")}
     assert all(torch.equal(table[name], again) for name, again in ask_teachers(config, CPU, lambda: True).items())
+    capsys.readouterr()
     damaged = next(iter(shards))
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
     torch.testing.assert_close(ask_teachers(config, CPU, lambda: False), table)  # asked again
+    assert re.fullmatch(rf"Asking {teachers[0].path.parent}/\w+ about \d+ rows of \w+\n", capsys.readouterr().out)
     after = {path: path.stat().st_mtime_ns for path in (config.corpus.cache / "teachers").glob("*/*.safetensors")}
     assert after.keys() == shards.keys() and {path for path in after if after[path] != shards[path]} == {damaged}
 
