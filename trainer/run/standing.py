@@ -38,6 +38,7 @@ ACTIVITIES = {
 
 # Where a process may wait for others: gradients are reduced in the backward pass, out of Python's sight.
 COLLECTIVE = ("torch.distributed", "torch.autograd")
+WAIT_FOR_GRADIENTS = ("minbert.trainer.engine.one_backward", "_wait")
 
 
 @dataclass
@@ -139,8 +140,9 @@ def describe(frame: FrameType) -> tuple[str, str, bool]:
             if not place:
                 file = "/".join(Path(frame.f_code.co_filename).parts[-module.count(".") :])
                 place = f"{file}:{frame.f_lineno}, {collective or frame.f_code.co_name}"
-                if module == "minbert.trainer.processes.messages":
-                    collective = frame.f_code.co_name
+                name = frame.f_code.co_name
+                if module == "minbert.trainer.processes.messages" or (module, name) == WAIT_FOR_GRADIENTS:
+                    collective = name
             activity = next((word for known, word in ACTIVITIES.items() if module.startswith(known)), activity)
         frame = frame.f_back  # type: ignore[assignment]
     return activity, place, bool(collective)
