@@ -115,7 +115,7 @@ def worker(task: dict) -> None:
         report = {"seconds": seconds, "bytes": moved, "memory": peak[0].item(), "total": peak[1].item()}
         Path(task["out"]).write_text(json.dumps(report))
     world.barrier()
-    # Several of DeepSpeed's engines in one process leave threads, in which the interpreter's farewell may abort.
+    # After several of DeepSpeed's engines in one process the interpreter's farewell sometimes aborts.
     os._exit(0)
 
 
